@@ -1,0 +1,39 @@
+# make quickstart   build a small DBRX from raw text
+# make test         the checks and the whole suite
+# make check        format, lint, types
+# make bench        speed figures (benchmarks/)
+# make stress       longer randomised tests
+# All of them set up .venv from the lock first, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test check bench stress clean
+
+quickstart: .venv/locked
+	$(BIN)/gristmill run quickstart
+
+test: check
+	$(BIN)/python -m pytest
+
+check: .venv/locked
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/locked
+	$(BIN)/python benchmarks/training_step.py
+
+stress: .venv/locked
+	GRISTMILL_KILLS=40 $(BIN)/python -m pytest tests/test_kill.py
+	$(BIN)/python -m pytest --hypothesis-profile=stress
+
+# Made again when the lock or the package's own settings change; a failed install leaves no stamp.
+.venv/locked: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv runs

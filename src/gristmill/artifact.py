@@ -1,0 +1,305 @@
+"""Artifacts: immutable directories whose manifest says what they hold and where it came from.
+
+An artifact is a directory with `manifest.json`. The manifest is written last, after every other file has
+reached the disk, so a directory without one does not count: it is what an interrupted stage left behind.
+The content hash covers paths and bytes only (no clock, no figures): two runs that made the same files have
+the same content hash. This room knows nothing of the stages.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from gristmill.errors import Failure, InputError
+
+MANIFEST = "manifest.json"
+STATE = ".state"  # locks and databases that change in place; verify names it as not covered
+VERSIONED = ("gristmill", "torch", "numpy", "pyarrow", "tokenizers", "safetensors", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a stage's function says of the files that it wrote.
+
+    `sources` is set where data enters: name -> {"documents", "bytes", "licenses": {SPDX: bytes}, ...}.
+    """
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed directory and its parsed manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.manifest["kind"]
+
+    @property
+    def key(self) -> str:
+        return self.manifest["key"]
+
+    @property
+    def content(self) -> str:
+        """SHA-256 over the sorted paths and file hashes."""
+        return self.manifest["content"]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.manifest["metrics"]
+
+    @property
+    def licenses(self) -> dict[str, int]:
+        """SPDX expression -> bytes of text under it, over all data that this artifact descends from."""
+        return self.manifest["licenses"]
+
+
+# ---- hashing -------------------------------------------------------------------------------------------
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON spelling of a value: sorted keys, two-space indent, final newline."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stage_key(kind: str, format: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """A stage's identity: what it is, how it is set, and the content hashes of what it reads."""
+    return hashlib.sha256(canonical([kind, format, config, dict(inputs)])).hexdigest()
+
+
+def content_hash(files: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = "".join(f"{path}\0{files[path]['sha256']}\n" for path in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+# ---- writing -------------------------------------------------------------------------------------------
+
+
+def prepare(path: Path) -> Path:
+    """An empty directory to build an artifact in; clears what an interrupted build left there."""
+    if (path / MANIFEST).exists():
+        raise Failure(f"{path} already holds a committed artifact; artifacts are never overwritten")
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+def commit(
+    path: Path,
+    *,
+    kind: str,
+    key: str,
+    config: Mapping[str, Any],
+    inputs: Mapping[str, Artifact],
+    built: Built,
+    files: Iterable[Path] | None = None,
+) -> Artifact:
+    """Make the files under `path` (or the named ones) an artifact: hash and fsync each, then write the manifest."""
+    paths = sorted(walk(path) if files is None else files)
+    covered = {}
+    for file in paths:
+        sync(file)
+        covered[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    for folder in sorted({file.parent for file in paths}):
+        sync(folder)
+    manifest = {
+        "kind": kind,
+        "key": key,
+        "config": config,
+        "inputs": {name: ancestry(artifact, path) for name, artifact in inputs.items()},
+        "sources": built.sources,
+        "licenses": licenses_of(built, inputs),
+        "files": covered,
+        "content": content_hash(covered),
+        "metrics": built.metrics,
+        "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    write_manifest(path, manifest)
+    return load(path)
+
+
+def ancestry(artifact: Artifact, seen_from: Path) -> dict[str, Any]:
+    """What a manifest keeps of an input: enough to tell its lineage when the model has moved away alone."""
+    kept = {name: artifact.manifest[name] for name in ("kind", "key", "content", "sources", "inputs")}
+    return kept | {"path": Path(os.path.relpath(artifact.path, seen_from)).as_posix()}
+
+
+def licenses_of(built: Built, inputs: Mapping[str, Artifact]) -> dict[str, int]:
+    """Bytes of text under each license: summed over the sources that enter here, or else those of the inputs.
+
+    Of several inputs the larger count is taken: they descend from one corpus, which is not to be counted twice.
+    """
+    total: dict[str, int] = {}
+    for source in built.sources.values():
+        for license, num_bytes in source["licenses"].items():
+            total[license] = total.get(license, 0) + num_bytes
+    for artifact in inputs.values():
+        for license, num_bytes in artifact.licenses.items():
+            total[license] = max(total.get(license, 0), num_bytes)
+    return total
+
+
+def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    sealed = {**manifest, "manifest": hashlib.sha256(canonical(manifest)).hexdigest()}
+    write_atomically(path / MANIFEST, canonical(sealed))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file so that a reader, or a crash, sees either the old bytes or the new ones."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "platform": f"{sys.platform}-{platform.machine()}"}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def walk(path: Path) -> Iterator[Path]:
+    """The files of one artifact: not its manifest, not the artifacts nested below it, not `.state`."""
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            if entry.name != STATE and not (entry / MANIFEST).exists():
+                yield from walk(entry)
+        elif entry.name not in (MANIFEST, f".{MANIFEST}.partial"):
+            yield entry
+
+
+# ---- reading -------------------------------------------------------------------------------------------
+
+
+def load(path: Path) -> Artifact:
+    """Read a manifest and check its own seal.
+
+    Raises InputError when there is none, Failure when it is damaged.
+    """
+    file = path / MANIFEST
+    try:
+        data = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path} is not an artifact: it has no {MANIFEST}") from None
+    try:
+        manifest = json.loads(data)
+        seal = manifest.pop("manifest")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise Failure(f"{file} is damaged: not a manifest") from None
+    if hashlib.sha256(canonical(manifest)).hexdigest() != seal or canonical({**manifest, "manifest": seal}) != data:
+        raise Failure(f"{file} is damaged: its text does not match its own hash")
+    return Artifact(path, manifest)
+
+
+def standing(path: Path, key: str) -> Artifact | None:
+    """The artifact at `path` if it is committed under this key and each file is there in its full size."""
+    if not (path / MANIFEST).exists():
+        return None
+    artifact = load(path)
+    if artifact.key != key:
+        return None
+    for name, entry in artifact.manifest["files"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise Failure(f"{file} is missing or cut short; remove {path} and run again to rebuild it")
+    return artifact
+
+
+@dataclass(frozen=True)
+class Verification:
+    """`problems`: one line each, naming the file. `not_covered`: paths that no manifest vouches for."""
+
+    num_files: int
+    num_bytes: int
+    problems: list[str]
+    not_covered: list[str]
+
+
+def verify(path: Path) -> Verification:
+    """Hash again every file that the manifests at and below `path` cover."""
+    load(path)  # the top must be an artifact; below it, damage is collected instead of raised
+    num_files = num_bytes = 0
+    problems: list[str] = []
+    not_covered: list[str] = []
+    for folder in sorted({path, *(file.parent for file in path.rglob(MANIFEST))}):
+        try:
+            covered: dict[str, Any] = load(folder).manifest["files"]
+        except Failure as damage:
+            problems.append(str(damage))
+            continue
+        num_files += 1  # the manifest itself
+        for name, entry in covered.items():
+            file = folder / name
+            num_files += 1
+            num_bytes += entry["bytes"]
+            if not file.is_file():
+                problems.append(f"{file} is missing")
+            elif sha256_file(file) != entry["sha256"]:
+                problems.append(f"{file} is damaged: its bytes do not match their SHA-256")
+        extra = {file.relative_to(folder).as_posix() for file in walk(folder)} - set(covered)
+        not_covered += [str(folder / name) for name in sorted(extra)]
+        if (folder / STATE).exists():
+            not_covered.append(str(folder / STATE))
+    return Verification(num_files, num_bytes, problems, not_covered)
+
+
+# ---- lineage -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One node of a lineage: an artifact, or (kind "source") a place where data entered."""
+
+    name: str
+    kind: str
+    key: str
+    content: str
+    detail: dict[str, Any]
+    inputs: list["Origin"]
+
+
+def lineage(path: Path) -> Origin:
+    """From an artifact back to each source and license, read from its manifest alone."""
+    artifact = load(path)
+    return _origin(path.name, artifact.manifest)
+
+
+def _origin(name: str, node: Mapping[str, Any]) -> Origin:
+    sources = [
+        Origin(source, "source", "", str(detail.get("fingerprint", "")), dict(detail), [])
+        for source, detail in sorted(node["sources"].items())
+    ]
+    parents = [_origin(parent, entry) for parent, entry in sorted(node["inputs"].items())]
+    return Origin(name, node["kind"], node["key"], node["content"], {"path": node.get("path", "")}, sources + parents)

@@ -1,0 +1,200 @@
+"""The command line: one subcommand per verb, no logic. Each verb is a plain Python function elsewhere."""
+
+import errno
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gristmill.errors import Failure, InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Build fine-grained mixture-of-experts language models: raw text in, a trained and measured model out.\n\n"
+    "Start with `gristmill run quickstart`.",
+)
+
+RecipeArg = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a .yaml file.")]
+OutOpt = Annotated[Path | None, typer.Option("--out", help="The run folder. [default: runs/NAME]")]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=c", help="Change one key of the recipe; repeat it. The value is YAML."),
+]
+PathArg = Annotated[Path, typer.Argument(metavar="PATH", help="A run folder or an artifact in it.")]
+ModelArg = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint, or a Hugging Face dbrx directory.")
+]
+
+
+def _run(name: str, out: Path | None, overrides: list[str] | None, until: Any) -> None:
+    from gristmill.pipeline import run as run_recipe
+    from gristmill.recipe import load_recipe
+
+    run_recipe(load_recipe(name, overrides or ()), out, until)
+
+
+@app.command()
+def run(recipe: RecipeArg, out: OutOpt = None, set: SetOpt = None) -> None:
+    """Run all stages of a recipe, then write the report.
+
+    What stands is not run again; after Ctrl-C the same command goes on where it was.
+    """
+    _run(recipe, out, set, None)
+
+
+@app.command()
+def corpus(recipe: RecipeArg, out: OutOpt = None, set: SetOpt = None) -> None:
+    """Run a recipe up to its corpus: documents cleaned, deduplicated, licensed and split."""
+    _run(recipe, out, set, "corpus")
+
+
+@app.command()
+def tokenizer(recipe: RecipeArg, out: OutOpt = None, set: SetOpt = None) -> None:
+    """Run a recipe up to its tokenizer."""
+    _run(recipe, out, set, "tokenizer")
+
+
+@app.command()
+def shards(recipe: RecipeArg, out: OutOpt = None, set: SetOpt = None) -> None:
+    """Run a recipe up to its token shards."""
+    _run(recipe, out, set, "shards")
+
+
+@app.command()
+def train(recipe: RecipeArg, out: OutOpt = None, set: SetOpt = None) -> None:
+    """Run a recipe up to its trained model."""
+    _run(recipe, out, set, "train")
+
+
+@app.command()
+def recipe(name: RecipeArg, set: SetOpt = None) -> None:
+    """Print a recipe with every key resolved, as YAML that `run` takes."""
+    from gristmill.recipe import load_recipe, to_yaml
+
+    print(to_yaml(load_recipe(name, set or ())), end="")
+
+
+@app.command()
+def generate(
+    model: ModelArg,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the most probable tokens up to this mass.")] = 0.95,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Keep so many of the most probable tokens.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Continue a text, streaming. The prompt is text only: control tokens in it stay ordinary characters."""
+    from gristmill.inference import Sampling, load_model, stream
+
+    loaded, its_tokenizer = load_model(model)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    sys.stdout.write(prompt)
+    for text in stream(loaded, its_tokenizer, prompt, sampling, max_tokens):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def report(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")]) -> None:
+    """Write a run's report again from what stands in its folder."""
+    from gristmill.report.collect import collect_run
+    from gristmill.report.page import write
+
+    write(collect_run(path))
+    print(path / "report.html")
+
+
+@app.command()
+def count(name: RecipeArg, set: SetOpt = None) -> None:
+    """Parameters, active parameters and training FLOPs of a recipe's model."""
+    from gristmill.model.counts import count_params, train_flops_per_token
+    from gristmill.recipe import load_recipe
+
+    found = load_recipe(name, set or ())
+    counts = count_params(found.model)
+    print(f"parameters           {counts.total_params:,}")
+    print(f"active parameters    {counts.active_params:,}")
+    print(f"training FLOPs/token {train_flops_per_token(found.model, found.train.seq_len):,.0f}")
+
+
+@app.command()
+def verify(path: PathArg) -> None:
+    """Hash every file that the manifests cover; names a damaged one and exits with 1."""
+    from gristmill.artifact import verify as verify_path
+
+    result = verify_path(path)
+    for line in result.not_covered:
+        print(f"not covered: {line}")
+    for line in result.problems:
+        print(line, file=sys.stderr)
+    if result.problems:
+        raise typer.Exit(1)
+    print(f"{result.num_files:,} files, {result.num_bytes / 1e6:,.1f} MB: every byte is as it was written")
+
+
+@app.command()
+def lineage(path: PathArg) -> None:
+    """Walk from a model back to each source and license."""
+    from gristmill.artifact import Origin
+    from gristmill.artifact import lineage as lineage_of
+
+    def show(node: Origin, depth: int) -> None:
+        licenses = node.detail.get("licenses", {})
+        said = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(licenses.items(), key=lambda x: -x[1]))
+        print(f"{'  ' * depth}{node.kind} {node.name}  {node.content[:12]}  {said}".rstrip())
+        for parent in node.inputs:
+            show(parent, depth + 1)
+
+    show(lineage_of(path), 0)
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 failed, 2 bad input, 75 saved on SIGTERM (run again), 130 Ctrl-C."""
+    sys.exit(_exit_code(lambda: app(standalone_mode=False)))
+
+
+def _exit_code(call: Callable[[], Any]) -> int:
+    import click
+
+    try:
+        return int(call() or 0)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as bad:
+        bad.show()
+        return 2
+    except InputError as bad:
+        print(f"error: {bad}", file=sys.stderr)
+        return 2
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        where = f" ({problem.filename})" if problem.filename else ""
+        fix = "free some room" if problem.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable or choose --out"
+        print(f"error: {problem.strerror}{where}; {fix}, then run the same command: what stands is kept", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return 130
+    except BaseException as stop:
+        signum = getattr(stop, "signum", None)
+        if signum is None:
+            raise
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130 if signum == signal.SIGINT else 75
+
+
+if __name__ == "__main__":
+    main()

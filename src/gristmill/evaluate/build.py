@@ -1,0 +1,45 @@
+"""The evaluation stage: scores validation and test, runs the baselines, draws samples, writes `evaluation.json`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gristmill import progress
+from gristmill.artifact import Built, canonical
+from gristmill.evaluate import baselines
+from gristmill.evaluate.bits_per_byte import bits_per_byte
+from gristmill.evaluate.config import EvaluateConfig
+from gristmill.evaluate.documents import Document, read_documents
+from gristmill.evaluate.samples import sample
+from gristmill.evaluate.scorer import Scorer
+
+if TYPE_CHECKING:
+    from gristmill.tokenizer import Tokenizer
+
+
+def build_evaluation(cfg: EvaluateConfig, corpus: Path, tokenizer: "Tokenizer", scorer: Scorer, out: Path) -> Built:
+    """Writes `out/evaluation.json`; the metrics are its figures without the samples.
+
+    The baselines and the samples use the test documents: all of these are looked at once, at the end.
+    """
+    validation = read_documents(corpus, "validation", cfg.validation_bytes)
+    test = read_documents(corpus, "test", cfg.test_bytes)
+    figures: dict[str, Any] = {
+        "validation": _score("validation", validation, scorer, tokenizer),
+        "test": _score("test", test, scorer, tokenizer),
+        "baselines": {
+            "xz_document": baselines.xz_each(test),
+            "xz": baselines.xz_whole(test),
+            "trigram": baselines.trigram(test, corpus, tokenizer),
+        },
+    }
+    with progress.bar("completing held-out prompts") as advance:
+        samples = sample(test, scorer, tokenizer, cfg, advance)
+    (out / "evaluation.json").write_bytes(canonical(figures | samples))
+    return Built(metrics=figures | {name: samples[name] for name in ("parse_share",) if name in samples})
+
+
+def _score(split: str, documents: list[Document], scorer: Scorer, tokenizer: "Tokenizer") -> dict[str, Any]:
+    num_bytes = sum(document.num_bytes for document in documents)
+    with progress.bar(f"scoring {split}", num_bytes) as advance:
+        figures = bits_per_byte(documents, scorer, tokenizer, advance)
+    return {"bits_per_byte": figures, "documents": len(documents), "bytes": num_bytes}

@@ -1,0 +1,41 @@
+"""Settings of the evaluation stage."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How held-out text is scored and sampled.
+
+    `context_length`: tokens that the model sees at once; None is the length that it was trained at.
+    `validation_bytes`, `test_bytes`: at most about so many bytes of a split, drawn per source by hash; None is all.
+    `training_bytes`: so much of validation, drawn alike, is scored at each checkpoint during training.
+    `samples` prompts a source are shown in the report; `functions` are completed for the share that parses.
+    `prompt_tokens` is a prose prompt's length and the most that a function's head may have.
+    """
+
+    context_length: int | None = None
+    validation_bytes: int | None = 200_000
+    training_bytes: int | None = 40_000
+    test_bytes: int | None = 500_000
+    samples: int = 4
+    functions: int = 24
+    prompt_tokens: int = 64
+    sample_tokens: int = 96
+    temperature: float = 0.8
+    top_p: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.context_length is not None and self.context_length < 2:
+            raise ValueError(f"context_length={self.context_length} must be at least 2, or null for the trained length")
+        for name in ("validation_bytes", "training_bytes", "test_bytes"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or null for the whole split")
+        for name in ("samples", "functions", "prompt_tokens", "sample_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be positive: the greedy completion is made anyway")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")

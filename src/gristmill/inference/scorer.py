@@ -1,0 +1,123 @@
+"""The built-in `Scorer`: any model in this process, also one in the middle of its training."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gristmill.errors import InputError
+from gristmill.evaluate import Window, windows
+from gristmill.inference.generate import decode, evaluating
+from gristmill.inference.sampler import Sampling
+from gristmill.model import Transformer
+
+TILE_TOKENS = 8192  # positions in one forward pass
+SHORTEST = 64  # windows are padded to this times a power of two: few shapes, each of which costs a kernel to compile
+LOGITS_ROWS = 512  # positions whose logits stand in memory at once
+
+
+class Job(NamedTuple):
+    sequence: int
+    window: Window
+
+
+class ModelScorer:
+    """`window`: the context in tokens, at most the model's `max_seq_len`; normally the length that it trained at."""
+
+    def __init__(self, model: Transformer, window: int) -> None:
+        if not 2 <= window <= model.cfg.max_seq_len:
+            raise InputError(
+                f"context_length={window} must be from 2 to the model's max_seq_len={model.cfg.max_seq_len}"
+            )
+        self.model = model
+        self.window = window
+
+    @torch.inference_mode()
+    def loglikelihood(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Nats of each sequence's tokens after the first; see `gristmill.evaluate.Scorer`."""
+        totals = torch.zeros(len(sequences), dtype=torch.float64)
+        with evaluating(self.model):
+            for length, jobs in self._tiles(sequences):
+                totals.index_add_(0, torch.tensor([job.sequence for job in jobs]), self._score(sequences, jobs, length))
+        return totals.tolist()
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        stop_ids: frozenset[int],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """All prompts as one batch. Raises InputError when a prompt and `max_tokens` exceed the model's context."""
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        if longest + max_tokens > self.model.cfg.max_seq_len:
+            raise InputError(
+                f"a prompt of {longest} tokens and {max_tokens} new ones exceed max_seq_len="
+                f"{self.model.cfg.max_seq_len}; lower prompt_tokens or sample_tokens"
+            )
+        made: list[list[int]] = [[] for _ in prompts]
+        running = set(range(len(prompts)))
+        if not running:
+            return made
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        for ids in decode(self.model, prompts, sampling, max_tokens):
+            running -= {i for i in running if ids[i] in stop_ids}
+            for i in running:
+                made[i].append(ids[i])
+            if not running:
+                break
+        return made
+
+    def _tiles(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[Job]]]:
+        """(padded length, windows to run together), longest first."""
+        by_length: dict[int, list[Job]] = defaultdict(list)
+        for number, sequence in enumerate(sequences):
+            for window in windows(len(sequence) - 1, self.window):
+                by_length[self._padded(window.end - window.start)].append(Job(number, window))
+        for length in sorted(by_length, reverse=True):
+            jobs = by_length[length]
+            rows = max(1, TILE_TOKENS // length)
+            for start in range(0, len(jobs), rows):
+                yield length, jobs[start : start + rows]
+
+    def _padded(self, length: int) -> int:
+        padded = SHORTEST
+        while padded < length:
+            padded *= 2
+        return min(padded, self.window)
+
+    def _score(self, sequences: Sequence[Sequence[int]], jobs: list[Job], length: int) -> Tensor:
+        """[jobs] nats in float64."""
+        rows = 1 << (len(jobs) - 1).bit_length()  # a last, smaller tile: again few shapes
+        tokens = torch.zeros(rows, length, dtype=torch.long)
+        targets = torch.full((rows, length), -1)
+        for row, (number, (start, end, first)) in enumerate(jobs):
+            tokens[row, : end - start] = torch.tensor(sequences[number][start:end])
+            targets[row, first - start : end - start] = torch.tensor(sequences[number][first + 1 : end + 1])
+        device = self.model.wte.weight.device
+        positions = torch.arange(length, device=device).expand(rows, -1)
+        hidden, _ = self.model(tokens.to(device), positions, causal)
+        counted = (targets.flatten() >= 0).nonzero().squeeze(1)
+        nats = self._nats(hidden.flatten(0, 1), targets.flatten().to(device), counted.to(device))
+        return torch.zeros(rows, dtype=torch.float64).index_add_(0, counted // length, nats.double().cpu())[: len(jobs)]
+
+    def _nats(self, hidden_TD: Tensor, targets_T: Tensor, counted: Tensor) -> Tensor:
+        """log p of the counted positions' targets, some rows of logits at a time, always the same number of rows."""
+        nats = []
+        for chunk in torch.split(counted, LOGITS_ROWS):
+            rows = F.pad(chunk, (0, LOGITS_ROWS - len(chunk)), value=int(counted[0]))
+            losses = F.cross_entropy(self.model.logits(hidden_TD[rows]), targets_T[rows], reduction="none")
+            nats.append(-losses[: len(chunk)])
+        return torch.cat(nats)
+
+
+def causal(layer: int, q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor) -> Tensor:
+    """Attention of whole sequences from their first token on; right padding is behind everything that counts."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHC, k_BSGC, v_BSGC))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)

@@ -1,0 +1,125 @@
+"""Causal attention over packed documents: a token sees the earlier tokens of its own document.
+
+Shapes: B sequences, S positions, H query heads, G key/value heads, C head size.
+
+A document is a contiguous run, so the keys that query i may see are the range from its document's start to i.
+The fast path walks tiles of queries and multiplies each with the keys from the earliest start to the tile's end:
+half of the square that a masked attention computes, and less where documents are short. The softmax is recomputed in
+the backward pass from its log-sum-exp (FlashAttention, Dao et al., 2022, arXiv:2205.14135).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gristmill.kernels.compiled import fused
+
+TILE_QUERIES = 128
+
+
+def document_starts(document_ids_BS: Tensor) -> Tensor:
+    """[B, S]: for each position the first position of its document."""
+    S = document_ids_BS.shape[1]
+    index = torch.arange(S, device=document_ids_BS.device).expand_as(document_ids_BS)
+    is_start = F.pad(document_ids_BS[:, 1:] != document_ids_BS[:, :-1], (1, 0), value=True)
+    return torch.where(is_start, index, 0).cummax(1).values
+
+
+def packed_attention_reference(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, starts_BS: Tensor) -> Tensor:
+    """The specification: torch's own attention under the explicit mask. Returns [B, S, H, C]."""
+    index = torch.arange(q_BSHC.shape[1], device=q_BSHC.device)
+    visible = (index <= index[:, None]) & (index >= starts_BS[:, :, None])
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHC, k_BSGC, v_BSGC))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=True).transpose(1, 2)
+
+
+def packed_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, starts_BS: Tensor) -> Tensor:
+    """The same function, tiled, on the CPU; elsewhere torch's own kernels are already fused."""
+    if q_BSHC.device.type != "cpu":
+        return packed_attention_reference(q_BSHC, k_BSGC, v_BSGC, starts_BS)
+    return _PackedAttention.apply(q_BSHC, k_BSGC, v_BSGC, starts_BS)
+
+
+@fused
+def _softmax(scores: Tensor, starts: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """scores [B, G, R, T, L] of T queries against L keys; returns probabilities and log-sum-exp [B, G, R, T]."""
+    visible = (key <= query[:, None]) & (key >= starts[:, :, None])
+    s = torch.where(visible[:, None, None], scores.float(), float("-inf"))
+    lse = torch.logsumexp(s, -1)
+    return (s - lse[..., None]).exp().to(scores.dtype), lse
+
+
+@fused
+def _softmax_backward(
+    scores: Tensor, grad_probs: Tensor, lse: Tensor, delta: Tensor, starts: Tensor, query: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the probabilities again and the gradient of the scores."""
+    visible = (key <= query[:, None]) & (key >= starts[:, :, None])
+    probs = torch.where(visible[:, None, None], (scores.float() - lse[..., None]).exp(), 0.0)
+    grad = probs * (grad_probs.float() - delta[..., None])
+    return probs.to(scores.dtype), grad.to(scores.dtype)
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Heads that share a key head lie together as rows of one GEMM: [B*G, R*T, C] x [B*G, C, L], R = H / G."""
+
+    @staticmethod
+    def forward(ctx, q_BSHC, k_BSGC, v_BSGC, starts_BS):  # type: ignore[no-untyped-def, override]
+        B, S, H, C = q_BSHC.shape
+        G = k_BSGC.shape[2]
+        q = (q_BSHC.float() * C**-0.5).to(q_BSHC.dtype).view(B, S, G, H // G, C).permute(0, 2, 3, 1, 4).contiguous()
+        k = k_BSGC.permute(0, 2, 1, 3).reshape(B * G, S, C)
+        v = v_BSGC.permute(0, 2, 1, 3).reshape(B * G, S, C)
+        out = torch.empty_like(q)  # [B, G, R, S, C]
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32)
+        tiles = _tiles(starts_BS)
+        index = torch.arange(S)
+        for queries, keys in tiles:
+            scores = _scores(q[:, :, :, queries], k[:, keys])
+            probs, lse[..., queries] = _softmax(scores, starts_BS[:, queries], index[queries], index[keys])
+            rows = torch.bmm(probs.flatten(2, 3).flatten(0, 1), v[:, keys])
+            out[:, :, :, queries] = rows.view(B, G, H // G, -1, C)
+        ctx.save_for_backward(q, k, v, out, lse, starts_BS)
+        ctx.tiles = tiles
+        return out.permute(0, 3, 1, 2, 4).reshape(B, S, H, C)
+
+    @staticmethod
+    def backward(ctx, grad_BSHC):  # type: ignore[no-untyped-def, override]
+        q, k, v, out, lse, starts_BS = ctx.saved_tensors
+        B, G, R, S, C = q.shape
+        grad = grad_BSHC.view(B, S, G, R, C).permute(0, 2, 3, 1, 4).contiguous()
+        delta = (grad.float() * out.float()).sum(-1)
+        dq = torch.empty_like(q)
+        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        index = torch.arange(S)
+        for queries, keys in ctx.tiles:
+            q_tile = q[:, :, :, queries].reshape(B * G, -1, C)
+            grad_tile = grad[:, :, :, queries].reshape(B * G, -1, C)
+            scores = _scores(q[:, :, :, queries], k[:, keys])
+            grad_probs = torch.bmm(grad_tile, v[:, keys].transpose(1, 2)).view(scores.shape)
+            probs, dscores = _softmax_backward(
+                scores, grad_probs, lse[..., queries], delta[..., queries], starts_BS[:, queries], index[queries], index[keys]
+            )
+            probs, dscores = probs.view(B * G, -1, probs.shape[-1]), dscores.view(B * G, -1, dscores.shape[-1])
+            dv[:, keys] += torch.bmm(probs.transpose(1, 2), grad_tile)
+            dq[:, :, :, queries] = torch.bmm(dscores, k[:, keys]).view(B, G, R, -1, C)
+            dk[:, keys] += torch.bmm(dscores.transpose(1, 2), q_tile)
+        dq = (dq.float() * C**-0.5).to(q.dtype).permute(0, 3, 1, 2, 4).reshape(B, S, G * R, C)
+        dk, dv = (d.to(k.dtype).view(B, G, S, C).transpose(1, 2) for d in (dk, dv))
+        return dq, dk, dv, None
+
+
+def _scores(q_tile: Tensor, k_tile: Tensor) -> Tensor:
+    B, G, R, T, C = q_tile.shape
+    return torch.bmm(q_tile.reshape(B * G, R * T, C), k_tile.transpose(1, 2)).view(B, G, R, T, -1)
+
+
+def _tiles(starts_BS: Tensor) -> list[tuple[slice, slice]]:
+    """(queries, keys) of each tile. Keys begin at a tile boundary, so that few shapes occur."""
+    S = starts_BS.shape[1]
+    tiles = []
+    for first in range(0, S, TILE_QUERIES):
+        last = min(first + TILE_QUERIES, S)
+        earliest = int(starts_BS[:, first].min()) // TILE_QUERIES * TILE_QUERIES
+        tiles.append((slice(first, last), slice(earliest, last)))
+    return tiles

@@ -1,0 +1,55 @@
+"""The model's shape, under the names that DBRX published. Imports nothing: every room may read it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A DBRX-style decoder. The defaults are the published 132B model's.
+
+    `vocab_size` None means: the tokenizer's, rounded up to a multiple of 128 (the recipe fills it in).
+    `ffn` "dense" replaces the experts by one GLU of width `ffn_hidden_size`: the same interface, for comparison.
+    """
+
+    d_model: int = 6144
+    n_layers: int = 40
+    n_heads: int = 48
+    kv_n_heads: int = 8
+    max_seq_len: int = 32768
+    vocab_size: int | None = None
+    rope_theta: float = 500000.0
+    clip_qkv: float | None = 8.0
+    ffn: Literal["moe", "dense"] = "moe"
+    ffn_hidden_size: int = 10752
+    moe_num_experts: int = 16
+    moe_top_k: int = 4
+    moe_loss_weight: float = 0.05
+    moe_jitter_eps: float = 0.0
+    moe_normalize_expert_weights: float | None = 1.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layers", "n_heads", "kv_n_heads", "max_seq_len", "ffn_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model={self.d_model} must be a multiple of n_heads={self.n_heads}")
+        if self.d_model // self.n_heads % 2:
+            raise ValueError(f"d_model={self.d_model} / n_heads={self.n_heads} must be even: rotary embedding turns pairs")
+        if self.n_heads % self.kv_n_heads:
+            raise ValueError(f"kv_n_heads={self.kv_n_heads} must divide n_heads={self.n_heads}")
+        if not 1 <= self.moe_top_k <= self.moe_num_experts:
+            raise ValueError(f"moe_top_k={self.moe_top_k} must be from 1 to moe_num_experts={self.moe_num_experts}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 1")
+        if self.clip_qkv is not None and self.clip_qkv <= 0:
+            raise ValueError(f"clip_qkv={self.clip_qkv} must be positive, or null for no clipping")
+        if not 0 <= self.moe_jitter_eps < 1:
+            raise ValueError(f"moe_jitter_eps={self.moe_jitter_eps} must be from 0 to below 1")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads

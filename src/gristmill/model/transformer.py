@@ -1,0 +1,183 @@
+"""The DBRX decoder, top to bottom. It serves training and inference alike: what attends is passed in.
+
+Shapes: B sequences, S positions, T = B*S tokens, D model, H query heads, G key/value heads, C head size,
+L layers, E experts, K experts a token, F hidden, V vocabulary.
+
+Parameters are fp32 masters under DBRX's own names; `compute_dtype` is what the arithmetic runs in.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gristmill.kernels.attention import document_starts, packed_attention
+from gristmill.kernels.experts import experts
+from gristmill.kernels.rotary import rotary_angles, rotate
+from gristmill.model.config import LAYER_NORM_EPS, ModelConfig
+
+# attend(layer, q [B, S, H, C], k [B, S, G, C], v [B, S, G, C]) -> [B, S, H, C]
+Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def packed(document_ids_BS: Tensor) -> Attend:
+    """Training's attention: causal, within each document of a packed sequence."""
+    starts_BS = document_starts(document_ids_BS)
+    return lambda layer, q, k, v: packed_attention(q, k, v, starts_BS)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the routers did. `balance_loss`: scalar, already weighted. `counts_LE`: assignments to each expert."""
+
+    balance_loss: Tensor
+    counts_LE: Tensor
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ, without bias, in x's dtype."""
+
+    def __init__(self, inputs: int, outputs: int, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with a scale and no bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), None, LAYER_NORM_EPS)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; q, k and v come from one projection, clamped before they are split and turned."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        kv_width = cfg.kv_n_heads * cfg.head_dim
+        self.Wqkv = Linear(cfg.d_model, cfg.d_model + 2 * kv_width, cfg.initializer_range)
+        self.out_proj = Linear(cfg.d_model, cfg.d_model, cfg.initializer_range)
+
+    def forward(self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        cfg, (B, S, D) = self.cfg, x_BSD.shape
+        qkv = self.Wqkv(x_BSD)
+        if cfg.clip_qkv is not None:
+            qkv = qkv.clamp(-cfg.clip_qkv, cfg.clip_qkv)
+        q, k, v = qkv.view(B, S, -1, cfg.head_dim).split((cfg.n_heads, cfg.kv_n_heads, cfg.kv_n_heads), dim=2)
+        attended = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.out_proj(attended.reshape(B, S, D))
+
+
+class Experts(nn.Module):
+    """The stacked experts; w2 is not transposed: y = (silu(x w1ᵀ) * (x v1ᵀ)) w2."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        shape = (cfg.moe_num_experts, cfg.ffn_hidden_size, cfg.d_model)
+        self.w1, self.v1, self.w2 = (nn.Parameter(torch.randn(shape) * cfg.initializer_range) for _ in range(3))
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        return experts(x_TD, weights_TK, ids_TK, self.w1, self.v1, self.w2)
+
+
+class MoE(nn.Module):
+    """Dropless mixture: the router in fp32, each token to its top k experts."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.router = Linear(cfg.d_model, cfg.moe_num_experts, cfg.initializer_range)
+        self.experts = Experts(cfg)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the output [T, D], the balancing loss (1 when balanced) and the counts [E]."""
+        cfg, E = self.cfg, self.cfg.moe_num_experts
+        routed = x_TD.float()
+        if self.training and cfg.moe_jitter_eps:
+            routed = routed * torch.empty_like(routed).uniform_(1 - cfg.moe_jitter_eps, 1 + cfg.moe_jitter_eps)
+        probs_TE = self.router(routed).softmax(-1)
+        weights_TK, ids_TK = probs_TE.topk(cfg.moe_top_k, dim=-1)
+        if cfg.moe_normalize_expert_weights is not None:
+            weights_TK = weights_TK / weights_TK.norm(p=cfg.moe_normalize_expert_weights, dim=-1, keepdim=True)
+        counts_E = torch.bincount(ids_TK.flatten(), minlength=E)
+        # MegaBlocks' form: the share of assignments (no gradient) times the mean probability, per layer.
+        balance = E * (counts_E.float() / ids_TK.numel() * probs_TE.mean(0)).sum()
+        return self.experts(x_TD, weights_TK, ids_TK), balance, counts_E
+
+
+class DenseGLU(nn.Module):
+    """One GLU for all tokens, behind the interface of `MoE`: nothing to route, nothing to balance."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        shape = (cfg.ffn_hidden_size, cfg.d_model)
+        self.w1, self.v1, self.w2 = (nn.Parameter(torch.randn(shape) * cfg.initializer_range) for _ in range(3))
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up = F.linear(x_TD, self.w1.to(x_TD.dtype)), F.linear(x_TD, self.v1.to(x_TD.dtype))
+        out = (F.silu(gate) * up) @ self.w2.to(x_TD.dtype)
+        return out, x_TD.new_zeros((), dtype=torch.float32), torch.tensor([len(x_TD)], device=x_TD.device)
+
+
+class Block(nn.Module):
+    """x += attention(norm_1(x)); x += ffn(norm_2(x))."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = LayerNorm(cfg.d_model), LayerNorm(cfg.d_model)
+        self.attn = Attention(cfg)
+        self.ffn: MoE | DenseGLU
+        match cfg.ffn:
+            case "moe":
+                self.ffn = MoE(cfg)
+            case "dense":
+                self.ffn = DenseGLU(cfg)
+
+    def forward(
+        self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x_BSD = x_BSD + self.attn(self.norm_1(x_BSD), layer, cos, sin, attend)
+        out_TD, balance, counts_E = self.ffn(self.norm_2(x_BSD).flatten(0, 1))
+        return x_BSD + out_TD.view_as(x_BSD), balance, counts_E
+
+
+class Transformer(nn.Module):
+    """Token ids to final hidden states; `logits` (or a chunked loss over `lm_head.weight`) finishes the job."""
+
+    def __init__(self, cfg: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        assert cfg.vocab_size is not None, "the recipe or the checkpoint fills in vocab_size"
+        self.cfg = cfg
+        self.compute_dtype = compute_dtype
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        nn.init.normal_(self.wte.weight, std=cfg.initializer_range)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm_f = LayerNorm(cfg.d_model)
+        self.lm_head = Linear(cfg.d_model, cfg.vocab_size, cfg.initializer_range)
+
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, attend: Attend) -> tuple[Tensor, Routing]:
+        """Returns hidden states [B, S, D] in `compute_dtype`, and the routing."""
+        x_BSD = self.wte(tokens_BS).to(self.compute_dtype)
+        cos, sin = rotary_angles(positions_BS, self.cfg.head_dim, self.cfg.rope_theta)
+        balances, counts = [], []
+        for layer, block in enumerate(self.blocks):
+            x_BSD, balance, counts_E = block(x_BSD, layer, cos, sin, attend)
+            balances.append(balance)
+            counts.append(counts_E)
+        balance_loss = self.cfg.moe_loss_weight * torch.stack(balances).mean()
+        return self.norm_f(x_BSD), Routing(balance_loss, torch.stack(counts))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] in fp32."""
+        return self.lm_head(hidden).float()

@@ -1,0 +1,219 @@
+"""Recipes: YAML on the outside, the stages' own frozen configuration classes on the inside, nothing unknown between.
+
+A recipe may name one parent (`base: quickstart`), a shipped recipe or a file. `--set a.b=c` changes one key; the value
+is YAML. A section's keys are merged into the parent's; the value of a key (a list, the table of sources) is replaced.
+"""
+
+import difflib
+import typing
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from gristmill.corpus.config import CorpusConfig
+from gristmill.errors import InputError
+from gristmill.evaluate.config import EvaluateConfig
+from gristmill.hub.export import ExportConfig
+from gristmill.model import ModelConfig
+from gristmill.streaming.config import ShardsConfig
+from gristmill.streaming.order import Stage
+from gristmill.tokenizer import TokenizerConfig
+from gristmill.train.config import TrainConfig
+
+VOCAB_MULTIPLE = 128  # a round number of columns for the output matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One section a stage."""
+
+    name: str
+    corpus: CorpusConfig
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def load_recipe(name: str, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe or a file, apply `a.b=c` overrides, resolve what follows from what.
+
+    Raises InputError that names the key's path, what was given, the rule and the nearest valid name.
+    """
+    tree = _read(name)
+    for override in overrides:
+        tree = _override(tree, override)
+    _check_keys(Recipe, tree, "")
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(tree)
+    except ValidationError as error:
+        raise InputError(_explain(error, tree)) from None
+    return _resolve(recipe)
+
+
+def shipped_recipes() -> list[str]:
+    folder = resources.files("gristmill.recipes")
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(plain(recipe), sort_keys=False, width=120, allow_unicode=True)
+
+
+def plain(config: Any) -> Any:
+    """A configuration as YAML's own types: tuples become lists."""
+    if is_dataclass(config):
+        return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, dict):
+        return {key: plain(value) for key, value in config.items()}
+    return [plain(value) for value in config] if isinstance(config, list | tuple) else config
+
+
+def keyed(config: Any) -> Any:
+    """The part of a configuration that can change a stage's output, in JSON's types: it makes the stage's key."""
+    if is_dataclass(config):
+        return {f.name: keyed(getattr(config, f.name)) for f in fields(config) if f.metadata.get("key", True)}
+    if isinstance(config, dict):
+        return {str(key): keyed(value) for key, value in config.items()}
+    return [keyed(value) for value in config] if isinstance(config, list | tuple) else config
+
+
+def curriculum_of(cfg: CorpusConfig) -> tuple[Stage, ...]:
+    """The mix over training that the sources' weights describe: a new stage wherever one of them changes."""
+    weights = {
+        name: source.weight if isinstance(source.weight, dict) else {0.0: source.weight}
+        for name, source in cfg.sources.items()
+    }
+    starts = sorted({start for changes in weights.values() for start in changes})
+    return tuple(
+        Stage(until=until, mix={name: _at(changes, start) for name, changes in weights.items()})
+        for start, until in zip(starts, [*starts[1:], 1.0], strict=True)
+    )
+
+
+def _at(changes: dict[float, float], fraction: float) -> float:
+    return changes[max(start for start in changes if start <= fraction)]
+
+
+# ---- reading -------------------------------------------------------------------------------------------
+
+
+def _read(name: str) -> dict[str, Any]:
+    file = Path(name)
+    if file.suffix in (".yaml", ".yml"):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise InputError(f"recipe {name} cannot be read: {problem}") from None
+    elif name in shipped_recipes():
+        text = resources.files("gristmill.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise InputError(
+            f"no recipe named {name!r}; {_nearest(name, shipped_recipes())}, or give a path that ends in .yaml"
+        )
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise InputError(f"recipe {name} is not YAML: {problem}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"recipe {name} must be a mapping of sections, not {type(tree).__name__}")
+    base = tree.pop("base", None)
+    return _merge(Recipe, _read(str(base)), tree) if base is not None else tree
+
+
+def _merge(cls: Any, base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    hints = typing.get_type_hints(cls)
+    for key, value in changes.items():
+        group = hints.get(key)
+        if is_dataclass(group) and isinstance(merged.get(key), dict) and isinstance(value, dict):
+            merged[key] = _merge(group, merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"--set {override!r} must look like train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise InputError(f"--set {override!r}: the value is not YAML: {problem}") from None
+    return _with(tree, path.split("."), value, path)
+
+
+def _with(tree: Any, keys: list[str], value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: {keys[0]!r} lies below a plain value, which has no keys")
+    rest = _with(tree.get(keys[0]) or {}, keys[1:], value, path) if keys[1:] else value
+    return {**tree, keys[0]: rest}
+
+
+# ---- checking ------------------------------------------------------------------------------------------
+
+
+def _check_keys(cls: Any, tree: Any, path: str) -> None:
+    """Every key of the tree is a field of its class; pydantic would take unknown ones silently."""
+    if not isinstance(tree, dict):
+        return  # pydantic says what is wrong with it
+    hints = typing.get_type_hints(cls)
+    for key, value in tree.items():
+        if key not in hints:
+            raise InputError(f"{path}{key}: unknown key; {_nearest(str(key), list(hints))}")
+        hint = hints[key]
+        if is_dataclass(hint):
+            _check_keys(hint, value, f"{path}{key}.")
+        elif typing.get_origin(hint) is dict and isinstance(value, dict):
+            item = typing.get_args(hint)[1]
+            for name, entry in value.items():
+                if is_dataclass(item):
+                    _check_keys(item, entry, f"{path}{key}.{name}.")
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"valid: {', '.join(valid)}"
+
+
+def _explain(error: ValidationError, tree: Any) -> str:
+    """pydantic's first complaint as one line: path, what was given, the rule."""
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":  # from a configuration's own check: it begins with the field's name
+        return f"{path}.{first['ctx']['error']}" if path else str(first["ctx"]["error"])
+    if first["type"].startswith("missing"):
+        return f"{path}: this key is required"
+    return f"{path}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _resolve(recipe: Recipe) -> Recipe:
+    """Fill in what follows from something else, and check what concerns two sections."""
+    train, model, tokenizer = recipe.train, recipe.model, recipe.tokenizer
+    vocab_size = model.vocab_size or -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if vocab_size < tokenizer.vocab_size:
+        raise InputError(
+            f"model.vocab_size={vocab_size} must be at least tokenizer.vocab_size={tokenizer.vocab_size}; "
+            "leave it out to have it derived"
+        )
+    if recipe.shards.block_tokens % train.seq_len:
+        raise InputError(
+            f"train.seq_len={train.seq_len} must divide shards.block_tokens={recipe.shards.block_tokens}; change one of them"
+        )
+    if train.seq_len > model.max_seq_len:
+        raise InputError(f"train.seq_len={train.seq_len} must not exceed model.max_seq_len={model.max_seq_len}")
+    evaluate = recipe.evaluate
+    if evaluate.context_length is None:
+        evaluate = replace(evaluate, context_length=train.seq_len)
+    elif evaluate.context_length > model.max_seq_len:
+        raise InputError(
+            f"evaluate.context_length={evaluate.context_length} must not exceed model.max_seq_len={model.max_seq_len}"
+        )
+    return replace(recipe, model=replace(model, vocab_size=vocab_size), evaluate=evaluate)

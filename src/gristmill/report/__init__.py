@@ -1,0 +1,13 @@
+"""The report of a run: report.html, one self-contained page to read, and report.json, the same figures for programs.
+
+    report = collect(run, stages=…, recipe=…, machine=…, seconds=…)   # or collect_run(run), from the run's manifest
+    write(report)                                                     # run/report.html, run/report.json
+
+`collect` reads files and computes no pictures; `to_json` and `to_html` are pure. It reads artifacts and metrics.jsonl
+only: neither torch nor any other stage's code is imported.
+"""
+
+from gristmill.report.collect import Report, collect, collect_run, figures, to_json
+from gristmill.report.page import to_html, write
+
+__all__ = ["Report", "collect", "collect_run", "figures", "to_html", "to_json", "write"]

@@ -1,0 +1,265 @@
+"""What a report says, read from a run folder: artifacts' manifests, the evaluation, the drops, metrics.jsonl.
+
+Reads only; computes no pictures. An unfinished run is no special case: what is not there yet is absent or None.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gristmill import artifact
+from gristmill.artifact import Artifact
+from gristmill.errors import Failure, InputError
+from gristmill.report.text import is_number
+
+STAGES = ("corpus", "tokenizer", "shards", "train", "evaluate", "export")
+METRICS = "metrics.jsonl"
+BASELINES = ("trigram", "xz", "xz_document")
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that the page and report.json are made of.
+
+    `run` is the folder as the user names it (it appears in the commands to copy); `seconds` are wall-clock seconds per
+    stage; `train`, `validation` and `resumes` are the records of metrics.jsonl by kind, in order.
+    """
+
+    name: str
+    run: Path
+    stages: Mapping[str, Artifact]
+    recipe: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    seconds: Mapping[str, float]
+    train: tuple[Record, ...] = ()
+    validation: tuple[Record, ...] = ()
+    resumes: tuple[Record, ...] = ()
+    evaluation: Mapping[str, Any] | None = None
+    drops: Mapping[str, Any] | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """Stages that have not run yet, in their order."""
+        return [name for name in STAGES if name not in self.stages]
+
+    def metrics(self, stage: str) -> Mapping[str, Any]:
+        return self.stages[stage].metrics if stage in self.stages else {}
+
+    def sources(self) -> list[str]:
+        """All names of sources, sorted: a source's place in this list is its colour throughout the page."""
+        names = set(self.stages["corpus"].manifest["sources"]) if "corpus" in self.stages else set()
+        for record in self.train:
+            names |= set(record.get("source_tokens", {}))
+        return sorted(names)
+
+
+# ---- reading a run -------------------------------------------------------------------------------------
+
+
+def collect(
+    run: Path,
+    *,
+    stages: Mapping[str, Path],
+    recipe: Mapping[str, Any],
+    machine: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> Report:
+    """Read what the given stages' artifacts (their directories) and the run's metrics.jsonl hold.
+
+    Raises InputError where a directory is no artifact or a stage is unknown, Failure where a file is damaged.
+    """
+    unknown = sorted(set(stages) - set(STAGES))
+    if unknown:
+        raise InputError(f"stages={unknown} are not stages of a run; the report knows {', '.join(STAGES)}")
+    artifacts = {name: artifact.load(stages[name]) for name in STAGES if name in stages}
+    records = read_metrics(run / METRICS)
+    by_kind = {kind: tuple(r for r in records if r.get("kind") == kind) for kind in ("train", "validation", "resume")}
+    return Report(
+        name=run.resolve().name,
+        run=run,
+        stages=artifacts,
+        recipe=recipe,
+        machine=machine,
+        seconds={name: seconds[name] for name in STAGES if name in seconds},
+        train=by_kind["train"],
+        validation=by_kind["validation"],
+        resumes=by_kind["resume"],
+        evaluation=_read_json(artifacts.get("evaluate"), "evaluation.json"),
+        drops=_read_json(artifacts.get("corpus"), "drops.json"),
+    )
+
+
+def collect_run(run: Path) -> Report:
+    """The same for a run folder alone: its manifest says which artifacts are current.
+
+    Where there is no manifest yet (the run was interrupted), the newest artifact of each stage is taken and the
+    recipe is what their manifests tell of it. Raises InputError where there is nothing to report.
+    """
+    if (run / artifact.MANIFEST).exists():
+        manifest = artifact.load(run).manifest
+        if manifest["kind"] != "run":
+            raise InputError(
+                f"{run} holds an artifact of kind {manifest['kind']!r}; a report needs the run folder above it"
+            )
+        said = manifest["metrics"]
+        stages = {name: run / path for name, path in said["stages"].items()}
+        return collect(
+            run,
+            stages=stages,
+            recipe=manifest["config"],
+            machine=said.get("machine", {}),
+            seconds=said.get("seconds", {}),
+        )
+    stages = newest_stages(run)
+    if not stages and not (run / METRICS).exists():
+        raise InputError(
+            f"{run} is not a run folder: it has no {artifact.MANIFEST}, no {METRICS} and no stage's artifact"
+        )
+    recipe = {name: artifact.load(path).manifest["config"] for name, path in stages.items()}
+    return collect(run, stages=stages, recipe=recipe, machine={}, seconds={})
+
+
+def newest_stages(run: Path) -> dict[str, Path]:
+    """Stage -> directory of its artifact that was committed last."""
+    found: dict[str, tuple[str, Path]] = {}
+    for name in STAGES:
+        for file in sorted((run / name).rglob(artifact.MANIFEST)):
+            candidate = (artifact.load(file.parent).manifest["created"], file.parent)
+            found[name] = max(found.get(name, candidate), candidate)
+    return {name: path for name, (_, path) in found.items()}
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl; none if there is no file. The last line may be cut short: a run may be alive."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records: list[Record] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError
+                records.append(record)
+        except ValueError:
+            if number < len(lines):
+                raise Failure(f"{path} line {number} is damaged: not a JSON object: {line[:60]!r}") from None
+    return records
+
+
+def _read_json(stage: Artifact | None, name: str) -> Any:
+    if stage is None or not (stage.path / name).exists():
+        return None
+    try:
+        return json.loads((stage.path / name).read_bytes())
+    except ValueError:
+        raise Failure(
+            f"{stage.path / name} is damaged: not JSON; remove {stage.path} and run again to rebuild it"
+        ) from None
+
+
+# ---- figures -------------------------------------------------------------------------------------------
+
+
+def figures(report: Report) -> dict[str, float | None]:
+    """The headline figures under their names in report.json; None where they are not known (yet).
+
+    Bits per byte are over all sources. While training goes on, its figures are those of the last logged step.
+    """
+    train = report.metrics("train")
+    last = report.train[-1] if report.train else {}
+    test, validation = held_out(report), validation_bits(report)
+    compared = baselines(report)
+    found = {
+        "total_params": train.get("total_params"),
+        "active_params": train.get("active_params"),
+        "train_tokens": train.get("train_tokens", last.get("tokens")),
+        "train_seconds": train.get("train_seconds", last.get("seconds")),
+        "tokens_per_second": train.get("tokens_per_second", last.get("tokens_per_second")),
+        "mfu": train.get("mfu", last.get("mfu")),
+        "final_loss": train.get("final_loss", last.get("loss")),
+        "validation_bits_per_byte": validation.get("all"),
+        "held_out_bits_per_byte": test.get("all"),
+        **{f"{name}_bits_per_byte": compared[name].get("all") for name in BASELINES},
+        "export_max_logit_diff": report.metrics("export").get("export_max_logit_diff"),
+    }
+    return {name: value if is_number(value) else None for name, value in found.items()}
+
+
+def held_out(report: Report) -> Mapping[str, float]:
+    """Bits per byte of the test split: "all" and each source."""
+    measured: Mapping[str, float] = (report.evaluation or {}).get("test", {}).get("bits_per_byte", {})
+    return measured
+
+
+def validation_bits(report: Report) -> Mapping[str, float]:
+    """Bits per byte of the validation split: the evaluation's, else the last that training measured."""
+    measured = (report.evaluation or {}).get("validation", {}).get("bits_per_byte", {})
+    return measured or (report.validation[-1].get("bits_per_byte", {}) if report.validation else {})
+
+
+def baselines(report: Report) -> dict[str, Mapping[str, float]]:
+    said = (report.evaluation or {}).get("baselines", {})
+    return {name: said.get(name, {}) for name in BASELINES}
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """The content of report.json: the headline figures at the top, details in groups below them."""
+    said = {
+        "name": report.name,
+        "finished": not report.missing,
+        "missing_stages": report.missing,
+        **figures(report),
+        "held_out_by_source": by_source(held_out(report)),
+        "validation_by_source": by_source(validation_bits(report)),
+        "baselines_by_source": {name: by_source(bits) for name, bits in baselines(report).items()},
+        "parse_share": (report.evaluation or {}).get("parse_share"),
+        "corpus": {
+            "sources": report.stages["corpus"].manifest["sources"] if "corpus" in report.stages else {},
+            "licenses": licenses(report),
+            **{name: report.metrics("corpus").get(name, {}) for name in ("splits", "dropped")},
+        },
+        "stages": {
+            name: {
+                "path": Path(os.path.relpath(stage.path, report.run)).as_posix(),
+                "key": stage.key,
+                "content": stage.content,
+                "seconds": report.seconds.get(name),
+            }
+            for name, stage in report.stages.items()
+        },
+        "machine": dict(report.machine),
+        "recipe": dict(report.recipe),
+    }
+    return {name: _plain(value) for name, value in said.items()}
+
+
+def by_source(bits: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in bits.items() if name != "all"}
+
+
+def licenses(report: Report) -> dict[str, int]:
+    """SPDX expression -> bytes of kept text under it, summed over the corpus's sources; most first."""
+    total: dict[str, int] = {}
+    for source in report.stages["corpus"].manifest["sources"].values() if "corpus" in report.stages else ():
+        for license, num_bytes in source["licenses"].items():
+            total[license] = total.get(license, 0) + num_bytes
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null says "not known"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value

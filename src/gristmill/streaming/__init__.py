@@ -1,0 +1,22 @@
+"""Token shards in MosaicML's MDS format, and batches read from them in an order that is a pure function of the step.
+
+Needs numpy, and pyarrow where shards are written. Knows no other room: whoever builds shards passes the tokenizer's
+functions in.
+"""
+
+from gristmill.streaming.batches import Batch, Batches
+from gristmill.streaming.build import build_shards
+from gristmill.streaming.config import ShardsConfig
+from gristmill.streaming.mds import MDSReader, MDSWriter
+from gristmill.streaming.order import Stage, check_curriculum
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "MDSReader",
+    "MDSWriter",
+    "ShardsConfig",
+    "Stage",
+    "build_shards",
+    "check_curriculum",
+]

@@ -1,0 +1,255 @@
+"""Shard files of MosaicML Streaming's MDS format, version 2: a writer and a random-access reader.
+
+A shard: uint32 n | uint32 offsets[n + 1], from the start of the file | the configuration as JSON | n samples.
+A sample: uint32 sizes of its variable-sized columns | the columns' bytes; columns are sorted by name.
+`index.json` beside the shards names them, with sizes and hashes. Written from the format; the bytes equal those of
+MosaicML's own writer for the same samples and settings.
+"""
+
+import hashlib
+import json
+import mmap
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from gristmill.errors import Failure, InputError
+from gristmill.streaming.encodings import encoding
+
+INDEX = "index.json"
+
+
+class MDSWriter:
+    """Appends samples to shards in `out`, an existing directory; `close` (or leaving `with`) writes the index.
+
+    columns: name -> encoding. size_limit: bytes of a shard before compression; a sample larger than that gets a shard
+    of its own. hashes: names of algorithms, stored in the index for each file.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        columns: Mapping[str, str],
+        *,
+        size_limit: int = 1 << 26,
+        compression: str | None = None,
+        hashes: tuple[str, ...] = ("sha256",),
+    ) -> None:
+        if compression not in (None, "zstd"):
+            raise InputError(f'compression={compression!r} must be None or "zstd"')
+        self._out = out
+        self._columns = [(name, encoding(columns[name])) for name in sorted(columns)]
+        self._config: dict[str, Any] = {
+            "version": 2,
+            "format": "mds",
+            "compression": compression,
+            "hashes": sorted(hashes),
+            "size_limit": size_limit,
+            "column_names": [name for name, _ in self._columns],
+            "column_encodings": [columns[name] for name, _ in self._columns],
+            "column_sizes": [kind.size for _, kind in self._columns],
+        }
+        self._header = json.dumps(self._config, sort_keys=True).encode()
+        self._shards: list[dict[str, Any]] = []
+        self._start_shard()
+
+    def write(self, sample: Mapping[str, Any]) -> None:
+        """Append one sample: a value for every column.
+
+        Raises InputError for missing or unknown columns and for values that their encoding cannot hold.
+        """
+        if set(sample) != set(self._config["column_names"]):
+            raise InputError(f"a sample has columns {sorted(sample)}, the shard {self._config['column_names']}")
+        values = [kind.encode(sample[name]) for name, kind in self._columns]
+        sizes = [len(v) for v, (_, kind) in zip(values, self._columns, strict=True) if kind.size is None]
+        data = np.array(sizes, "<u4").tobytes() + b"".join(values)
+        if self._samples and self._num_bytes + len(data) + 4 > self._config["size_limit"]:
+            self._finish_shard()
+        self._samples.append(data)
+        self._num_bytes += len(data) + 4
+
+    def close(self) -> None:
+        """Write the last shard and the index."""
+        if self._samples:
+            self._finish_shard()
+        index = {"version": 2, "shards": self._shards}
+        (self._out / INDEX).write_text(json.dumps(index, sort_keys=True), encoding="utf-8")
+
+    def __enter__(self) -> "MDSWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # no index after an error: shards without one are not a data set
+            self.close()
+
+    def _start_shard(self) -> None:
+        self._samples: list[bytes] = []
+        self._num_bytes = 8 + len(self._header)
+
+    def _finish_shard(self) -> None:
+        lengths = [8 + 4 * len(self._samples) + len(self._header), *map(len, self._samples)]
+        offsets = np.cumsum(lengths)
+        if offsets[-1] >= 1 << 32:
+            raise InputError(f"a shard of {offsets[-1]} bytes is too large: offsets are uint32; lower size_limit")
+        count = np.array([len(self._samples)], "<u4")
+        raw = b"".join([count.tobytes(), offsets.astype("<u4").tobytes(), self._header, *self._samples])
+        name = f"shard.{len(self._shards):05}.mds"
+        files: dict[str, Any] = {"raw_data": self._describe(name, raw), "zip_data": None}
+        if self._config["compression"] == "zstd":
+            name, raw = f"{name}.zstd", _compress(raw)
+            files["zip_data"] = self._describe(name, raw)
+        (self._out / name).write_bytes(raw)
+        self._shards.append({"samples": len(self._samples), **files, **self._config})
+        self._start_shard()
+
+    def _describe(self, name: str, data: bytes) -> dict[str, Any]:
+        hashes = {algorithm: digest(algorithm, data) for algorithm in self._config["hashes"]}
+        return {"basename": name, "bytes": len(data), "hashes": hashes}
+
+
+class MDSReader:
+    """Random access to a directory of shards: `len(reader)`, `reader[i]` -> {column: value}.
+
+    Shards are mapped into memory, so that only the touched pages are read, and arrays are read-only views of the map.
+    A shard's size and hashes are checked when it is first used. Compressed shards are unpacked into unnamed
+    temporary files.
+
+    Raises InputError when `path` has no index or one that cannot be read here, Failure (from `reader[i]`) when
+    a shard is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            self._shards: list[dict[str, Any]] = index["shards"]
+            for version, form in [(index["version"], "mds"), *((s["version"], s["format"]) for s in self._shards)]:
+                if (version, form) != (2, "mds"):
+                    raise InputError(f"{path} holds {form} shards of version {version}; only mds version 2 is read")
+            counts = [shard["samples"] for shard in self._shards]
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{path} is not a directory of shards: it has no {INDEX}") from None
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as problem:
+            raise InputError(f"{path / INDEX} is not an MDS index: {problem!r}") from None
+        self._columns = [_columns(path, shard) for shard in self._shards]
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self._open: dict[int, tuple[memoryview, np.ndarray[Any, Any]]] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        if shard not in self._open:
+            self._open[shard] = self._load(self._shards[shard])
+        data, offsets = self._open[shard]
+        at = i - int(self._ends[shard])  # negative: counted from the shard's end
+        return _decode(self._columns[shard], data[int(offsets[at - 1]) : int(offsets[at])])
+
+    def _load(self, shard: Mapping[str, Any]) -> tuple[memoryview, np.ndarray[Any, Any]]:
+        raw, packed = shard["raw_data"], shard["zip_data"]
+        if packed is None or self._file(raw).exists():  # MosaicML's reader leaves unpacked files beside or instead
+            data = self._map(raw)
+        else:
+            data = _unpack(self._file(packed), self._map(packed), shard["compression"], raw["bytes"])
+            self._check(raw, data)
+        count = shard["samples"]
+        offsets = np.frombuffer(data, "<u4", count + 1, 4).astype(np.int64) if len(data) >= 8 + 4 * count else None
+        if (
+            offsets is None
+            or int.from_bytes(data[:4], "little") != count
+            or offsets[-1] != len(data)
+            or offsets[0] < 8 + 4 * count
+            or np.any(np.diff(offsets) < 0)
+        ):
+            raise Failure(f"{self._file(raw)} is damaged: its header does not fit its size or the index")
+        return data, offsets
+
+    def _file(self, info: Mapping[str, Any]) -> Path:
+        name = PurePosixPath(info["basename"])
+        if name.is_absolute() or ".." in name.parts:
+            raise Failure(f"{self._path / INDEX} names {info['basename']!r}, which lies outside of its directory")
+        return self._path / name
+
+    def _map(self, info: Mapping[str, Any]) -> memoryview:
+        try:
+            with self._file(info).open("rb") as file:
+                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except FileNotFoundError:
+            raise Failure(f"{self._file(info)} is missing") from None
+        except ValueError:  # an empty file cannot be mapped
+            data = memoryview(b"")
+        self._check(info, data)
+        return data
+
+    def _check(self, info: Mapping[str, Any], data: memoryview) -> None:
+        file = self._file(info)
+        if len(data) != info["bytes"]:
+            raise Failure(f"{file} is damaged: it has {len(data)} bytes, the index says {info['bytes']}")
+        for algorithm, expected in info["hashes"].items():
+            if digest(algorithm, data) != expected:
+                raise Failure(f"{file} is damaged: its {algorithm} does not match the index")
+
+
+def digest(algorithm: str, data: bytes | memoryview) -> str:
+    """Hexadecimal hash by name: hashlib's algorithms, and xxhash's where that package is installed."""
+    if algorithm in hashlib.algorithms_available and not algorithm.startswith("shake_"):
+        return hashlib.new(algorithm, data).hexdigest()
+    try:
+        import xxhash
+    except ImportError:
+        raise InputError(f"hash {algorithm!r} is not in hashlib; one of xxhash's needs: pip install xxhash") from None
+    if algorithm not in xxhash.algorithms_available:
+        raise InputError(f"hash {algorithm!r} is neither in hashlib nor in xxhash")
+    hasher: Callable[[bytes | memoryview], Any] = getattr(xxhash, algorithm)
+    return str(hasher(data).hexdigest())
+
+
+def _columns(path: Path, shard: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    columns = []
+    for name, kind, size in zip(shard["column_names"], shard["column_encodings"], shard["column_sizes"], strict=True):
+        try:
+            found = encoding(kind)
+        except InputError as problem:
+            raise InputError(f"{path}, column {name!r}: {problem}") from None
+        if found.size != size:
+            raise InputError(f"{path}, column {name!r}: {kind} takes {found.size} bytes, the index says {size}")
+        columns.append((name, found))
+    return columns
+
+
+def _decode(columns: list[tuple[str, Any]], data: memoryview) -> dict[str, Any]:
+    variable = sum(kind.size is None for _, kind in columns)
+    sizes = iter(np.frombuffer(data, "<u4", variable).tolist())
+    sample, at = {}, 4 * variable
+    for name, kind in columns:
+        end = at + (next(sizes) if kind.size is None else kind.size)
+        sample[name] = kind.decode(data[at:end])
+        at = end
+    return sample
+
+
+def _compress(data: bytes) -> bytes:
+    import pyarrow as pa  # brings zstd; not needed where shards are stored plainly
+
+    return bytes(pa.Codec("zstd", compression_level=3).compress(data, asbytes=True))
+
+
+def _unpack(file: Path, data: memoryview, compression: str | None, num_bytes: int) -> memoryview:
+    if compression is None or compression.split(":")[0] != "zstd":
+        raise InputError(f"{file} is compressed with {compression}; only zstd is read")
+    import pyarrow as pa
+
+    try:
+        raw = pa.Codec("zstd").decompress(pa.py_buffer(data), decompressed_size=num_bytes)
+    except (OSError, pa.ArrowException) as problem:
+        raise Failure(f"{file} is damaged: {problem}") from None
+    with tempfile.TemporaryFile() as unpacked:  # pages of a file can be dropped and read again; memory cannot
+        unpacked.write(raw)
+        unpacked.flush()
+        return memoryview(mmap.mmap(unpacked.fileno(), 0, access=mmap.ACCESS_READ))

@@ -1,0 +1,104 @@
+"""Checkpoints: `step-00001200/`, an artifact of safetensors and JSON that holds all that training needs to go on.
+
+    model.safetensors      fp32 masters            model.json   the model's shape
+    optimizer.safetensors  the optimizer by name   state.json   step, and the settings that decide rounding
+    tokenizer/             so that a checkpoint is usable alone
+
+The files hold no clock and no path: the same training gives the same bytes.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gristmill.artifact import Artifact, Built, canonical, commit, load, prepare, verify
+from gristmill.errors import Failure
+from gristmill.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint's manifest says of where it comes from; the same for all checkpoints of one training."""
+
+    key: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Artifact]
+
+
+@dataclass(frozen=True)
+class State:
+    """`compute`: dtype, threads and compiled, which decide how sums are rounded: enforced when training goes on."""
+
+    step: int
+    compute: dict[str, Any]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    state: State,
+    model_cfg: ModelConfig,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    tokenizer: Path,
+    identity: Identity,
+    metrics: Mapping[str, Any],
+) -> Artifact:
+    path = prepare(checkpoint_path(folder, state.step))
+    save_file(dict(model), path / "model.safetensors")
+    save_file(dict(optimizer), path / "optimizer.safetensors")
+    (path / "model.json").write_bytes(canonical(asdict(model_cfg)))
+    (path / "state.json").write_bytes(canonical(asdict(state)))
+    shutil.copytree(tokenizer, path / "tokenizer", ignore=shutil.ignore_patterns("manifest.json"))
+    return commit(
+        path,
+        kind="checkpoint",
+        key=identity.key,
+        config=identity.config,
+        inputs=identity.inputs,
+        built=Built(metrics=dict(metrics)),
+    )
+
+
+def read_state(checkpoint: Path) -> State:
+    return State(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def read_tensors(checkpoint: Path, what: str) -> dict[str, Tensor]:
+    """`what`: "model" or "optimizer"."""
+    return load_file(checkpoint / f"{what}.safetensors")
+
+
+def latest_checkpoint(folder: Path, key: str) -> tuple[Artifact | None, list[str]]:
+    """The newest checkpoint under this key whose every byte is right, and what is wrong with newer ones."""
+    damage: list[str] = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if not (path / "manifest.json").exists():
+            continue  # saving it was interrupted
+        try:
+            artifact, problems = load(path), verify(path).problems
+        except Failure as failure:
+            damage.append(str(failure))
+            continue
+        if problems:
+            damage += problems
+        elif artifact.key == key:
+            return artifact, damage
+    return None, damage
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep`; the manifest goes first, so that a half-removed one does not count."""
+    committed = [path for path in sorted(folder.glob("step-*")) if (path / "manifest.json").exists()]
+    for path in committed[:-keep]:
+        (path / "manifest.json").unlink()
+        shutil.rmtree(path)

@@ -1,0 +1,106 @@
+"""How to train. Fields that cannot change the resulting weights carry `key: False` and stay out of the stage's key."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+OPERATIONAL = {"key": False}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """`muon`: hidden matrices by Muon, the rest (embeddings, norms, router) by AdamW; `adamw`: all by AdamW.
+
+    `lr` is the peak rate. Muon's updates are scaled to AdamW's size, so the hidden matrices use `lr` itself and
+    `embedding_lr_ratio * lr` serves the parameters that AdamW keeps beside it.
+    """
+
+    name: Literal["adamw", "muon"] = "muon"
+    lr: float = 2e-3
+    embedding_lr_ratio: float = 1.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    momentum: float = 0.95
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "embedding_lr_ratio", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over training, in fractions of it: linear warm-up, then `wsd` (stable, linear decay) or `cosine`."""
+
+    name: Literal["wsd", "cosine"] = "wsd"
+    warmup: float = 0.02
+    decay: float = 0.4
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
+            raise ValueError(f"warmup={self.warmup} and decay={self.decay} must not be negative nor exceed 1 together")
+        if not 0 <= self.final <= 1:
+            raise ValueError(f"final={self.final} must be from 0 to 1: the share of the peak rate at the end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """`every`: steps between checkpoints (held-out loss is measured at each). `keep`: how many to leave on disk."""
+
+    every: int = field(default=100, metadata=OPERATIONAL)
+    keep: int = field(default=2, metadata=OPERATIONAL)
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError(f"every={self.every} and keep={self.keep} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow. `uri` None: SQLite below the run's `.state/`; "off": no tracking; else any MLflow tracking URI."""
+
+    uri: str | None = field(default=None, metadata=OPERATIONAL)
+    experiment: str = field(default="gristmill", metadata=OPERATIONAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`batch_tokens` a step = sequences of `seq_len`, run `micro_batch` sequences at a time.
+
+    `dtype` and `threads` None mean: what the machine does best; what was chosen is recorded in the first checkpoint
+    and enforced when training goes on. `curriculum` None follows the sources' weights (the recipe fills it in).
+    """
+
+    steps: int
+    batch_tokens: int = 16384
+    seq_len: int = 512
+    micro_batch: int = 16
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] | None = None
+    threads: int | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    log_every: int = field(default=10, metadata=OPERATIONAL)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seq_len", "micro_batch", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.batch_tokens < 1 or self.batch_tokens % (self.seq_len * self.micro_batch):
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} must be a multiple of seq_len={self.seq_len} x "
+                f"micro_batch={self.micro_batch} = {self.seq_len * self.micro_batch}"
+            )
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads={self.threads} must be at least 1, or null for the machine's own choice")
+
+    @property
+    def sequences_per_batch(self) -> int:
+        return self.batch_tokens // self.seq_len

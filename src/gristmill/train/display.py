@@ -1,0 +1,69 @@
+"""What a person sees while training runs: a live panel on a terminal, a line now and then in a log."""
+
+import time
+from types import TracebackType
+
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from gristmill.progress import LOG_EVERY_S, console
+from gristmill.train.loop import Step
+
+
+class Display:
+    """`show` each logged step, `held_out` each validation; a context manager, so that the terminal is restored."""
+
+    def __init__(self, steps: int, batch_tokens: int) -> None:
+        self.steps, self.batch_tokens = steps, batch_tokens
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._bits: float | None = None
+        self._said = 0.0
+
+    def __enter__(self) -> "Display":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def held_out(self, bits_per_byte: float) -> None:
+        self._bits = bits_per_byte
+
+    def show(self, step: Step) -> None:
+        left_s = (self.steps - step.step) * self.batch_tokens / step.tokens_per_second
+        rows = {
+            "step": f"{step.step:,} of {self.steps:,}",
+            "loss": f"{step.loss:.3f}",
+            "held-out bits per byte": f"{self._bits:.3f}" if self._bits is not None else "at the first checkpoint",
+            "tokens/s": f"{step.tokens_per_second:,.0f}",
+            "share of GEMM rate": f"{step.mfu:.0%}",
+            "expert load, max over mean": f"{step.load_max_over_mean:.2f}",
+            "time left": duration(left_s),
+        }
+        if self._live:
+            self._live.update(self._panel(rows, step.step / self.steps), refresh=True)
+        elif time.monotonic() - self._said > LOG_EVERY_S or step.step == self.steps:
+            self._said = time.monotonic()
+            console.print("  " + "  ".join(f"{name} {value}" for name, value in rows.items()), soft_wrap=True)
+
+    def _panel(self, rows: dict[str, str], share: float) -> Table:
+        table = Table.grid(padding=(0, 2))
+        width = 40
+        full = round(share * width)
+        table.add_row("  ", Text("━" * full, style="cyan") + Text("━" * (width - full), style="bright_black"))
+        for name, value in rows.items():
+            table.add_row("  ", Text.assemble((f"{name:<27}", "bright_black"), value))
+        return table
+
+
+def duration(seconds: float) -> str:
+    """9 s, 4 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

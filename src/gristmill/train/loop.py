@@ -1,0 +1,238 @@
+"""The training loop, a generator: whoever wants more around it writes a `for` loop.
+
+    for event in train(cfg, model_cfg, shards, tokenizer, folder, curriculum, identity, stop):
+        match event:
+            case Started(): ...   # once, new or resumed
+            case Step(): ...      # the figures since the last one
+            case Saved(): ...     # a checkpoint is on disk; the model may be looked at, not changed
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gristmill.artifact import Artifact
+from gristmill.errors import InputError
+from gristmill.kernels.compiled import compiler, use_compiled, uses_compiled
+from gristmill.kernels.loss import cross_entropy
+from gristmill.kernels.memory import keep_freed_memory
+from gristmill.model import ModelConfig, Transformer, packed
+from gristmill.model.counts import count_params, train_flops_per_token
+from gristmill.streaming.batches import Batch, Batches
+from gristmill.streaming.order import Stage
+from gristmill.train.checkpoint import (
+    Identity,
+    State,
+    latest_checkpoint,
+    prune_checkpoints,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+)
+from gristmill.train.config import TrainConfig
+from gristmill.train.machine import best_dtype, gemm_flops
+from gristmill.train.optimizer import Optimizer
+from gristmill.train.schedule import learning_rate_scale
+
+
+@dataclass(frozen=True)
+class Started:
+    """`step`: 0, or where training goes on. `damage`: newer checkpoints that could not be used, and why."""
+
+    step: int
+    model: Transformer
+    compute: dict[str, Any]
+    gemm_flops: float
+    flops_per_token: float
+    damage: list[str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Figures over the steps since the last `Step`. `seconds` of training since `Started`, without saving."""
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float
+    balance_loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_second: float
+    mfu: float
+    expert_load: list[list[float]]
+    load_max_over_mean: float
+    source_tokens: dict[str, int]
+    source_loss: dict[str, float]
+    curriculum_stage: int
+
+
+@dataclass(frozen=True)
+class Saved:
+    step: int
+    artifact: Artifact
+    model: Transformer
+
+
+def train(
+    cfg: TrainConfig,
+    model_cfg: ModelConfig,
+    shards: Path,
+    tokenizer: Path,
+    folder: Path,
+    curriculum: Sequence[Stage],
+    identity: Identity,
+    stop: threading.Event,
+) -> Iterator[Started | Step | Saved]:
+    """Train up to `cfg.steps`, from the newest good checkpoint in `folder`, saving there.
+
+    When `stop` is set, the step under way is finished and saved, and the generator ends.
+    """
+    keep_freed_memory()
+    batches = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed)
+    resumed, damage = latest_checkpoint(folder, identity.key)
+    first_step = read_state(resumed.path).step if resumed else 0
+    compute = apply_compute(read_state(resumed.path).compute if resumed else choose_compute(cfg))
+    torch.manual_seed(cfg.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, compute["dtype"])
+    model = Transformer(model_cfg, dtype).to(device)
+    optimizer = Optimizer(cfg.optimizer, model)
+    if resumed:
+        model.load_state_dict(read_tensors(resumed.path, "model"))
+        optimizer.load(read_tensors(resumed.path, "optimizer"))
+    figures = Figures(cfg, model_cfg, batches, gemm_flops(dtype))
+    yield Started(first_step, model, compute, figures.gemm_flops, figures.flops_per_token, damage)
+
+    figures.clock = time.perf_counter()
+    for step in range(first_step, cfg.steps):
+        lr = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, step, cfg.steps)
+        torch.manual_seed(cfg.seed + step)  # the router's jitter: random, and the same after a resume
+        gradients(model, batches.batch(step), cfg.micro_batch, figures)
+        grad_norm = optimizer.step(lr)
+        done, stopping = step + 1, stop.is_set()
+        if done % cfg.log_every == 0 or done == cfg.steps or stopping:
+            yield figures.since_last(done, lr, grad_norm)
+        if done % cfg.checkpoint.every == 0 or done == cfg.steps or stopping:
+            artifact = save_checkpoint(
+                folder,
+                State(done, compute),
+                model_cfg,
+                model.state_dict(),
+                optimizer.state(),
+                tokenizer,
+                identity,
+                figures.summary(done),
+            )
+            prune_checkpoints(folder, cfg.checkpoint.keep)
+            yield Saved(done, artifact, model)
+            figures.clock = time.perf_counter()  # saving and whatever the caller did are not training time
+        if stopping:
+            return
+
+
+def gradients(model: Transformer, batch: Batch, micro_batch: int, figures: "Figures") -> None:
+    """Add the gradient of the mean loss over all of the batch's tokens, a micro-batch at a time."""
+    device = model.lm_head.weight.device
+    arrays = (batch.tokens, batch.targets, batch.positions, batch.document_ids)
+    tensors = [torch.from_numpy(array).to(device) for array in arrays]
+    num_sequences, total_tokens = len(batch.tokens), batch.tokens.size
+    for start in range(0, num_sequences, micro_batch):
+        rows = slice(start, start + micro_batch)
+        tokens, targets, positions, documents = (tensor[rows] for tensor in tensors)
+        hidden, routing = model(tokens, positions, packed(documents))
+        nll_sum, nll_T = cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
+        share = tokens.shape[0] / num_sequences
+        (nll_sum / total_tokens + routing.balance_loss * share).backward()
+        figures.add(batch.sources[rows], nll_T.view_as(tokens).sum(1), routing.balance_loss.detach() * share, routing.counts_LE)
+
+
+def choose_compute(cfg: TrainConfig) -> dict[str, Any]:
+    """The settings that decide rounding, from the configuration or else from the machine."""
+    dtype = cfg.dtype or str(best_dtype()).removeprefix("torch.")
+    return {"dtype": dtype, "threads": cfg.threads or torch.get_num_threads(), "compiled": uses_compiled()}
+
+
+def apply_compute(compute: dict[str, Any]) -> dict[str, Any]:
+    """Make this process round as the recorded settings do. Raises InputError where it cannot."""
+    if compute["compiled"] and compiler() is None:
+        raise InputError(
+            "this training began with compiled kernels and there is no C++ compiler now: install g++ and its headers "
+            "to go on bit for bit, or begin anew in another --out"
+        )
+    use_compiled(compute["compiled"])
+    torch.set_num_threads(compute["threads"])
+    return compute
+
+
+class Figures:
+    """Sums since the last logged step; tensors stay on the device until they are asked for."""
+
+    def __init__(self, cfg: TrainConfig, model_cfg: ModelConfig, batches: Batches, gemm_flops: float) -> None:
+        self.cfg, self.batches, self.gemm_flops = cfg, batches, gemm_flops
+        self.counts = count_params(model_cfg)
+        self.flops_per_token = train_flops_per_token(model_cfg, cfg.seq_len)
+        self.seconds = self.clock = 0.0
+        self.last_loss = float("nan")
+        self._clear()
+
+    def _clear(self) -> None:
+        num_sources = len(self.batches.source_names)
+        self._nll: list[float | Tensor] = [0.0] * num_sources
+        self._sequences = [0] * num_sources
+        self._balance: float | Tensor = 0.0
+        self._routed: Tensor | None = None
+
+    def add(self, sources: Any, nll_B: Tensor, balance: Tensor, counts_LE: Tensor) -> None:
+        for index, source in enumerate(sources.tolist()):
+            self._nll[source] = self._nll[source] + nll_B[index].detach()
+            self._sequences[source] += 1
+        self._balance = self._balance + balance
+        self._routed = counts_LE if self._routed is None else self._routed + counts_LE
+
+    def since_last(self, step: int, lr: float, grad_norm: float) -> Step:
+        nll = [float(value) for value in self._nll]  # waits for the device
+        now = time.perf_counter()
+        elapsed, self.clock = now - self.clock, now
+        self.seconds += elapsed
+        tokens = sum(self._sequences) * self.cfg.seq_len
+        per_second = tokens / elapsed
+        assert self._routed is not None
+        load = self._routed.float() / self._routed.sum(1, keepdim=True)
+        names, lengths = self.batches.source_names, [n * self.cfg.seq_len for n in self._sequences]
+        self.last_loss = sum(nll) / tokens
+        figures = Step(
+            step=step,
+            tokens=step * self.cfg.batch_tokens,
+            seconds=self.seconds,
+            loss=self.last_loss,
+            balance_loss=float(self._balance) * self.cfg.batch_tokens / tokens,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_second=per_second,
+            mfu=per_second * self.flops_per_token / self.gemm_flops,
+            expert_load=[[round(share, 4) for share in layer] for layer in load.tolist()],
+            load_max_over_mean=float(load.max() * load.shape[1]),
+            source_tokens={n: c * self.cfg.seq_len for n, c in self.batches.source_counts(step).items()},
+            source_loss={n: s / c for n, s, c in zip(names, nll, lengths, strict=True) if c},
+            curriculum_stage=self.batches.curriculum_stage(step - 1),
+        )
+        self._clear()
+        return figures
+
+    def summary(self, step: int) -> dict[str, Any]:
+        """What a checkpoint's manifest says of it."""
+        return {
+            "step": step,
+            "train_tokens": step * self.cfg.batch_tokens,
+            "total_params": self.counts.total_params,
+            "active_params": self.counts.active_params,
+            "flops_per_token": self.flops_per_token,
+            "final_loss": self.last_loss,
+        }

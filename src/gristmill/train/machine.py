@@ -1,0 +1,64 @@
+"""What this machine is and how fast it multiplies."""
+
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gristmill.kernels.compiled import compiler
+
+
+def best_dtype() -> torch.dtype:
+    """bf16 where the hardware multiplies it, else fp32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(
+        flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16")
+    )
+    return torch.bfloat16 if fast else torch.float32
+
+
+def gemm_flops(dtype: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations a second of a square matrix product: median of 5."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(6):
+        started = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return 2.0 * size**3 / statistics.median(times[1:])
+
+
+def describe_machine() -> dict[str, Any]:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    flags = _cpu_flags()
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "memory_gib": round(memory / 2**30, 1),
+        "simd": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "compiler": compiler() is not None,
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def _cpuinfo(field: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
+
+
+def _cpu_flags() -> set[str]:
+    return set(_cpuinfo("flags").split())
+
+
+def _cpu_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()

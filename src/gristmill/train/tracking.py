@@ -1,0 +1,121 @@
+"""MLflow, one way: figures go out, nothing comes back, and training never waits for it.
+
+One background thread talks to the tracking server, in batches. When the server fails, tracking stops with one warning
+and training goes on; `metrics.jsonl` stays the truth. MLflow is imported here alone.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gristmill.artifact import Artifact
+from gristmill.progress import console
+from gristmill.train.config import TrackingConfig
+
+FLUSH_EVERY_S = 10.0
+CLOSE_TIMEOUT_S = 20.0
+MAX_PARAM_CHARS = 500  # MLflow refuses longer values on some backends
+
+
+class Tracking:
+    """A run in MLflow. `key` names the training, so that a resumed one goes on in the same MLflow run."""
+
+    def __init__(self, cfg: TrackingConfig, state: Path, name: str, key: str) -> None:
+        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._cfg, self._name, self._key = cfg, name, key
+        self._uri = cfg.uri or f"sqlite:///{state.resolve() / 'mlflow.db'}"
+        self._thread: threading.Thread | None = None
+        if cfg.uri != "off":
+            self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+            self._thread.start()
+
+    def params(self, config: Mapping[str, Any]) -> None:
+        self._queue.put(("params", {key: str(value)[:MAX_PARAM_CHARS] for key, value in flatten(config).items()}))
+
+    def dataset(self, artifact: Artifact) -> None:
+        self._queue.put(("dataset", artifact))
+
+    def metrics(self, figures: Mapping[str, Any], step: int) -> None:
+        numbers = {key: float(value) for key, value in flatten(figures).items() if isinstance(value, int | float)}
+        self._queue.put(("metrics", (numbers, step, int(time.time() * 1000))))
+
+    def model(self, artifact: Artifact) -> None:
+        self._queue.put(("model", artifact))
+
+    def close(self, status: str) -> None:
+        """Send what is left and end the run as "FINISHED", "KILLED" or "FAILED"."""
+        if self._thread is None:
+            return
+        self._queue.put(("close", status))
+        self._thread.join(CLOSE_TIMEOUT_S)
+
+    def _work(self) -> None:
+        try:
+            from mlflow import MlflowClient
+
+            session = _Session(MlflowClient(self._uri), self._cfg.experiment, self._name, self._key)
+            while session.open:
+                session.take(*self._queue.get())
+        except ImportError:
+            console.print("  tracking is off: MLflow is not installed (pip install 'gristmill[mlflow]')")
+        except Exception as failure:  # whatever a remote server does, training goes on
+            console.print(f"  tracking stopped, training goes on: {type(failure).__name__}: {str(failure)[:300]}")
+
+
+class _Session:
+    """The worker thread's side: an open MLflow run and the metrics that wait to be sent."""
+
+    def __init__(self, client: Any, experiment: str, name: str, key: str) -> None:
+        self.client, self.open = client, True
+        found = client.get_experiment_by_name(experiment)
+        self.experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+        known = client.search_runs([self.experiment_id], f"tags.`gristmill.key` = '{key}'", max_results=1)
+        tags = {"gristmill.key": key}
+        run = known[0] if known else client.create_run(self.experiment_id, tags=tags, run_name=name)
+        self.run_id = run.info.run_id
+        self.waiting: list[Any] = []
+        self.sent = time.monotonic()
+
+    def take(self, what: str, value: Any) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param
+
+        match what:
+            case "params":
+                self.client.log_batch(self.run_id, params=[Param(k, v) for k, v in value.items()])
+            case "dataset":
+                entry = Dataset(value.kind, value.content[:36], "gristmill", str(value.path))
+                self.client.log_inputs(self.run_id, [DatasetInput(entry, [InputTag("mlflow.data.context", "training")])])
+            case "metrics":
+                numbers, step, at_ms = value
+                self.waiting += [Metric(k.replace("/", "."), v, at_ms, step) for k, v in numbers.items()]
+            case "model":
+                model = self.client.create_logged_model(
+                    self.experiment_id,
+                    name=f"step-{value.metrics['step']}",
+                    source_run_id=self.run_id,
+                    tags={"gristmill.content": value.content, "gristmill.path": str(value.path)},
+                )
+                self.client.finalize_logged_model(model.model_id, "READY")
+                self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, value.metrics["step"])])
+            case "close":
+                self.open = False
+        if self.waiting and (not self.open or time.monotonic() - self.sent > FLUSH_EVERY_S):
+            for start in range(0, len(self.waiting), 1000):  # MLflow's limit for one call
+                self.client.log_batch(self.run_id, metrics=self.waiting[start : start + 1000])
+            self.waiting, self.sent = [], time.monotonic()
+        if not self.open:
+            self.client.set_terminated(self.run_id, value)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists are left out."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif not isinstance(value, list | tuple):
+            flat[f"{prefix}{key}"] = value
+    return flat

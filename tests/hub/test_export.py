@@ -1,0 +1,207 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from gristmill import artifact
+from gristmill.errors import Failure, InputError
+from gristmill.hub import ExportConfig, assemble, build_export, read_checkpoint, read_dbrx, read_tensors, write_dbrx
+from gristmill.hub import export as export_module
+from gristmill.hub.dbrx import SpecialIds, from_json, to_json
+from gristmill.hub.tensors import INDEX, SINGLE, write_tensors
+from gristmill.inference.scorer import causal
+from gristmill.model import ModelConfig, Transformer
+
+Tiny = Callable[..., Transformer]
+IDS = SpecialIds(eot_id=292, pad_id=297, im_end_id=299)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000, 1])
+def test_export_then_import_is_bit_identical(tiny: Tiny, tmp_path: Path, max_shard_bytes: int) -> None:
+    model = tiny()
+    write_dbrx(tmp_path, model.cfg, model.state_dict().items(), IDS, max_shard_bytes=max_shard_bytes)
+    cfg, tensors = read_dbrx(tmp_path)
+    assert cfg == model.cfg
+    back = dict(tensors)
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_shards_stay_within_their_size_and_the_index_names_each_tensor(tiny: Tiny, tmp_path: Path) -> None:
+    write_dbrx(tmp_path, (model := tiny()).cfg, model.state_dict().items(), IDS, max_shard_bytes=30_000)
+    index = json.loads((tmp_path / INDEX).read_text())
+    sizes = {name: tensor.nbytes for name, tensor in read_tensors(tmp_path)}
+    assert index["weight_map"].keys() == sizes.keys()
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    for file in set(index["weight_map"].values()):
+        inside = [sizes[name] for name, where in index["weight_map"].items() if where == file]
+        assert sum(inside) <= 30_000 or len(inside) == 1
+    assert not (tmp_path / SINGLE).exists()
+
+
+def test_published_tensors_have_dbrx_names_and_shapes(tiny: Tiny, tmp_path: Path) -> None:
+    write_dbrx(tmp_path, (model := tiny()).cfg, model.state_dict().items(), IDS, dtype=torch.bfloat16)
+    published = dict(read_tensors(tmp_path))
+    block = {name.removeprefix("transformer.blocks.1."): tuple(tensor.shape) for name, tensor in published.items()
+             if name.startswith("transformer.blocks.1.")}
+    assert block == {
+        "norm_attn_norm.norm_1.weight": (32,),
+        "norm_attn_norm.norm_2.weight": (32,),
+        "norm_attn_norm.attn.Wqkv.weight": (64, 32),
+        "norm_attn_norm.attn.out_proj.weight": (32, 32),
+        "ffn.router.layer.weight": (4, 32),
+        "ffn.experts.mlp.w1": (96, 32),
+        "ffn.experts.mlp.v1": (96, 32),
+        "ffn.experts.mlp.w2": (96, 32),
+    }
+    assert {tensor.dtype for tensor in published.values()} == {torch.bfloat16}
+
+
+def test_dense_ffn_leaves_as_one_expert_that_computes_exactly_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny(ffn="dense", moe_loss_weight=0.0, moe_num_experts=1, moe_top_k=1)
+    write_dbrx(tmp_path, model.cfg, model.state_dict().items(), IDS)
+    back = assemble(*read_dbrx(tmp_path))
+    assert (back.cfg.ffn, back.cfg.moe_num_experts, back.cfg.moe_top_k) == ("moe", 1, 1)
+    for block, expert in zip(model.blocks, back.blocks, strict=True):
+        for name in ("w1", "v1", "w2"):
+            assert torch.equal(getattr(block.ffn, name), getattr(expert.ffn.experts, name)[0])
+        assert not expert.ffn.router.weight.any()
+
+
+def test_configuration_survives_the_published_form_and_the_published_file_is_read() -> None:
+    cfg = ModelConfig(vocab_size=384, clip_qkv=None, moe_normalize_expert_weights=None, rope_theta=7.5)
+    assert from_json(to_json(cfg, IDS, torch.float32)) == cfg
+    published = {  # the values of the 132B model's config.json: theta only nested, normalisation left out, integers
+        "model_type": "dbrx", "vocab_size": 100352,
+        "d_model": 6144, "n_heads": 48, "n_layers": 40, "max_seq_len": 32768,
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
+        "ffn_config": {"ffn_hidden_size": 10752, "moe_jitter_eps": 0, "moe_loss_weight": 0.05, "moe_num_experts": 16,
+                       "moe_top_k": 4},
+        "initializer_range": 0.02, "tie_word_embeddings": False,
+    }
+    assert from_json(published) == ModelConfig(vocab_size=100352)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+        ({"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "name='gelu'"),
+        ({"d_model": 30}, "d_model=30"),
+        ({"attn_config": {"kv_n_heads": 8}, "rope_parameters": None}, "rope_theta"),
+    ],
+)
+def test_what_this_model_cannot_compute_is_refused_on_import(change: dict, says: str) -> None:
+    config = to_json(ModelConfig(vocab_size=384), IDS, torch.float32) | change
+    with pytest.raises(InputError, match=says):
+        from_json(config)
+
+
+def test_pickled_weights_are_refused_with_the_reason(tiny: Tiny, tmp_path: Path) -> None:
+    write_dbrx(tmp_path, (model := tiny()).cfg, model.state_dict().items(), IDS)
+    (tmp_path / SINGLE).rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pickles \(pytorch_model.bin\), which can run code"):
+        dict(read_dbrx(tmp_path)[1])
+
+
+def test_wrong_weights_are_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny()
+    state = dict(model.state_dict())
+    with pytest.raises(InputError, match=r"lack 'lm_head.weight'"):
+        assemble(model.cfg, [(k, v) for k, v in state.items() if k != "lm_head.weight"])
+    with pytest.raises(InputError, match="'extra', which"):
+        assemble(model.cfg, [*state.items(), ("extra", torch.zeros(1))])
+    with pytest.raises(InputError, match=r"norm_f.weight has shape \(3,\)"):
+        assemble(model.cfg, (state | {"norm_f.weight": torch.zeros(3)}).items())
+    write_dbrx(tmp_path, model.cfg, state.items(), IDS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["ffn_config"]["moe_num_experts"] = 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"ffn.experts.mlp.v1 has shape \(96, 32\)"):
+        assemble(*read_dbrx(tmp_path))
+
+
+def test_an_index_cannot_lead_out_of_its_folder_and_damage_is_named(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
+    with pytest.raises(InputError, match="elsewhere"):
+        dict(read_tensors(tmp_path))
+    (tmp_path / INDEX).write_text("{}")
+    with pytest.raises(Failure, match="weight_map"):
+        dict(read_tensors(tmp_path))
+    write_tensors(tmp_path, [("a", torch.zeros(100))], 10**6)
+    (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-9])
+    with pytest.raises(Failure, match=SINGLE):
+        dict(read_tensors(tmp_path))
+
+
+def test_a_stored_compute_dtype_gives_exactly_what_casting_at_each_use_gives(
+    checkpoint: Callable[..., Path], tiny: Tiny
+) -> None:
+    cfg, tensors = read_checkpoint(checkpoint())
+    packed_bf16 = assemble(cfg, tensors, torch.bfloat16)
+    cast = Transformer(cfg, torch.bfloat16).eval()
+    cast.load_state_dict(tiny().state_dict())
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        hidden = [model(tokens, tokens, causal)[0] for model in (packed_bf16, cast)]
+        assert torch.equal(packed_bf16.logits(hidden[0]), cast.logits(hidden[1]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_card_names_every_license_and_figure_in_a_front_matter_that_the_hub_reads(
+    checkpoint: Callable[..., Path], evaluation: Path, tmp_path: Path, dtype: str
+) -> None:
+    out = artifact.prepare(tmp_path / "export")
+    path = checkpoint(ffn="dense")
+    built = build_export(ExportConfig(name="miller", dtype=dtype), path, evaluation, out)
+    assert built.metrics["export_max_logit_diff"] < 1e-4
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert {(result.metric_name, result.metric_value) for result in card.data.eval_results} == {
+        ("bits per byte (all)", 2.5), ("bits per byte (code)", 2.25), ("bits per byte (prose)", 3.0)
+    }
+    loaded = artifact.load(path)
+    for license, num_bytes in loaded.licenses.items():
+        assert f"| {license} | {num_bytes:,} |" in card.text
+    assert len(loaded.licenses) == 3
+    for said in ("numpy 2.0", "notes", loaded.content, "Intended use", "Limits", "50% parse", "xz -9e"):
+        assert said in card.text
+    assert "/home/me" not in card.text
+
+
+def test_the_stage_writes_the_same_bytes_again(
+    checkpoint: Callable[..., Path], evaluation: Path, tmp_path: Path
+) -> None:
+    path, made = checkpoint(), []
+    for name in ("a", "b"):
+        out = artifact.prepare(tmp_path / name)
+        build_export(ExportConfig(max_shard_bytes=40_000), path, evaluation, out)
+        made.append({file.name: file.read_bytes() for file in out.iterdir()})
+    assert made[0] == made[1]
+
+
+def test_an_export_that_computes_something_else_fails(
+    checkpoint: Callable[..., Path], evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swapped(folder: Path, cfg: ModelConfig, tensors: object, *args: object, **kwargs: object) -> None:
+        state = dict(tensors)  # type: ignore[call-overload]
+        for layer in range(cfg.n_layers):
+            w1, v1 = (f"blocks.{layer}.ffn.experts.{name}" for name in ("w1", "v1"))
+            state[w1], state[v1] = state[v1], state[w1]
+        write_dbrx(folder, cfg, state.items(), *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(export_module, "write_dbrx", swapped)
+    with pytest.raises(Failure, match="logits in transformers differ"):
+        build_export(ExportConfig(), checkpoint(), evaluation, artifact.prepare(tmp_path / "export"))
+
+
+def test_an_evaluation_that_is_none_is_an_input_error(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"evaluation.json"):
+        build_export(ExportConfig(), checkpoint(), tmp_path / "nothing", artifact.prepare(tmp_path / "export"))

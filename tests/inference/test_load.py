@@ -1,0 +1,115 @@
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from gristmill import artifact
+from gristmill.artifact import Artifact, Built
+from gristmill.errors import Failure, InputError
+from gristmill.hub import write_dbrx, write_tensors
+from gristmill.hub.dbrx import SpecialIds
+from gristmill.inference import Sampling, generate, load_model, stream
+from gristmill.model import Transformer
+from gristmill.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+
+Tiny = Callable[..., Transformer]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, out = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("tokenizer")
+    text = "The mill stands by the river. " * 9
+    table = pa.table({"id": ["0"], "source": ["prose"], "text": [text], "num_bytes": [len(text)]})
+    for split in ("train", "validation", "test"):
+        pq.write_table(table, folder / f"documents-{split}.parquet")
+    build_tokenizer(TokenizerConfig(vocab_size=270), folder, out)
+    return out
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+
+
+def commit(path: Path, kind: str, **inputs: Artifact) -> Artifact:
+    return artifact.commit(path, kind=kind, key=kind, config={}, inputs=inputs, built=Built())
+
+
+def save_step(folder: Path, model: Transformer, tokenizer_dir: Path) -> Artifact:
+    artifact.prepare(folder)
+    write_tensors(folder, model.state_dict().items(), 10**9)
+    (folder / "model.json").write_bytes(artifact.canonical(asdict(model.cfg)))
+    copy_tokenizer(tokenizer_dir, folder / "tokenizer")
+    return commit(folder, "checkpoint")
+
+
+def assert_same(model: Transformer, other: Transformer) -> None:
+    assert model.cfg == other.cfg
+    state = other.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_run_folder_stage_checkpoint_and_hugging_face_directory_load_the_same_model(
+    tiny: Tiny, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    early, late = tiny(initializer_range=0.1), tiny()
+    run = tmp_path / "run"
+    stage = run / "train" / "0123abcd"
+    save_step(stage / "step-00000010", early, tokenizer_dir)
+    last = save_step(stage / "step-00000200", late, tokenizer_dir)
+    artifact.prepare(stage / "step-00000300")  # interrupted: no manifest
+    published = tmp_path / "published"
+    published.mkdir()
+    copy_tokenizer(tokenizer_dir, published)
+    write_dbrx(published, late.cfg, late.state_dict().items(), SpecialIds(eot_id=262, pad_id=267, im_end_id=269))
+    for path in (run, stage, last.path, published):
+        model, tokenizer = load_model(path)
+        assert_same(model, late)
+        assert tokenizer.encode("river") == Tokenizer.load(tokenizer_dir).encode("river")
+        assert not model.training
+
+
+def test_a_finished_run_loads_the_checkpoint_that_it_names(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:
+    mine, other = tiny(), tiny(initializer_range=0.1)
+    run = tmp_path / "run"
+    named = save_step(run / "train" / "0123abcd" / "step-00000010", mine, tokenizer_dir)
+    save_step(run / "train" / "ffff0000" / "step-00000900", other, tokenizer_dir)  # of settings tried since
+    commit(run, "run", train=named)
+    assert_same(load_model(run)[0], mine)
+
+
+def test_a_text_streams_in_whole_characters_that_join_to_the_decoded_ids(
+    tiny: Tiny, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    save_step(tmp_path / "step-00000001", tiny(), tokenizer_dir)
+    model, tokenizer = load_model(tmp_path / "step-00000001")
+    for seed in range(3):
+        sampling = Sampling(temperature=1.5, seed=seed)
+        ids = [tokenizer.eot_id, *tokenizer.encode("é <|endoftext|>")]
+        stops = frozenset({tokenizer.eot_id, tokenizer.im_end_id})
+        made = list(generate(model, ids, sampling, 40, stops))
+        assert "".join(stream(model, tokenizer, "é <|endoftext|>", sampling, 40)) == tokenizer.decode(made)
+
+
+def test_a_place_without_a_model_is_an_input_error_that_says_what_may_stand_there(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match="holds no model; give a run folder"):
+            load_model(path)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:
+    save_step(tmp_path / "step-00000001", tiny(vocab_size=200), tokenizer_dir)
+    with pytest.raises(InputError, match="the tokenizer has 270 ids, the model 200"):
+        load_model(tmp_path / "step-00000001")
+
+
+def test_a_damaged_description_is_named(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:
+    path = save_step(tmp_path / "step-00000001", tiny(), tokenizer_dir).path
+    (path / "model.json").write_text('{"d_model": 7, "width": 3}')
+    with pytest.raises(Failure, match=r"model.json does not describe a model"):
+        load_model(path)

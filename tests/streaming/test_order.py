@@ -1,0 +1,161 @@
+"""Claims about the order of samples, against brute force: a loop that walks the whole run."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gristmill.streaming.order import (
+    CYCLE,
+    Order,
+    Stage,
+    Windows,
+    apportion,
+    boundaries,
+    check_curriculum,
+    derive,
+    permutation,
+    splitmix64,
+    spread,
+)
+
+NAMES = ["code", "prose", "web"]
+CURRICULUM = (
+    Stage(until=0.3, mix={"code": 1.0}),
+    Stage(until=0.75, mix={"code": 0.5, "prose": 0.3, "web": 0.2}),
+    Stage(until=1.0, mix={"web": 2, "prose": 1}),
+)
+
+
+def test_splitmix64_is_the_published_generator() -> None:
+    # the first outputs for seed 1234567, from the reference implementation's test vectors
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    states = (1234567 + np.arange(4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    assert splitmix64(states).tolist() == published
+
+
+def test_the_order_of_a_seed_never_changes() -> None:
+    assert derive(7, "windows", "code", 0) == 9465596667565756243
+    assert permutation(derive(7, "windows", "code", 0), 10).tolist() == [9, 7, 4, 1, 5, 2, 6, 8, 0, 3]
+
+
+@given(key=st.integers(0, 2**64 - 1), count=st.integers(1, 300))
+def test_a_permutation_holds_every_number_once(key: int, count: int) -> None:
+    assert sorted(permutation(key, count).tolist()) == list(range(count))
+
+
+def test_permutations_are_uniform_and_differ_between_keys() -> None:
+    seen = Counter(tuple(permutation(derive(0, i), 4).tolist()) for i in range(2400))
+    assert len(seen) == 24
+    assert sum((n - 100) ** 2 / 100 for n in seen.values()) < 55  # chi-squared, 23 degrees: p = 0.0002
+
+
+weights = st.lists(st.floats(0.01, 1) | st.just(0.0), min_size=1, max_size=6).filter(lambda w: sum(w) > 0)
+
+
+@given(weights=weights)
+def test_apportioned_counts_are_within_one_of_the_exact_share(weights: list[float]) -> None:
+    counts = apportion(weights, CYCLE)
+    assert sum(counts) == CYCLE
+    for weight, count in zip(weights, counts, strict=True):
+        assert abs(count - CYCLE * weight / sum(weights)) < 1 + 1e-6
+        assert (count > 0) == (weight > 0)
+
+
+def test_a_weight_too_small_for_a_cycle_is_refused() -> None:
+    with pytest.raises(ValueError, match="raise it or set it to 0"):
+        apportion([1.0, 1e-5], CYCLE)
+
+
+@given(counts=st.lists(st.integers(0, 400), min_size=1, max_size=5).filter(sum), key=st.integers(0, 2**64 - 1))
+def test_every_prefix_of_a_mix_is_near_its_share(counts: list[int], key: int) -> None:
+    sequence = spread(counts, key)
+    assert np.bincount(sequence, minlength=len(counts)).tolist() == counts
+    for source, count in enumerate(counts):
+        prefix = np.cumsum(sequence == source)
+        exact = np.arange(1, len(sequence) + 1) * count / len(sequence)
+        assert np.abs(prefix - exact).max() <= len(counts)
+
+
+@settings(max_examples=30)
+@given(steps=st.integers(1, 60), batch=st.integers(1, 400), seed=st.integers(0, 5))
+def test_sources_and_counts_equal_a_walk_through_the_run(steps: int, batch: int, seed: int) -> None:
+    order = Order(CURRICULUM, NAMES, steps, batch, seed)
+    samples = np.arange(steps * batch)
+    sources, counts = order.sources(samples), order.counts(samples)
+    used = [0, 0, 0]
+    for g in range(0, len(samples)):
+        assert counts[g].tolist() == used
+        used[sources[g]] += 1
+    assert order.counts(np.array([len(samples)]))[0].tolist() == used
+    rng = np.random.default_rng(seed)
+    some = rng.integers(0, len(samples), 20)  # any samples, in any order, alone
+    assert np.array_equal(order.sources(some), sources[some])
+
+
+def test_a_stage_begins_at_its_fraction_of_the_steps_and_mixes_its_sources() -> None:
+    steps, batch = 1000, 64
+    order = Order(CURRICULUM, NAMES, steps, batch, seed=3)
+    sources = order.sources(np.arange(steps * batch)).reshape(steps, batch)
+    stages = order.stage(np.arange(steps) * batch)
+    assert stages.tolist() == [0] * 300 + [1] * 450 + [2] * 250
+    for stage, (first, last) in enumerate([(0, 300), (300, 750), (750, 1000)]):
+        mix = np.array([CURRICULUM[stage].mix.get(name, 0) for name in NAMES])
+        share = np.bincount(sources[first:last].ravel(), minlength=3) / ((last - first) * batch)
+        assert np.allclose(share, mix / mix.sum(), atol=2 / CYCLE + 3 / ((last - first) * batch))
+        for step in range(first, last):  # each single batch is near the mix too
+            assert np.abs(np.bincount(sources[step], minlength=3) - batch * mix / mix.sum()).max() <= 6
+
+
+@given(count=st.integers(1, 40), epochs=st.integers(1, 4))
+def test_every_window_comes_once_per_epoch_in_a_new_order(count: int, epochs: int) -> None:
+    windows = Windows(0, "code", count)
+    order = windows(np.arange(epochs * count))
+    for epoch in range(epochs):
+        assert sorted(order[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
+    backwards = [int(windows(np.array([k]))[0]) for k in reversed(range(epochs * count))]
+    assert backwards[::-1] == order.tolist()
+    if count >= 20 and epochs > 1:
+        assert order[:count].tolist() != order[count : 2 * count].tolist()
+        assert order.tolist() != Windows(0, "prose", count)(np.arange(epochs * count)).tolist()
+        assert order.tolist() != Windows(1, "code", count)(np.arange(epochs * count)).tolist()
+
+
+@given(data=st.data(), rows=st.integers(1, 4), length=st.integers(1, 30))
+def test_positions_and_document_ids_equal_a_loop(data: st.DataObject, rows: int, length: int) -> None:
+    starts = [sorted(data.draw(st.sets(st.integers(0, length - 1)))) for _ in range(rows)]
+    positions, document_ids = boundaries([np.array(row, np.int64) for row in starts], length)
+    for row in range(rows):
+        position, document = 0, 0
+        for at in range(length):
+            if at in starts[row] and at > 0:
+                position, document = 0, document + 1
+            assert (positions[row, at], document_ids[row, at]) == (position, document)
+            position += 1
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "ascend"),
+        ([0.5], "last must be 1.0"),
+        ([0.5, 0.5, 1.0], "ascend"),
+        ([1.0, 0.5], "ascend"),
+    ],
+)
+def test_a_curriculum_that_does_not_fill_the_run_is_refused(stages: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^curriculum .*{message}"):
+        check_curriculum([Stage(until=until, mix={"code": 1}) for until in stages])
+
+
+def test_unknown_sources_and_impossible_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown sources \['codd'\]"):
+        check_curriculum([Stage(until=1.0, mix={"codd": 1})], NAMES)
+    for mix in ({}, {"code": 0.0}, {"code": -1.0, "prose": 2.0}, {"code": float("nan")}, {"code": float("inf")}):
+        with pytest.raises(ValueError, match=r"^mix="):
+            Stage(until=1.0, mix=mix)
+    for until in (0.0, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"^until="):
+            Stage(until=until, mix={"code": 1})
