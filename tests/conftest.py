@@ -1,12 +1,75 @@
-"""Tests run the eager kernels on one thread: quick to start, the same on every machine."""
+"""Shared by all tests: eager kernels on one thread (quick to start, the same everywhere), and a tiny run to look at."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from gristmill.kernels.compiled import use_compiled
+from gristmill.recipe import Recipe, load_recipe
+
+settings.register_profile("default", deadline=None)
+settings.register_profile("stress", deadline=None, max_examples=2000)
+settings.load_profile("default")
+
+TINY = """\
+name: tiny
+corpus:
+  sources:
+    notes: {{path: "{notes}", license: CC0-1.0, weight: {{0.0: 1.0, 0.5: 2.0}}}}
+    verse: {{path: "{verse}", license: MIT}}
+  split: {{validation: 0.1, test: 0.1}}
+tokenizer: {{vocab_size: 384}}
+shards: {{block_tokens: 256}}
+model: {{d_model: 32, n_layers: 2, n_heads: 4, kv_n_heads: 2, ffn_hidden_size: 32, moe_num_experts: 4, moe_top_k: 2,
+  max_seq_len: 128}}
+train: {{steps: 8, batch_tokens: 256, seq_len: 64, micro_batch: 2, log_every: 1, dtype: float32, threads: 1,
+  optimizer: {{name: muon, lr: 0.01}}, checkpoint: {{every: 2, keep: 2}}, tracking: {{enabled: false}}}}
+evaluate: {{samples: 1, functions: 2, sample_tokens: 8, prompt_tokens: 16}}
+export: {{checked_sequences: 2, checked_greedy: 1}}
+"""
 
 
 @pytest.fixture(autouse=True)
 def eager_kernels_on_one_thread() -> None:
     torch.set_num_threads(1)
     use_compiled(False)
+
+
+def write_texts(folder: Path, seed: int, num_files: int = 30) -> Path:
+    """Markdown made of words: enough to train on, different in each file."""
+    chance = random.Random(seed)
+    words = ["".join(chance.choices("abcdefghijklmnop", k=chance.randint(2, 8))) for _ in range(300)]
+    folder.mkdir(parents=True)
+    for number in range(num_files):
+        lines = [" ".join(chance.choices(words, k=9)) for _ in range(20)]
+        (folder / f"note-{number:02}.md").write_text(f"# Note {number}\n\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_yaml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe file that runs from text to export in seconds."""
+    folder = tmp_path_factory.mktemp("tiny")
+    notes, verse = write_texts(folder / "notes", 1), write_texts(folder / "verse", 2)
+    file = folder / "tiny.yaml"
+    file.write_text(TINY.format(notes=notes, verse=verse))
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_yaml: Path) -> Callable[..., Recipe]:
+    return lambda *overrides: load_recipe(str(tiny_yaml), overrides)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny recipe; tests only read it."""
+    from gristmill.pipeline import run
+
+    torch.set_num_threads(1)
+    use_compiled(False)
+    return run(tiny_recipe(), tmp_path_factory.mktemp("runs") / "tiny")

@@ -105,11 +105,9 @@ def generate(
 @app.command()
 def report(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")]) -> None:
     """Write a run's report again from what stands in its folder."""
-    from gristmill.report.collect import collect_run
-    from gristmill.report.page import write
+    from gristmill.pipeline import rewrite_report
 
-    write(collect_run(path))
-    print(path / "report.html")
+    print(rewrite_report(path))
 
 
 @app.command()

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from gristmill.artifact import MANIFEST, STATE, Artifact, Built, canonical, commit, load, prepare, stage_key, standing
+from gristmill.artifact import MANIFEST, STATE, Artifact, Built, commit, load, prepare, stage_key, standing
 from gristmill.corpus.build import build_corpus, fingerprint
 from gristmill.errors import Failure
 from gristmill.evaluate.bits_per_byte import bits_per_byte
@@ -29,7 +29,7 @@ from gristmill.inference.load import load_model
 from gristmill.inference.scorer import ModelScorer
 from gristmill.progress import console
 from gristmill.recipe import Recipe, curriculum_of, keyed, plain
-from gristmill.report.collect import collect
+from gristmill.report.collect import METRICS, collect, collect_run
 from gristmill.report.page import write
 from gristmill.streaming.build import build_shards
 from gristmill.tokenizer import Tokenizer, build_tokenizer
@@ -195,7 +195,7 @@ class _Run:
     def train(self, folder: Path, identity: Identity) -> Artifact:
         r = self.recipe
         folder.mkdir(parents=True, exist_ok=True)
-        log = MetricsLog(folder / "metrics.jsonl", self.folder / "metrics.jsonl")
+        log = MetricsLog(folder / METRICS, self.folder / METRICS)
         tracking = Tracking(r.train.tracking, self.folder / STATE, r.name, identity.key)
         tracking.params(plain(r))
         tracking.dataset(self.done["corpus"])
@@ -230,6 +230,8 @@ class _Run:
                         case Started():
                             self.say_started(event)
                             log.resume(event.step)
+                            machine = self.machine | event.compute | {"gemm_tflops": event.gemm_flops / 1e12}
+                            log.write("machine", {"step": event.step, "machine": machine})
                             due = event.step > 0 and event.step % r.train.checkpoint.every == 0
                             if due and not log.has_validation(event.step):
                                 validate(event.step, event.model)
@@ -253,7 +255,6 @@ class _Run:
             tracking.close(status)
 
     def say_started(self, started: Started) -> None:
-        self.machine |= started.compute | {"gemm_tflops": started.gemm_flops / 1e12}
         for line in started.damage:
             console.print(f"  [red]{line}[/]; going on from an older checkpoint")
         compute = started.compute
@@ -274,30 +275,40 @@ class _Run:
         stages = {name: artifact.path.relative_to(self.folder).as_posix() for name, artifact in self.done.items()}
         key = stage_key("run", 1, plain(self.recipe), {name: a.content for name, a in self.done.items()})
         if standing(self.folder, key) is None:
-            log = read_metrics_seconds(self.folder / "metrics.jsonl")
-            seconds = {name: a.metrics["seconds"] for name, a in self.done.items() if name != "train"} | {"train": log}
-            self.machine = self.remember_machine()
+            records = [json.loads(line) for line in (self.folder / METRICS).read_text().splitlines()]
+            seconds = {name: a.metrics["seconds"] for name, a in self.done.items() if name != "train"}
+            seconds["train"] = max(record.get("seconds", 0.0) for record in records)
+            machine = [record for record in records if record["kind"] == "machine"][-1]["machine"]
             report = collect(
                 self.folder,
                 stages={name: artifact.path for name, artifact in self.done.items()},
                 recipe=plain(self.recipe),
-                machine=self.machine,
+                machine=machine,
                 seconds=seconds,
             )
             write(report)
-            built = Built(metrics={"stages": stages, "machine": self.machine, "seconds": seconds})
-            files = [self.folder / name for name in ("metrics.jsonl", "report.html", "report.json")]
-            commit(
-                self.folder, kind="run", key=key, config=plain(self.recipe), inputs=self.done, built=built, files=files
-            )
+            metrics = {"stages": stages, "machine": machine, "seconds": seconds}
+            seal(self.folder, key, plain(self.recipe), self.done, metrics)
         say_what_next(self.folder)
 
-    def remember_machine(self) -> dict[str, Any]:
-        """The machine that trained: when training stood already, its figures are those of the day it ran."""
-        file = self.path("train").parent / "machine.json"
-        if "gemm_tflops" in self.machine or not file.exists():
-            file.write_bytes(canonical(self.machine))
-        return dict(json.loads(file.read_text()))
+
+def seal(
+    folder: Path, key: str, config: Mapping[str, Any], stages: Mapping[str, Artifact], metrics: Mapping[str, Any]
+) -> None:
+    """Commit the run folder itself: its manifest covers the report and the figures, and names the stages' artifacts."""
+    files = [folder / name for name in (METRICS, "report.html", "report.json")]
+    files.append(stages["train"].path.parent / METRICS)  # what the link in the run folder points to
+    commit(folder, kind="run", key=key, config=config, inputs=stages, built=Built(metrics=dict(metrics)), files=files)
+
+
+def rewrite_report(folder: Path) -> Path:
+    """Write a run's report again from what stands in its folder, finished or not; returns the page."""
+    write(collect_run(folder))
+    if (folder / MANIFEST).exists():
+        old = load(folder)
+        stages = {name: load(folder / path) for name, path in old.metrics["stages"].items()}
+        seal(folder, old.key, old.manifest["config"], stages, old.metrics)
+    return folder / "report.html"
 
 
 SAYS: dict[StageName, str] = {
@@ -371,11 +382,6 @@ class MetricsLog:
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         with self.file.open("a") as file:
             file.write(json.dumps({"kind": kind, **record}) + "\n")
-
-
-def read_metrics_seconds(file: Path) -> float:
-    """Seconds of training in all."""
-    return max((json.loads(line).get("seconds", 0.0) for line in file.read_text().splitlines()), default=0.0)
 
 
 def say_what_next(folder: Path) -> None:

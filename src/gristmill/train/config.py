@@ -62,8 +62,9 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """MLflow. `uri` None: SQLite below the run's `.state/`; "off": no tracking; else any MLflow tracking URI."""
+    """MLflow. `uri` is any tracking URI; None is an SQLite file below the run's `.state/`."""
 
+    enabled: bool = field(default=True, metadata=OPERATIONAL)
     uri: str | None = field(default=None, metadata=OPERATIONAL)
     experiment: str = field(default="gristmill", metadata=OPERATIONAL)
 

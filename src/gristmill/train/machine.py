@@ -22,7 +22,7 @@ def best_dtype() -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def gemm_flops(dtype: torch.dtype, size: int = 2048) -> float:
+def gemm_flops(dtype: torch.dtype, size: int = 1024) -> float:
     """Floating-point operations a second of a square matrix product: median of 5."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

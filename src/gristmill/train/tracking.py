@@ -28,7 +28,7 @@ class Tracking:
         self._cfg, self._name, self._key = cfg, name, key
         self._uri = cfg.uri or f"sqlite:///{state.resolve() / 'mlflow.db'}"
         self._thread: threading.Thread | None = None
-        if cfg.uri != "off":
+        if cfg.enabled:
             self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
             self._thread.start()
 

@@ -1,0 +1,128 @@
+"""The command line as a person meets it: exit codes, messages without tracebacks, nothing lost."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CXX": "none", "COLUMNS": "200"}
+
+
+def gristmill(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gristmill.cli", *map(str, arguments)]
+    return subprocess.run(command, env=ENV, cwd=cwd, capture_output=True, text=True, timeout=100)
+
+
+def test_bad_input_exits_with_2_and_one_message(tiny_yaml: Path) -> None:
+    for arguments in (
+        ("run", "quickstart", "--set", "model.moe_topk=1"),
+        ("run", "no-such-recipe"),
+        ("verify", "no-such-folder"),
+        ("generate", "no-such-model", "hello"),
+        ("run",),
+        ("no-such-verb",),
+    ):
+        result = gristmill(*arguments)
+        assert result.returncode == 2, arguments
+        assert "Traceback" not in result.stderr
+        assert result.stderr.strip()
+
+
+def test_help_teaches_every_verb() -> None:
+    overview = gristmill("--help").stdout
+    for verb in ("run", "corpus", "tokenizer", "shards", "train", "generate", "report", "verify", "lineage", "recipe"):
+        assert f" {verb} " in overview
+    assert "gristmill run quickstart" in overview
+    assert "goes on where it was" in gristmill("run", "--help").stdout
+
+
+def test_generate_streams_the_same_text_for_the_same_seed(tiny_run: Path) -> None:
+    first = gristmill("generate", tiny_run, "kam", "--max-tokens", "12", "--seed", "3")
+    second = gristmill("generate", tiny_run, "kam", "--max-tokens", "12", "--seed", "3")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    assert first.stdout.startswith("kam")
+
+
+def test_verify_names_the_damaged_file_and_exits_with_1(tiny_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_run, copy, symlinks=True)
+    assert gristmill("verify", copy).returncode == 0
+    file = next(copy.glob("export/*/*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    result = gristmill("verify", copy)
+    assert result.returncode == 1
+    assert str(file) in result.stderr
+
+
+def test_lineage_prints_sources_and_licenses(tiny_run: Path) -> None:
+    said = gristmill("lineage", tiny_run).stdout
+    for word in ("export", "train", "corpus", "source notes", "CC0-1.0", "source verse", "MIT"):
+        assert word in said
+
+
+def test_a_report_is_rewritten_and_still_verifies(tiny_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_run, copy, symlinks=True)
+    assert gristmill("report", copy).returncode == 0
+    assert gristmill("verify", copy).returncode == 0
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_in_training_saves_and_the_same_command_goes_on(
+    signum: int, code: int, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["run", str(tiny_yaml), "--out", str(out), "--set", "train.steps=2000", "--set", "train.checkpoint.every=5000"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "gristmill.cli", *arguments], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while child.poll() is None and not (list(out.glob("train/*/metrics.jsonl")) and "train" in log_of(out)):
+        time.sleep(0.01)
+    child.send_signal(signum)
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == code, said
+    assert "Traceback" not in said
+    (saved,) = out.glob("train/*/step-*")
+    step = int(saved.name.removeprefix("step-"))
+    result = gristmill(*arguments[:4], "--set", f"train.steps={2000}", "--set", "train.checkpoint.every=5000", "--set", "train.log_every=1000")
+    assert f"going on at step {step:,}" in result.stderr
+
+
+def log_of(out: Path) -> str:
+    return "".join(file.read_text() for file in out.glob("train/*/metrics.jsonl"))
+
+
+def small_disk_available() -> bool:
+    probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return bool(shutil.which("unshare")) and subprocess.run(probe, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not small_disk_available(), reason="not run: no user namespaces for a small tmpfs here")
+def test_a_full_disk_is_one_message_and_what_stands_is_kept(tiny_yaml: Path) -> None:
+    run = f"{sys.executable} -m gristmill.cli run {tiny_yaml} --out /mnt/run"
+    script = (
+        "mount -t tmpfs -o size=900k none /mnt && "
+        f"{run}; code=$?; ls /mnt/run; mount -o remount,size=50m /mnt; {run} && exit $code"
+    )
+    result = subprocess.run(["unshare", "-rm", "sh", "-c", script], env=ENV, capture_output=True, text=True, timeout=100)
+    assert "Traceback" not in result.stderr
+    assert result.returncode == 1, result.stderr
+    assert "free some room" in result.stderr
+    assert "corpus    stands" in result.stderr
+
+
+@pytest.mark.skipif(not small_disk_available(), reason="not run: no user namespaces for a read-only mount here")
+def test_a_folder_without_write_permission_is_one_message(tiny_yaml: Path) -> None:
+    script = f"mount -t tmpfs -o ro none /mnt && {sys.executable} -m gristmill.cli run {tiny_yaml} --out /mnt/run"
+    result = subprocess.run(["unshare", "-rm", "sh", "-c", script], env=ENV, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "choose --out" in result.stderr

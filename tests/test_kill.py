@@ -1,0 +1,71 @@
+"""kill -9 at random moments, then the same command: the model is the one of an unbroken run, to the last bit."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gristmill import artifact
+
+NUM_KILLS = int(os.environ.get("GRISTMILL_KILLS", "10"))
+# Children start without tokenizers' and torch's extra threads: two cores are enough for the test and one child.
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CXX": "none"}
+
+
+def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "gristmill.cli", "run", str(recipe), "--out", str(out)]
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def is_saving(out: Path) -> bool:
+    """A checkpoint or an artifact is half written: its directory is there, its manifest is not."""
+    return any(not (path / artifact.MANIFEST).exists() for path in out.glob("train/*/step-*"))
+
+
+def kill_when(child: subprocess.Popen[bytes], moment: Callable[[], bool]) -> bool:
+    """True when the child was killed at that moment, False when it ended before."""
+    while child.poll() is None:
+        if moment():
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            return True
+        time.sleep(0.0005)
+    assert child.returncode == 0
+    return False
+
+
+def contents(out: Path) -> dict[str, str]:
+    stages = artifact.load(out).manifest["metrics"]["stages"]
+    return {name: artifact.load(out / path).content for name, path in stages.items()}
+
+
+@pytest.mark.timeout(300 + 20 * NUM_KILLS)
+def test_a_run_that_is_killed_again_and_again_ends_like_an_unbroken_one(tiny_yaml: Path, tmp_path: Path) -> None:
+    chance = random.Random(0)
+    started = time.monotonic()
+    assert start(tiny_yaml, tmp_path / "unbroken").wait() == 0
+    duration = time.monotonic() - started
+    expected = contents(tmp_path / "unbroken")
+
+    kills, saving, attempt = 0, 0, 0
+    while kills < NUM_KILLS:
+        out = tmp_path / f"broken-{attempt}"
+        attempt += 1
+        while kills < NUM_KILLS:
+            inside_saving = kills % 2 == 0
+            deadline = time.monotonic() + chance.uniform(0.3, 1.0) * duration
+            moment = (lambda: is_saving(out)) if inside_saving else (lambda: time.monotonic() > deadline)  # noqa: B023
+            if not kill_when(start(tiny_yaml, out), moment):
+                break  # it finished before the moment came; begin anew
+            kills += 1
+            saving += inside_saving
+        assert start(tiny_yaml, out).wait() == 0
+        assert contents(out) == expected
+        assert artifact.verify(out).problems == []
+    assert saving > 0, "no kill fell inside saving"

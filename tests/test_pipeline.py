@@ -1,0 +1,138 @@
+"""A whole run, from text to report, and what happens when it is run again."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gristmill import artifact
+from gristmill.errors import Failure, InputError
+from gristmill.pipeline import locked, run
+from gristmill.recipe import Recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+FIGURES = [
+    "total_params", "active_params", "train_tokens", "train_seconds", "tokens_per_second", "validation_bits_per_byte",
+    "held_out_bits_per_byte", "xz_document_bits_per_byte", "xz_bits_per_byte", "trigram_bits_per_byte",
+    "export_max_logit_diff",
+]  # fmt: skip
+
+
+def keys(folder: Path) -> dict[str, str]:
+    return artifact.load(folder).manifest["metrics"]["stages"]
+
+
+def test_a_run_leaves_a_report_with_every_figure(tiny_run: Path) -> None:
+    report = json.loads((tiny_run / "report.json").read_text())
+    for name in FIGURES:
+        assert isinstance(report[name], int | float), name
+    assert report["train_tokens"] == 8 * 256
+    assert report["export_max_logit_diff"] < 1e-4
+    assert (tiny_run / "report.html").stat().st_size > 10_000
+
+
+def test_a_run_verifies_and_each_damaged_file_is_named(tiny_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_run, copy, symlinks=True)
+    assert artifact.verify(copy).problems == []
+    files = [file for file in sorted(copy.rglob("*")) if file.is_file() and not file.is_symlink() and ".state" not in file.parts]
+    not_covered = set(artifact.verify(copy).not_covered)
+    for file in files:
+        if str(file) in not_covered:
+            continue
+        good = file.read_bytes()
+        middle = len(good) // 2
+        file.write_bytes(good[:middle] + bytes([good[middle] ^ 0xFF]) + good[middle + 1 :])
+        try:
+            problems = artifact.verify(copy).problems
+        except Failure as damage:  # the run's own manifest
+            problems = [str(damage)]
+        assert any(file.name in problem for problem in problems), file
+        file.write_bytes(good)
+    assert {Path(line).name for line in not_covered} == {".state"}
+
+
+def test_what_stands_is_not_run_again(tiny_run: Path, tiny_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file: file.stat().st_mtime_ns for file in tiny_run.rglob("*") if file.is_file() and ".state" not in file.parts}
+    run(tiny_recipe(), tiny_run)
+    said = capsys.readouterr().err
+    assert said.count("stands") == 6
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_a_change_redoes_what_depends_on_it_and_nothing_else(
+    tiny_run: Path, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run, folder, symlinks=True)
+    before = keys(folder)
+    run(tiny_recipe("train.optimizer.lr=0.02"), folder)
+    after = keys(folder)
+    assert {name for name in before if before[name] != after[name]} == {"train", "evaluate", "export"}
+    run(tiny_recipe("evaluate.samples=2"), folder)
+    third = keys(folder)
+    assert {name for name in before if before[name] != third[name]} == {"evaluate", "export"}
+    assert artifact.verify(folder).problems == []
+
+
+def test_the_same_recipe_gives_the_same_bits_elsewhere(tiny_run: Path, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    again = run(tiny_recipe(), tmp_path / "elsewhere")
+    for name, path in keys(tiny_run).items():
+        assert artifact.load(tiny_run / path).content == artifact.load(again / keys(again)[name]).content, name
+
+
+def test_metrics_are_complete_and_in_order(tiny_run: Path) -> None:
+    records = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 9))
+    assert [r["step"] for r in records if r["kind"] == "validation"] == [2, 4, 6, 8]
+
+
+def test_lineage_reaches_the_sources_and_their_licenses(tiny_run: Path) -> None:
+    def leaves(node: artifact.Origin) -> set[tuple[str, str]]:
+        if node.kind == "source":
+            return {(node.name, license) for license in node.detail["licenses"]}
+        return {leaf for parent in node.inputs for leaf in leaves(parent)}
+
+    assert leaves(artifact.lineage(tiny_run)) == {("notes", "CC0-1.0"), ("verse", "MIT")}
+    assert leaves(artifact.lineage(tiny_run / keys(tiny_run)["export"])) == {("notes", "CC0-1.0"), ("verse", "MIT")}
+
+
+def test_a_second_run_on_one_folder_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(Failure, match="in use by another"):
+        run(tiny_recipe(), tmp_path)
+
+
+def test_stages_run_up_to_the_one_that_is_asked_for(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    run(tiny_recipe(), tmp_path, until="shards")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".state", "corpus", "shards", "tokenizer"]
+
+
+def test_a_dense_model_goes_the_whole_way(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    folder = run(tiny_recipe("model.ffn=dense", "train.steps=2"), tmp_path)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["total_params"] == report["active_params"]
+    assert report["export_max_logit_diff"] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{path: nowhere, license: MIT}", "corpus.sources.mine.path"),
+        ("{path: EMPTY, license: MIT}", "corpus.sources.mine"),
+        ("{path: BINARY, license: MIT}", "binary"),
+        ("{path: EMPTY}", "corpus.sources.mine.license"),
+        ("{path: EMPTY, license: GPL-3.0-only}", "GPL-3.0-only"),
+    ],
+)
+def test_unusable_sources_are_refused_before_anything_is_written(
+    source: str, message: str, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BINARY").mkdir()
+    (tmp_path / "BINARY" / "a.bin").write_bytes(bytes(range(256)) * 50)
+    source = source.replace("EMPTY", str(tmp_path / "EMPTY")).replace("BINARY", str(tmp_path / "BINARY"))
+    with pytest.raises(InputError, match=message):
+        run(tiny_recipe(f"corpus.sources={{mine: {source}}}"), tmp_path / "run")
