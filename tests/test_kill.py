@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
 def is_saving(out: Path) -> bool:
     """A checkpoint or an artifact is half written: its directory is there, its manifest is not."""
     return any(not (path / artifact.MANIFEST).exists() for path in out.glob("train/*/step-*"))
+
+
+def is_past(deadline: float) -> bool:
+    return time.monotonic() > deadline
 
 
 def kill_when(child: subprocess.Popen[bytes], moment: Callable[[], bool]) -> bool:
@@ -60,8 +65,9 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_unbroken_one(tiny_yam
         while kills < NUM_KILLS:
             inside_saving = kills % 2 == 0
             deadline = time.monotonic() + chance.uniform(0.3, 1.0) * duration
-            moment = (lambda: is_saving(out)) if inside_saving else (lambda: time.monotonic() > deadline)  # noqa: B023
-            if not kill_when(start(tiny_yaml, out), moment):
+            child = start(tiny_yaml, out)
+            killed = kill_when(child, partial(is_saving, out) if inside_saving else partial(is_past, deadline))
+            if not killed:
                 break  # it finished before the moment came; begin anew
             kills += 1
             saving += inside_saving

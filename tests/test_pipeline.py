@@ -38,7 +38,11 @@ def test_a_run_verifies_and_each_damaged_file_is_named(tiny_run: Path, tmp_path:
     copy = tmp_path / "copy"
     shutil.copytree(tiny_run, copy, symlinks=True)
     assert artifact.verify(copy).problems == []
-    files = [file for file in sorted(copy.rglob("*")) if file.is_file() and not file.is_symlink() and ".state" not in file.parts]
+    files = [
+        file
+        for file in sorted(copy.rglob("*"))
+        if file.is_file() and not file.is_symlink() and ".state" not in file.parts
+    ]
     not_covered = set(artifact.verify(copy).not_covered)
     for file in files:
         if str(file) in not_covered:
@@ -55,8 +59,12 @@ def test_a_run_verifies_and_each_damaged_file_is_named(tiny_run: Path, tmp_path:
     assert {Path(line).name for line in not_covered} == {".state"}
 
 
-def test_what_stands_is_not_run_again(tiny_run: Path, tiny_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {file: file.stat().st_mtime_ns for file in tiny_run.rglob("*") if file.is_file() and ".state" not in file.parts}
+def test_what_stands_is_not_run_again(
+    tiny_run: Path, tiny_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {
+        file: file.stat().st_mtime_ns for file in tiny_run.rglob("*") if file.is_file() and ".state" not in file.parts
+    }
     run(tiny_recipe(), tiny_run)
     said = capsys.readouterr().err
     assert said.count("stands") == 6

@@ -86,13 +86,17 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Keep the most probable tokens up to this mass.")] = 0.95,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Keep the most probable tokens up to this mass.")
+    ] = 0.95,
     top_k: Annotated[int | None, typer.Option(min=1, help="Keep so many of the most probable tokens.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Continue a text, streaming. The prompt is text only: control tokens in it stay ordinary characters."""
     from gristmill.inference import Sampling, load_model, stream
+    from gristmill.kernels.compiled import use_compiled
 
+    use_compiled(False)  # for a short text compiling takes longer than it saves
     loaded, its_tokenizer = load_model(model)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     sys.stdout.write(prompt)
@@ -159,14 +163,13 @@ def main() -> None:
     sys.exit(_exit_code(lambda: app(standalone_mode=False)))
 
 
-def _exit_code(call: Callable[[], Any]) -> int:
-    import click
+UsageError: Any = typer.BadParameter.__base__  # typer carries a private copy of click, where this is at home
 
+
+def _exit_code(call: Callable[[], Any]) -> int:
     try:
         return int(call() or 0)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as bad:
+    except UsageError as bad:
         bad.show()
         return 2
     except InputError as bad:
@@ -182,9 +185,11 @@ def _exit_code(call: Callable[[], Any]) -> int:
             raise
         where = f" ({problem.filename})" if problem.filename else ""
         fix = "free some room" if problem.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable or choose --out"
-        print(f"error: {problem.strerror}{where}; {fix}, then run the same command: what stands is kept", file=sys.stderr)
+        print(
+            f"error: {problem.strerror}{where}; {fix}, then run the same command: what stands is kept", file=sys.stderr
+        )
         return 1
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return 130
     except BaseException as stop:
         signum = getattr(stop, "signum", None)

@@ -27,6 +27,7 @@ from gristmill.evaluate.documents import read_documents
 from gristmill.hub.export import build_export
 from gristmill.inference.load import load_model
 from gristmill.inference.scorer import ModelScorer
+from gristmill.model.counts import count_params, train_flops_per_token
 from gristmill.progress import console
 from gristmill.recipe import Recipe, curriculum_of, keyed, plain
 from gristmill.report.collect import METRICS, collect, collect_run
@@ -36,7 +37,7 @@ from gristmill.tokenizer import Tokenizer, build_tokenizer
 from gristmill.train.checkpoint import Identity, checkpoint_path, read_state
 from gristmill.train.display import Display, duration
 from gristmill.train.loop import Saved, Started, Step, apply_compute, train
-from gristmill.train.machine import describe_machine
+from gristmill.train.machine import best_dtype, describe_machine, gemm_flops
 from gristmill.train.tracking import Tracking
 
 StageName = Literal["corpus", "tokenizer", "shards", "train", "evaluate", "export"]
@@ -101,7 +102,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Failure(f"{folder} is in use by another gristmill process; wait for it or choose another --out") from None
+            raise Failure(
+                f"{folder} is in use by another gristmill process; wait for it or choose another --out"
+            ) from None
         yield
 
 
@@ -112,9 +115,11 @@ class _Run:
         self.recipe, self.folder, self.signals = recipe, folder, signals
         self.done: dict[str, Artifact] = {}
         self.machine = describe_machine()
+        self.estimated = False
 
     def stages(self, wanted: tuple[StageName, ...], finish: bool) -> Path:
         self.fingerprint = fingerprint(self.recipe.corpus)
+        self.estimated = "train" not in wanted  # the short stages are not worth one
         for name in wanted:
             self.done[name] = self.stage(name)
         if finish:
@@ -135,6 +140,8 @@ class _Run:
         if artifact is not None:
             console.print(f"{name:<10}[bright_black]stands  {artifact.path.relative_to(self.folder)}[/]")
             return artifact
+        if not self.estimated:
+            self.say_estimate()
         (self.folder / MANIFEST).unlink(missing_ok=True)  # it speaks of the run before
         console.print(f"[bold]{name:<10}[/]{SAYS[name]}")
         started = time.perf_counter()
@@ -254,21 +261,30 @@ class _Run:
             self.signals.graceful = False
             tracking.close(status)
 
+    def say_estimate(self) -> None:
+        """Before the first stage that must run: how long all of it takes on this machine."""
+        self.estimated = True
+        r, dtype = self.recipe, best_dtype()
+        rate = gemm_flops(dtype)
+        work = train_flops_per_token(r.model, r.train.seq_len) * r.train.steps * r.train.batch_tokens
+        seconds = work / (rate * EXPECTED_MFU) + EXPECTED_OTHER_S
+        console.print(
+            f"{r.name}: about {max(1, round(seconds / 60))} min from nothing on this machine ({self.machine['cpu']}, "
+            f"{self.machine['cores']} cores, {str(dtype).removeprefix('torch.')} at {rate / 1e12:.2f} TFLOP/s)"
+        )
+
     def say_started(self, started: Started) -> None:
         for line in started.damage:
             console.print(f"  [red]{line}[/]; going on from an older checkpoint")
-        compute = started.compute
-        console.print(
-            f"  {self.machine['cpu']}: {compute['dtype']} on {compute['threads']} threads, matrix products at "
-            f"{started.gemm_flops / 1e12:.2f} TFLOP/s"
-        )
-        if not compute["compiled"]:
+        if not started.compute["compiled"]:
             console.print("  no C++ compiler: the kernels run eagerly; with g++ training is about 1.5 times as fast")
-        left = self.recipe.train.steps - started.step
-        work = started.flops_per_token * self.recipe.train.batch_tokens * left
-        seconds = work / (started.gemm_flops * EXPECTED_MFU)
         going_on = f"going on at step {started.step:,}; " if started.step else ""
-        console.print(f"  {going_on}{left:,} steps, about {duration(seconds)} on this machine")
+        left = self.recipe.train.steps - started.step
+        counts = count_params(self.recipe.model)
+        console.print(
+            f"  {going_on}{left:,} steps; {counts.total_params / 1e6:.1f}M parameters, "
+            f"{counts.active_params / 1e6:.1f}M active; {started.compute['dtype']} on {started.compute['threads']} threads"
+        )
 
     def finish(self) -> None:
         """The report, and the run's own manifest over it."""
@@ -327,7 +343,9 @@ def summary(artifact: Artifact) -> str:
     match artifact.kind:
         case "corpus":
             dropped = sum(m["dropped"].values())
-            return f"{m['documents']:,} documents, {m['bytes'] / 1e6:.1f} MB kept; {dropped:,} dropped with a reason each"
+            return (
+                f"{m['documents']:,} documents, {m['bytes'] / 1e6:.1f} MB kept; {dropped:,} dropped with a reason each"
+            )
         case "tokenizer":
             return f"{m['vocab_size']:,} tokens, {m['bytes_per_token']:.2f} bytes each"
         case "shards":

@@ -205,7 +205,7 @@ def _resolve(recipe: Recipe) -> Recipe:
         )
     if recipe.shards.block_tokens % train.seq_len:
         raise InputError(
-            f"train.seq_len={train.seq_len} must divide shards.block_tokens={recipe.shards.block_tokens}; change one of them"
+            f"train.seq_len={train.seq_len} must divide shards.block_tokens={recipe.shards.block_tokens}; change one"
         )
     if train.seq_len > model.max_seq_len:
         raise InputError(f"train.seq_len={train.seq_len} must not exceed model.max_seq_len={model.max_seq_len}")

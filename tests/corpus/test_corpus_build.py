@@ -59,7 +59,8 @@ def test_a_folder_of_markdown_becomes_three_splits_with_signals_and_figures(tmp_
     assert sorted(table["text"].to_pylist()) == sorted(text_of(number) for number in range(8))
     assert table["num_bytes"].to_pylist() == [len(text.encode()) for text in table["text"].to_pylist()]
     assert table["num_lines"].to_pylist() == [10] * 8
-    assert set(table["license"].to_pylist()) == {"MIT"} and drops == {}
+    assert set(table["license"].to_pylist()) == {"MIT"}
+    assert drops == {}
     splits = built.metrics["splits"]
     assert all(splits[split]["documents"] >= 1 for split in ("train", "validation", "test"))
     assert (
@@ -68,7 +69,8 @@ def test_a_folder_of_markdown_becomes_three_splits_with_signals_and_figures(tmp_
         == sum(table["num_bytes"].to_pylist())
     )
     source = built.sources["notes"]
-    assert source["documents"] == 8 and source["licenses"] == {"MIT": built.metrics["bytes"]}
+    assert source["documents"] == 8
+    assert source["licenses"] == {"MIT": built.metrics["bytes"]}
     assert source["fingerprint"] == fingerprint(config(tmp_path / "notes"))["notes"]
 
 
@@ -96,7 +98,8 @@ def test_rows_are_sorted_and_groups_lie_in_one_split(tmp_path):
         assert keys == sorted(keys)
         for row in rows:
             homes.setdefault(row["group"], set()).add(split)
-    assert len(homes) == 6 and all(len(splits) == 1 for splits in homes.values())
+    assert len(homes) == 6
+    assert all(len(splits) == 1 for splits in homes.values())
 
 
 def test_groups_are_top_folders_or_files_when_there_are_too_few_of_those():
@@ -135,7 +138,8 @@ def test_every_table_format_gives_the_same_documents(tmp_path, name):
 def test_a_license_column_decides_row_by_row(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [*rows_of(), {"text": text_of(99)}])
     built, table, drops = build(config(path, license=None, license_field="lic"), tmp_path / "out")
-    assert set(table["license"].to_pylist()) == {"MIT"} and table.num_rows == 4
+    assert set(table["license"].to_pylist()) == {"MIT"}
+    assert table.num_rows == 4
     assert built.metrics["dropped"] == {"license:GPL-3.0": 5, "license:unknown": 1}
     assert drops["license:GPL-3.0"]["examples"][0]["id"] == "rows.jsonl#0"
 
@@ -174,7 +178,8 @@ def test_near_copies_leave_their_longest_and_every_document_read_is_kept_or_coun
     (folder / "tiny.md").write_text("tiny")
     built, table, drops = build(config(folder), tmp_path / "out")
     assert built.metrics["dropped"] == {"duplicate": 1, "near_duplicate": 1, "too_short": 1}
-    assert copy in table["text"].to_pylist() and text_of(3) not in table["text"].to_pylist()
+    assert copy in table["text"].to_pylist()
+    assert text_of(3) not in table["text"].to_pylist()
     near = drops["near_duplicate"]["examples"][0]
     assert (near["id"], near["duplicate_of"], near["source"]) == ("note-3.md", "a copy.md", "notes")
     assert near["excerpt"] == text_of(3)[:200]
@@ -202,7 +207,8 @@ def test_bad_files_are_counted_drops_and_the_rest_goes_on(tmp_path):
     built, table, drops = build(cfg, tmp_path / "out")
     assert table.num_rows == 8
     assert built.metrics["dropped"] == {"binary": 1, "not_utf8": 1, "too_long": 1}
-    assert drops["too_long"]["bytes"] == 4_000_000 and len(drops["too_long"]["examples"][0]["excerpt"]) == 200
+    assert drops["too_long"]["bytes"] == 4_000_000
+    assert len(drops["too_long"]["examples"][0]["excerpt"]) == 200
 
 
 def test_bad_rows_are_counted_drops_with_their_line(tmp_path):
@@ -235,7 +241,8 @@ def test_an_unreadable_file_is_a_counted_drop(tmp_path):
     folder = notes(tmp_path / "notes")
     (folder / "note-0.md").chmod(0)
     built, table, _ = build(config(folder), tmp_path / "out")
-    assert built.metrics["dropped"] == {"unreadable": 1} and table.num_rows == 7
+    assert built.metrics["dropped"] == {"unreadable": 1}
+    assert table.num_rows == 7
     (folder / "note-0.md").chmod(stat.S_IRUSR | stat.S_IWUSR)
 
 

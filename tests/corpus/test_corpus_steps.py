@@ -96,7 +96,8 @@ def test_exact_duplicates_ignore_blanks_and_name_the_one_that_stays():
     assert kept["id"].to_pylist() == ["0", "2"]
     assert [(item.reason, item.id, item.duplicate_of) for item in dropped] == [("duplicate", "1", "0")]
     again, dropped = exact(batch)  # the memory spans batches
-    assert again.num_rows == 0 and {item.duplicate_of for item in dropped} == {"0", "2"}
+    assert again.num_rows == 0
+    assert {item.duplicate_of for item in dropped} == {"0", "2"}
 
 
 def test_batches_hold_every_document_in_order_and_count_the_drops():

@@ -28,8 +28,14 @@ def write_split(folder: Path, split: str, rows: list[tuple[str, str, str]]) -> N
     """rows: (id, source, text)."""
     ids, sources, texts = zip(*rows, strict=True) if rows else ((), (), ())
     sizes = pa.array([len(text.encode()) for text in texts], pa.int64())
-    table = pa.table({"id": pa.array(ids, pa.string()), "source": pa.array(sources, pa.string()),
-                      "text": pa.array(texts, pa.string()), "num_bytes": sizes})
+    table = pa.table(
+        {
+            "id": pa.array(ids, pa.string()),
+            "source": pa.array(sources, pa.string()),
+            "text": pa.array(texts, pa.string()),
+            "num_bytes": sizes,
+        }
+    )
     pq.write_table(table, folder / f"documents-{split}.parquet", row_group_size=3)
 
 

@@ -144,9 +144,7 @@ def test_a_corpus_without_python_has_samples_and_no_parse_share(
     assert all(any(text.startswith(s["prompt"] + s["truth"]) for text in notes) for s in figures["samples"])
 
 
-def test_prompts_are_unlike_and_documented_functions_come_first(
-    make_corpus: MakeCorpus, tokenizer: Tokenizer
-) -> None:
+def test_prompts_are_unlike_and_documented_functions_come_first(make_corpus: MakeCorpus, tokenizer: Tokenizer) -> None:
     plain = "def f(x):\n    y = x\n    return y\n"
     told = 'def g(x):\n    """Give x."""\n    return x\n'
     corpus = make_corpus([(f"m{i}", "code", text) for i, text in enumerate([plain, plain, plain + "z = 1\n", told])])

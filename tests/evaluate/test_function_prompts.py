@@ -49,8 +49,9 @@ at the margin
 
 
 def test_heads_are_signature_and_docstring_at_the_margin_and_the_rest_completes_them() -> None:
-    found = {ast.parse(head + body).body[0].name: (documented, head, body)
-             for documented, head, body in _functions(MODULE)}
+    found = {
+        ast.parse(head + body).body[0].name: (documented, head, body) for documented, head, body in _functions(MODULE)
+    }
     assert set(found) == {"plain", "documented", "inside", "nested", "wait", "text"}
     assert found["plain"] == (False, "def plain(a, b):\n", "    c = a + b\n    return c\n")
     assert found["documented"][0]

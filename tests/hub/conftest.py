@@ -15,8 +15,19 @@ from gristmill.hub import write_tensors
 from gristmill.model import ModelConfig, Transformer
 from gristmill.tokenizer import TokenizerConfig, build_tokenizer
 
-SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "kv_n_heads": 2, "ffn_hidden_size": 24, "vocab_size": 384,
-         "max_seq_len": 96, "moe_num_experts": 4, "moe_top_k": 2, "initializer_range": 0.2, "rope_theta": 2000.0}
+SHAPE = {
+    "d_model": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "kv_n_heads": 2,
+    "ffn_hidden_size": 24,
+    "vocab_size": 384,
+    "max_seq_len": 96,
+    "moe_num_experts": 4,
+    "moe_top_k": 2,
+    "initializer_range": 0.2,
+    "rope_theta": 2000.0,
+}
 TEXTS = ["The mill stands by the river. ", "def add(a, b):\n    return a + b\n", "Körner und Mehl. "]
 
 
@@ -33,8 +44,14 @@ def tiny() -> Callable[..., Transformer]:
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, out = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("tokenizer")
     texts = [text * 5 for text in TEXTS]
-    table = pa.table({"id": ["0", "1", "2"], "source": ["code"] * 3, "text": texts,
-                      "num_bytes": [len(text.encode()) for text in texts]})
+    table = pa.table(
+        {
+            "id": ["0", "1", "2"],
+            "source": ["code"] * 3,
+            "text": texts,
+            "num_bytes": [len(text.encode()) for text in texts],
+        }
+    )
     for split in ("train", "validation", "test"):
         pq.write_table(table, folder / f"documents-{split}.parquet")
     build_tokenizer(TokenizerConfig(vocab_size=300), folder, out)
@@ -47,16 +64,24 @@ def checkpoint(tiny: Callable[..., Transformer], tokenizer_dir: Path, tmp_path: 
 
     def make(**changes: Any) -> Path:
         sources = {
-            "code": {"documents": 2, "bytes": 700, "licenses": {"MIT": 400, "BSD-3-Clause": 300}, "fingerprint": "a",
-                     "packages": {"numpy": "2.0"}},
-            "prose": {"documents": 1, "bytes": 90, "licenses": {"PSF-2.0": 90}, "fingerprint": "b",
-                      "path": "/home/me/notes"},
+            "code": {
+                "documents": 2,
+                "bytes": 700,
+                "licenses": {"MIT": 400, "BSD-3-Clause": 300},
+                "fingerprint": "a",
+                "packages": {"numpy": "2.0"},
+            },
+            "prose": {
+                "documents": 1,
+                "bytes": 90,
+                "licenses": {"PSF-2.0": 90},
+                "fingerprint": "b",
+                "path": "/home/me/notes",
+            },
         }
         corpus = artifact.prepare(tmp_path / "corpus")
         (corpus / "drops.json").write_text("{}")
-        above = artifact.commit(
-            corpus, kind="corpus", key="c", config={}, inputs={}, built=Built(sources=sources)
-        )
+        above = artifact.commit(corpus, kind="corpus", key="c", config={}, inputs={}, built=Built(sources=sources))
         model = tiny(**changes)
         path = artifact.prepare(tmp_path / "step-00000001")
         write_tensors(path, model.state_dict().items(), 10**9)
@@ -76,11 +101,15 @@ def evaluation(tmp_path: Path) -> Path:
     folder.mkdir()
     figures = {"all": 2.5, "code": 2.25, "prose": 3.0}
     samples = [{"source": "code", "prompt": text, "truth": text * 2, "greedy": "", "sampled": ""} for text in TEXTS]
-    (folder / "evaluation.json").write_text(json.dumps({
-        "validation": {"bits_per_byte": figures, "documents": 3, "bytes": 100},
-        "test": {"bits_per_byte": figures, "documents": 3, "bytes": 100},
-        "baselines": {"xz_document": figures, "xz": figures, "trigram": figures},
-        "samples": samples,
-        "parse_share": {"greedy": 0.5, "sampled": 0.25, "functions": 8},
-    }))
+    (folder / "evaluation.json").write_text(
+        json.dumps(
+            {
+                "validation": {"bits_per_byte": figures, "documents": 3, "bytes": 100},
+                "test": {"bits_per_byte": figures, "documents": 3, "bytes": 100},
+                "baselines": {"xz_document": figures, "xz": figures, "trigram": figures},
+                "samples": samples,
+                "parse_share": {"greedy": 0.5, "sampled": 0.25, "functions": 8},
+            }
+        )
+    )
     return folder

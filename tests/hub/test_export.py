@@ -46,8 +46,11 @@ def test_shards_stay_within_their_size_and_the_index_names_each_tensor(tiny: Tin
 def test_published_tensors_have_dbrx_names_and_shapes(tiny: Tiny, tmp_path: Path) -> None:
     write_dbrx(tmp_path, (model := tiny()).cfg, model.state_dict().items(), IDS, dtype=torch.bfloat16)
     published = dict(read_tensors(tmp_path))
-    block = {name.removeprefix("transformer.blocks.1."): tuple(tensor.shape) for name, tensor in published.items()
-             if name.startswith("transformer.blocks.1.")}
+    block = {
+        name.removeprefix("transformer.blocks.1."): tuple(tensor.shape)
+        for name, tensor in published.items()
+        if name.startswith("transformer.blocks.1.")
+    }
     assert block == {
         "norm_attn_norm.norm_1.weight": (32,),
         "norm_attn_norm.norm_2.weight": (32,),
@@ -76,12 +79,22 @@ def test_configuration_survives_the_published_form_and_the_published_file_is_rea
     cfg = ModelConfig(vocab_size=384, clip_qkv=None, moe_normalize_expert_weights=None, rope_theta=7.5)
     assert from_json(to_json(cfg, IDS, torch.float32)) == cfg
     published = {  # the values of the 132B model's config.json: theta only nested, normalisation left out, integers
-        "model_type": "dbrx", "vocab_size": 100352,
-        "d_model": 6144, "n_heads": 48, "n_layers": 40, "max_seq_len": 32768,
+        "model_type": "dbrx",
+        "vocab_size": 100352,
+        "d_model": 6144,
+        "n_heads": 48,
+        "n_layers": 40,
+        "max_seq_len": 32768,
         "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
-        "ffn_config": {"ffn_hidden_size": 10752, "moe_jitter_eps": 0, "moe_loss_weight": 0.05, "moe_num_experts": 16,
-                       "moe_top_k": 4},
-        "initializer_range": 0.02, "tie_word_embeddings": False,
+        "ffn_config": {
+            "ffn_hidden_size": 10752,
+            "moe_jitter_eps": 0,
+            "moe_loss_weight": 0.05,
+            "moe_num_experts": 16,
+            "moe_top_k": 4,
+        },
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
     }
     assert from_json(published) == ModelConfig(vocab_size=100352)
 
@@ -165,7 +178,9 @@ def test_the_card_names_every_license_and_figure_in_a_front_matter_that_the_hub_
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
     assert {(result.metric_name, result.metric_value) for result in card.data.eval_results} == {
-        ("bits per byte (all)", 2.5), ("bits per byte (code)", 2.25), ("bits per byte (prose)", 3.0)
+        ("bits per byte (all)", 2.5),
+        ("bits per byte (code)", 2.25),
+        ("bits per byte (prose)", 3.0),
     }
     loaded = artifact.load(path)
     for license, num_bytes in loaded.licenses.items():

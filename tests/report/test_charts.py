@@ -50,7 +50,8 @@ def test_ticks_are_round_evenly_spaced_and_cover_the_range(a: float, b: float) -
     step = ticks[1] - ticks[0]
     slack = 1e-6 * max(abs(low), abs(high), step)
     assert 2 <= len(ticks) <= 8
-    assert ticks[0] <= low + slack and ticks[-1] >= high - slack
+    assert ticks[0] <= low + slack
+    assert ticks[-1] >= high - slack
     assert all(math.isclose(d - c, step, rel_tol=1e-6) for c, d in pairwise(ticks))
     mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
     assert any(math.isclose(mantissa, round_number, rel_tol=1e-6) for round_number in (1, 2, 2.5, 5))

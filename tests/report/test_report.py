@@ -71,7 +71,8 @@ def test_the_page_is_one_file_that_asks_nothing_of_the_outside(tmp_path: Path) -
         assert "url(" not in said.get("style", "")
     html = (tmp_path / "quickstart/report.html").read_text()
     assert set(re.findall(r"url\((.)", html)) == {"#"}
-    assert "@import" not in html and "://" not in html
+    assert "@import" not in html
+    assert "://" not in html
     assert len(page.all("script")) == 1
     assert "default-src 'none'" in page.all("meta")[1]["content"]
 
@@ -79,7 +80,8 @@ def test_the_page_is_one_file_that_asks_nothing_of_the_outside(tmp_path: Path) -
 def test_headings_go_down_one_level_at_a_time_and_pictures_have_titles_and_ids_are_unique(tmp_path: Path) -> None:
     page, _ = page_of(tmp_path / "quickstart")
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1 and levels.count(1) == 1
+    assert levels[0] == 1
+    assert levels.count(1) == 1
     assert all(b - a <= 1 for a, b in pairwise(levels))
     ids = [said["id"] for _, said in page.tags if "id" in said]
     assert len(ids) == len(set(ids))
@@ -121,9 +123,11 @@ def test_hostile_texts_and_names_stay_text(tmp_path: Path) -> None:
     report.evaluation["samples"][1]["greedy"] = HOSTILE
     html = to_html(report)
     page = Page(html)
-    assert len(page.all("script")) == 1 and not page.all("img")
+    assert len(page.all("script")) == 1
+    assert not page.all("img")
     assert not any(name.startswith("on") for _, said in page.tags for name in said)
-    assert "\x00" not in html and "\u202e" not in html
+    assert "\x00" not in html
+    assert "\u202e" not in html
     assert "<script>alert(1)" in page.words  # shown as what it is
     html.encode()
 
@@ -132,7 +136,8 @@ def test_hostile_texts_and_names_stay_text(tmp_path: Path) -> None:
 def test_an_unfinished_run_shows_what_there_is(tmp_path: Path, until: str) -> None:
     page, said = page_of(tmp_path / "part", until=until)
     assert "not finished" in page.words
-    assert said["finished"] is False and "export" in said["missing_stages"]  # type: ignore[operator]
+    assert said["finished"] is False
+    assert "export" in said["missing_stages"]
     assert (said["held_out_bits_per_byte"] is not None) == (until == "evaluate")
     assert (said["train_tokens"] == 300 * 8192) == (until not in ("corpus", "tokenizer"))
     assert set(said["stages"]) == set(STAGES[: STAGES.index(until) + 1])  # type: ignore[call-overload]

@@ -96,7 +96,8 @@ def test_a_large_vocabulary_is_stored_in_four_bytes(corpus: Path, tmp_path: Path
         tmp_path,
     )
     tokens = MDSReader(tmp_path / "code")[0]["tokens"]
-    assert tokens.dtype == np.uint32 and tokens.max() == big
+    assert tokens.dtype == np.uint32
+    assert tokens.max() == big
 
 
 def test_an_empty_corpus_and_impossible_settings_say_so(corpus: Path, tmp_path: Path) -> None:

@@ -111,7 +111,8 @@ def test_a_stream_never_shows_part_of_a_character(tokenizer: Tokenizer, text: st
     for id in tokenizer.encode(text):
         shown += decoder.feed(id)
         assert text.startswith(shown)
-    assert decoder.flush() == "" and shown == text
+    assert decoder.flush() == ""
+    assert shown == text
 
 
 def test_special_tokens_take_the_last_ids_in_dbrx_order(tokenizer: Tokenizer, auto: Any) -> None:

@@ -87,7 +87,8 @@ def test_a_sample_keeps_the_budget_and_the_sources_shares(documents: Path, budge
         size, taken = (sum(n for row, n in part.items() if row % 3 == residue) for part in (everything, chosen))
         assert abs(taken - size * min(1, budget / total)) <= 1
     texts = [text for _, text in read(documents, chosen)]
-    assert len(texts) == len(chosen) and all(set(text) <= {"é"} for text in texts)
+    assert len(texts) == len(chosen)
+    assert all(set(text) <= {"é"} for text in texts)
 
 
 def test_a_larger_sample_contains_the_smaller_one(documents: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from gristmill.errors import InputError
+from gristmill.hub.tensors import read_tensors
 from gristmill.model import ModelConfig, Transformer
 from gristmill.streaming import Batches, ShardsConfig, Stage, build_shards
-from gristmill.train.checkpoint import Identity, checkpoint_path, latest_checkpoint, read_state, read_tensors
+from gristmill.train.checkpoint import Identity, checkpoint_path, latest_checkpoint, read_state
 from gristmill.train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from gristmill.train.loop import Figures, Saved, Started, Step, gradients, train
 from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
@@ -35,7 +36,12 @@ IDENTITY = Identity("key", {}, {})
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources of arithmetic text; an id is a character's code."""
-    rows = [(source, f"{source}{i}", f"{i} plus {k} is {i + k}; " * (1 + i % 7)) for source in "ab" for i in range(40) for k in (i % 5,)]
+    rows = [
+        (source, f"{source}{i}", f"{i} plus {k} is {i + k}; " * (1 + i % 7))
+        for source in "ab"
+        for i in range(40)
+        for k in (i % 5,)
+    ]
     columns = {
         "id": [id for _, id, _ in rows],
         "source": [source for source, _, _ in rows],
@@ -85,7 +91,9 @@ def test_a_resumed_training_is_bitwise_the_unbroken_one(shards: Path, tokenizer:
     assert last.artifact.content == whole[-1].artifact.content
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    shards: Path, tokenizer: Path, tmp_path: Path
+) -> None:
     whole = list(events(shards, tokenizer, tmp_path))
     file = checkpoint_path(tmp_path, 20) / "optimizer.safetensors"
     data = bytearray(file.read_bytes())
@@ -211,5 +219,5 @@ def test_resuming_compiled_training_without_a_compiler_is_refused(monkeypatch: p
 def test_a_saved_model_is_the_trained_one(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
     for event in events(shards, tokenizer, tmp_path):
         if isinstance(event, Saved):
-            saved = read_tensors(event.artifact.path, "model")
+            saved = dict(read_tensors(event.artifact.path))
             assert all(torch.equal(saved[name], tensor) for name, tensor in event.model.state_dict().items())

@@ -69,7 +69,7 @@ def _load_reference(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM  # seconds to import: only where it is needed
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     return model.eval()
 

@@ -1,7 +1,9 @@
 """Named tensors in safetensors files, one file or several with an index, and a model put together from them."""
 
+import errno
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -25,7 +27,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (a safe_open is not a mapping)
+                names = tensors.keys()  # it is no mapping: it cannot be iterated itself
+                for name in names:
                     yield name, tensors.get_tensor(name)
         except (SafetensorError, OSError) as problem:
             raise Failure(f"{file} cannot be read: {problem}; fetch or build it again") from None
@@ -52,6 +55,16 @@ def weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
 
 
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file. Raises OSError, as any other file would, where the disk is full."""
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    except SafetensorError as problem:
+        if os.strerror(errno.ENOSPC) in str(problem):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from None
+        raise
+
+
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
     """One file if all fits in `max_shard_bytes`, else numbered files and an index. A larger tensor is a file alone."""
     shards: list[list[str]] = []
@@ -59,7 +72,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard
     size = total = 0
 
     def close() -> None:
-        save_file(shard, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
+        save_tensors(folder / f"{len(shards)}.partial", shard)
         shards.append(list(shard))
         shard.clear()
 
@@ -67,7 +80,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard
         if shard and size + tensor.nbytes > max_shard_bytes:
             close()
             size = 0
-        shard[name] = tensor.detach().contiguous()
+        shard[name] = tensor
         size += tensor.nbytes
         total += tensor.nbytes
     close()

@@ -64,7 +64,7 @@ class _PackedAttention(torch.autograd.Function):
     """Heads that share a key head lie together as rows of one GEMM: [B*G, R*T, C] x [B*G, C, L], R = H / G."""
 
     @staticmethod
-    def forward(ctx, q_BSHC, k_BSGC, v_BSGC, starts_BS):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, q_BSHC, k_BSGC, v_BSGC, starts_BS):  # type: ignore[no-untyped-def]
         B, S, H, C = q_BSHC.shape
         G = k_BSGC.shape[2]
         q = (q_BSHC.float() * C**-0.5).to(q_BSHC.dtype).view(B, S, G, H // G, C).permute(0, 2, 3, 1, 4).contiguous()
@@ -84,7 +84,7 @@ class _PackedAttention(torch.autograd.Function):
         return out.permute(0, 3, 1, 2, 4).reshape(B, S, H, C)
 
     @staticmethod
-    def backward(ctx, grad_BSHC):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_BSHC):  # type: ignore[no-untyped-def]
         q, k, v, out, lse, starts_BS = ctx.saved_tensors
         B, G, R, S, C = q.shape
         grad = grad_BSHC.view(B, S, G, R, C).permute(0, 2, 3, 1, 4).contiguous()
@@ -98,7 +98,13 @@ class _PackedAttention(torch.autograd.Function):
             scores = _scores(q[:, :, :, queries], k[:, keys])
             grad_probs = torch.bmm(grad_tile, v[:, keys].transpose(1, 2)).view(scores.shape)
             probs, dscores = _softmax_backward(
-                scores, grad_probs, lse[..., queries], delta[..., queries], starts_BS[:, queries], index[queries], index[keys]
+                scores,
+                grad_probs,
+                lse[..., queries],
+                delta[..., queries],
+                starts_BS[:, queries],
+                index[queries],
+                index[keys],
             )
             probs, dscores = probs.view(B * G, -1, probs.shape[-1]), dscores.view(B * G, -1, dscores.shape[-1])
             dv[:, keys] += torch.bmm(probs.transpose(1, 2), grad_tile)

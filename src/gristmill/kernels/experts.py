@@ -106,8 +106,8 @@ def _sum_slots(rows_PD: Tensor, slot_TK: Tensor) -> Tensor:
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, weights_TK, ids_TK, w1, v1, w2):  # type: ignore[no-untyped-def, override]
-        E, F_, D = w1.shape
+    def forward(ctx, x_TD, weights_TK, ids_TK, w1, v1, w2):  # type: ignore[no-untyped-def]
+        E, F_, _D = w1.shape
         plan = make_plan(ids_TK, E)
         gate_up = torch.cat([w1, v1], dim=1).to(x_TD.dtype)  # [E, 2F, D]: one GEMM reads x once
         down = w2.to(x_TD.dtype)
@@ -127,7 +127,7 @@ class _Experts(torch.autograd.Function):
         return _sum_slots(y_PD, plan.slot_TK)
 
     @staticmethod
-    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
         x_TD, h_PG, weight_P, gate_up, down = ctx.saved_tensors
         plan: Plan = ctx.plan
         F_ = down.shape[1]

@@ -38,7 +38,9 @@ class ModelConfig:
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model={self.d_model} must be a multiple of n_heads={self.n_heads}")
         if self.d_model // self.n_heads % 2:
-            raise ValueError(f"d_model={self.d_model} / n_heads={self.n_heads} must be even: rotary embedding turns pairs")
+            raise ValueError(
+                f"d_model={self.d_model} / n_heads={self.n_heads} must be even: rotary embedding turns pairs"
+            )
         if self.n_heads % self.kv_n_heads:
             raise ValueError(f"kv_n_heads={self.kv_n_heads} must divide n_heads={self.n_heads}")
         if not 1 <= self.moe_top_k <= self.moe_num_experts:

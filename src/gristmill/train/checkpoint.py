@@ -14,12 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from gristmill.artifact import Artifact, Built, canonical, commit, load, prepare, verify
+from gristmill.artifact import MANIFEST, Artifact, Built, canonical, commit, load, prepare, verify
 from gristmill.errors import Failure
+from gristmill.hub.checkpoint import CONFIG, TOKENIZER
+from gristmill.hub.tensors import save_tensors, write_tensors
 from gristmill.model import ModelConfig
+
+OPTIMIZER = "optimizer.safetensors"
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,11 @@ def save_checkpoint(
     metrics: Mapping[str, Any],
 ) -> Artifact:
     path = prepare(checkpoint_path(folder, state.step))
-    save_file(dict(model), path / "model.safetensors")
-    save_file(dict(optimizer), path / "optimizer.safetensors")
-    (path / "model.json").write_bytes(canonical(asdict(model_cfg)))
+    write_tensors(path, model.items(), MAX_SHARD_BYTES)
+    (path / CONFIG).write_bytes(canonical(asdict(model_cfg)))
+    save_tensors(path / OPTIMIZER, optimizer)
     (path / "state.json").write_bytes(canonical(asdict(state)))
-    shutil.copytree(tokenizer, path / "tokenizer", ignore=shutil.ignore_patterns("manifest.json"))
+    shutil.copytree(tokenizer, path / TOKENIZER, ignore=shutil.ignore_patterns(MANIFEST))
     return commit(
         path,
         kind="checkpoint",
@@ -73,16 +78,15 @@ def read_state(checkpoint: Path) -> State:
     return State(**json.loads((checkpoint / "state.json").read_text()))
 
 
-def read_tensors(checkpoint: Path, what: str) -> dict[str, Tensor]:
-    """`what`: "model" or "optimizer"."""
-    return load_file(checkpoint / f"{what}.safetensors")
+def read_optimizer(checkpoint: Path) -> dict[str, Tensor]:
+    return load_file(checkpoint / OPTIMIZER)
 
 
 def latest_checkpoint(folder: Path, key: str) -> tuple[Artifact | None, list[str]]:
     """The newest checkpoint under this key whose every byte is right, and what is wrong with newer ones."""
     damage: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
-        if not (path / "manifest.json").exists():
+        if not (path / MANIFEST).exists():
             continue  # saving it was interrupted
         try:
             artifact, problems = load(path), verify(path).problems
@@ -98,7 +102,7 @@ def latest_checkpoint(folder: Path, key: str) -> tuple[Artifact | None, list[str
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Remove all but the newest `keep`; the manifest goes first, so that a half-removed one does not count."""
-    committed = [path for path in sorted(folder.glob("step-*")) if (path / "manifest.json").exists()]
+    committed = [path for path in sorted(folder.glob("step-*")) if (path / MANIFEST).exists()]
     for path in committed[:-keep]:
-        (path / "manifest.json").unlink()
+        (path / MANIFEST).unlink()
         shutil.rmtree(path)

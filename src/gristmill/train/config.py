@@ -34,7 +34,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Learning rate over training, in fractions of it: linear warm-up, then `wsd` (stable, linear decay) or `cosine`."""
+    """The rate over training, in fractions of it: linear warm-up, then `wsd` (stable, linear decay) or `cosine`."""
 
     name: Literal["wsd", "cosine"] = "wsd"
     warmup: float = 0.02

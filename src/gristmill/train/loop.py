@@ -1,10 +1,10 @@
 """The training loop, a generator: whoever wants more around it writes a `for` loop.
 
-    for event in train(cfg, model_cfg, shards, tokenizer, folder, curriculum, identity, stop):
-        match event:
-            case Started(): ...   # once, new or resumed
-            case Step(): ...      # the figures since the last one
-            case Saved(): ...     # a checkpoint is on disk; the model may be looked at, not changed
+for event in train(cfg, model_cfg, shards, tokenizer, folder, curriculum, identity, stop):
+    match event:
+        case Started(): ...   # once, new or resumed
+        case Step(): ...      # the figures since the last one
+        case Saved(): ...     # a checkpoint is on disk; the model may be looked at, not changed
 """
 
 import threading
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gristmill.artifact import Artifact
 from gristmill.errors import InputError
+from gristmill.hub.tensors import read_tensors
 from gristmill.kernels.compiled import compiler, use_compiled, uses_compiled
 from gristmill.kernels.loss import cross_entropy
 from gristmill.kernels.memory import keep_freed_memory
@@ -31,8 +32,8 @@ from gristmill.train.checkpoint import (
     State,
     latest_checkpoint,
     prune_checkpoints,
+    read_optimizer,
     read_state,
-    read_tensors,
     save_checkpoint,
 )
 from gristmill.train.config import TrainConfig
@@ -105,8 +106,8 @@ def train(
     model = Transformer(model_cfg, dtype).to(device)
     optimizer = Optimizer(cfg.optimizer, model)
     if resumed:
-        model.load_state_dict(read_tensors(resumed.path, "model"))
-        optimizer.load(read_tensors(resumed.path, "optimizer"))
+        model.load_state_dict(dict(read_tensors(resumed.path)))
+        optimizer.load(read_optimizer(resumed.path))
     figures = Figures(cfg, model_cfg, batches, gemm_flops(dtype))
     yield Started(first_step, model, compute, figures.gemm_flops, figures.flops_per_token, damage)
 
@@ -150,7 +151,9 @@ def gradients(model: Transformer, batch: Batch, micro_batch: int, figures: "Figu
         nll_sum, nll_T = cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
         share = tokens.shape[0] / num_sequences
         (nll_sum / total_tokens + routing.balance_loss * share).backward()
-        figures.add(batch.sources[rows], nll_T.view_as(tokens).sum(1), routing.balance_loss.detach() * share, routing.counts_LE)
+        figures.add(
+            batch.sources[rows], nll_T.view_as(tokens).sum(1), routing.balance_loss.detach() * share, routing.counts_LE
+        )
 
 
 def choose_compute(cfg: TrainConfig) -> dict[str, Any]:

@@ -87,7 +87,9 @@ class _Session:
                 self.client.log_batch(self.run_id, params=[Param(k, v) for k, v in value.items()])
             case "dataset":
                 entry = Dataset(value.kind, value.content[:36], "gristmill", str(value.path))
-                self.client.log_inputs(self.run_id, [DatasetInput(entry, [InputTag("mlflow.data.context", "training")])])
+                self.client.log_inputs(
+                    self.run_id, [DatasetInput(entry, [InputTag("mlflow.data.context", "training")])]
+                )
             case "metrics":
                 numbers, step, at_ms = value
                 self.waiting += [Metric(k.replace("/", "."), v, at_ms, step) for k, v in numbers.items()]
