@@ -24,9 +24,13 @@ def start(recipe: Path, out: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def is_saving(out: Path) -> bool:
-    """A checkpoint or an artifact is half written: its directory is there, its manifest is not."""
-    return any(not (path / artifact.MANIFEST).exists() for path in out.glob("train/*/step-*"))
+def half_written(out: Path) -> set[Path]:
+    """Checkpoints whose directory is there and whose manifest is not."""
+    return {path for path in out.glob("train/*/step-*") if not (path / artifact.MANIFEST).exists()}
+
+
+def is_saving(out: Path, left_over: set[Path]) -> bool:
+    return bool(half_written(out) - left_over)
 
 
 def is_past(deadline: float) -> bool:
@@ -66,7 +70,9 @@ def test_a_run_that_is_killed_again_and_again_ends_like_an_unbroken_one(tiny_yam
             inside_saving = kills % 2 == 0
             deadline = time.monotonic() + chance.uniform(0.3, 1.0) * duration
             child = start(tiny_yaml, out)
-            killed = kill_when(child, partial(is_saving, out) if inside_saving else partial(is_past, deadline))
+            killed = kill_when(
+                child, partial(is_saving, out, half_written(out)) if inside_saving else partial(is_past, deadline)
+            )
             if not killed:
                 break  # it finished before the moment came; begin anew
             kills += 1

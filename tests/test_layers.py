@@ -1,6 +1,8 @@
 """Imports point downward only: a room may use rooms of lower layers, never of its own or a higher one."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import gristmill
@@ -57,4 +59,23 @@ def test_the_model_and_the_kernels_know_torch_alone() -> None:
                 assert not outside, f"{file.name} imports {outside}"
 
 
-STANDARD = {"collections", "ctypes", "dataclasses", "functools", "os", "shutil", "sys", "typing"}
+def test_training_runs_with_torch_alone() -> None:
+    """A bare GPU machine has no MLflow, no recipe library and no web framework."""
+    absent = ["mlflow", "pydantic", "yaml", "typer", "transformers", "tokenizers", "jinja2", "rensa"]
+    script = f"import sys; sys.modules.update(dict.fromkeys({absent})); import gristmill.train.loop"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+STANDARD = {
+    "collections",
+    "ctypes",
+    "dataclasses",
+    "functools",
+    "os",
+    "pathlib",
+    "shutil",
+    "sys",
+    "sysconfig",
+    "typing",
+}

@@ -86,6 +86,63 @@ def test_a_change_redoes_what_depends_on_it_and_nothing_else(
     assert artifact.verify(folder).problems == []
 
 
+def test_going_back_to_a_setting_brings_its_own_figures_back(
+    tiny_run: Path, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run, folder, symlinks=True)
+    first = (folder / "metrics.jsonl").read_text()
+    run(tiny_recipe("train.steps=2"), folder)
+    assert (folder / "metrics.jsonl").read_text() != first
+    run(tiny_recipe(), folder)
+    assert (folder / "metrics.jsonl").read_text() == first
+    assert json.loads((folder / "report.json").read_text())["train_tokens"] == 8 * 256
+
+
+def test_a_report_that_was_deleted_is_written_again(tiny_run: Path, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run, folder, symlinks=True)
+    (folder / "report.html").unlink()
+    run(tiny_recipe(), folder)
+    assert artifact.verify(folder).problems == []
+
+
+def test_a_run_without_one_of_its_artifacts_does_not_verify(tiny_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run, folder, symlinks=True)
+    corpus = folder / keys(folder)["corpus"]
+    (corpus / "manifest.json").unlink()
+    (problem,) = artifact.verify(folder).problems
+    assert str(corpus) in problem
+
+
+def test_diverged_training_is_one_clear_failure(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=r"diverged; lower train\.optimizer\.lr"):
+        run(tiny_recipe("train.optimizer.lr=1e20"), tmp_path)
+
+
+def test_an_out_that_is_a_file_is_refused(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="is or lies below a file"):
+        run(tiny_recipe(), tmp_path / "file")
+
+
+def test_figures_reach_mlflow_and_a_dead_server_stops_nothing(tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/tracking.db"
+    run(tiny_recipe("train.tracking.enabled=true", f"train.tracking.uri={uri}"), tmp_path / "a", until="train")
+    client = MlflowClient(uri)
+    (logged,) = client.search_runs([client.get_experiment_by_name("gristmill").experiment_id])
+    history = client.get_metric_history(logged.info.run_id, "loss")
+    assert sorted(point.step for point in history) == list(range(1, 9))
+    assert logged.info.status == "FINISHED"
+    assert logged.inputs.dataset_inputs[0].dataset.name == "corpus"
+    assert logged.outputs.model_outputs
+    dead = "sqlite:////nowhere/at/all.db"
+    run(tiny_recipe("train.tracking.enabled=true", f"train.tracking.uri={dead}"), tmp_path / "b", until="train")
+
+
 def test_the_same_recipe_gives_the_same_bits_elsewhere(tiny_run: Path, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     again = run(tiny_recipe(), tmp_path / "elsewhere")
     for name, path in keys(tiny_run).items():

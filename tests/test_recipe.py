@@ -23,7 +23,7 @@ def test_a_printed_recipe_means_the_same(name: str, tmp_path: Path) -> None:
         ("trian.steps=2", r"trian: unknown key; did you mean 'train'\?"),
         ("corpus.sources.code.licence=MIT", r"corpus\.sources\.code\.licence: unknown key; did you mean 'license'\?"),
         ("model.moe_top_k=17", r"model\.moe_top_k=17 must be from 1 to moe_num_experts=16"),
-        ("model.d_model=385", r"model\.d_model=385 must be a multiple of n_heads=6"),
+        ("model.d_model=385", r"model\.d_model=385 must be a multiple of n_heads=4"),
         ("train.steps=many", r"train\.steps='many': input should be a valid integer"),
         ("train.optimizer.name=sgd", r"train\.optimizer\.name='sgd': input should be 'adamw' or 'muon'"),
         ("train.seq_len=500", r"train\.batch_tokens=\d+ must be a multiple of seq_len=500"),
@@ -34,6 +34,14 @@ def test_a_printed_recipe_means_the_same(name: str, tmp_path: Path) -> None:
         ("train.steps.x=1", r"'x' lies below a plain value"),
         ("corpus.sources={a: {path: x, weight: -1}}", r"corpus\.sources\.a\.weight=-1"),
         ("train=[1]", r"train="),
+        ("train.steps=true", r"train\.steps=true: a number or text is needed"),
+        ("train.optimizer.lr=.nan", r"train\.optimizer\.lr=nan: a finite number is needed"),
+        ("train.optimizer.weight_decay=-1", r"weight_decay=-1\.0 must not be negative"),
+        ("name=..", r"name='\.\.' names a folder"),
+        ("export.name=2024-99-99", r"the value is not YAML"),
+        ("evaluate.sample_tokens=5000", r"sample_tokens=5000 must be together below model\.max_seq_len"),
+        ("corpus.sources={a: {path: x, weight: 0}}", r"corpus\.sources: their weights make no curriculum"),
+        ("train.tracking.uri=http://me:secret@host", r"uri must hold no password"),
     ],
 )
 def test_bad_settings_are_refused_with_the_path_and_the_rule(override: str, message: str) -> None:
@@ -55,6 +63,13 @@ def test_a_child_merges_sections_and_replaces_values(tmp_path: Path) -> None:
     assert merged.corpus == parent.corpus
     child.write_text("base: quickstart\nname: child\ncorpus: {sources: {notes: {path: ., license: MIT}}}\n")
     assert list(load_recipe(str(child)).corpus.sources) == ["notes"]
+
+
+def test_a_recipe_that_is_its_own_parent_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\nname: a\n")
+    (tmp_path / "b.yaml").write_text(f"base: {tmp_path / 'a.yaml'}\nname: b\n")
+    with pytest.raises(InputError, match="leads back to itself"):
+        load_recipe(str(tmp_path / "a.yaml"))
 
 
 def test_vocabulary_and_context_are_derived() -> None:

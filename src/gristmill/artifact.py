@@ -97,7 +97,8 @@ def prepare(path: Path) -> Path:
     """An empty directory to build an artifact in; clears what an interrupted build left there."""
     if (path / MANIFEST).exists():
         raise Failure(f"{path} already holds a committed artifact; artifacts are never overwritten")
-    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        shutil.rmtree(path)
     path.mkdir(parents=True)
     return path
 
@@ -134,6 +135,7 @@ def commit(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_manifest(path, manifest)
+    sync(path.parent)
     return load(path)
 
 
@@ -248,18 +250,26 @@ class Verification:
 
 
 def verify(path: Path) -> Verification:
-    """Hash again every file that the manifests at and below `path` cover."""
-    load(path)  # the top must be an artifact; below it, damage is collected instead of raised
+    """Hash again every file that the manifests at and below `path` cover; a run must also have its stages' artifacts.
+
+    Raises InputError when there is no manifest at all, Failure when the one of `path` itself is damaged.
+    """
+    folders = sorted(file.parent for file in path.rglob(MANIFEST))
+    if path in folders or not folders:
+        load(path)
     num_files = num_bytes = 0
     problems: list[str] = []
     not_covered: list[str] = []
-    for folder in sorted({path, *(file.parent for file in path.rglob(MANIFEST))}):
+    for folder in folders:
         try:
-            covered: dict[str, Any] = load(folder).manifest["files"]
+            manifest = load(folder).manifest
         except Failure as damage:
             problems.append(str(damage))
             continue
+        covered: dict[str, Any] = manifest["files"]
         num_files += 1  # the manifest itself
+        if manifest["kind"] == "run":
+            problems += _absent_stages(folder, manifest["inputs"])
         for name, entry in covered.items():
             file = folder / name
             num_files += 1
@@ -273,6 +283,16 @@ def verify(path: Path) -> Verification:
         if (folder / STATE).exists():
             not_covered.append(str(folder / STATE))
     return Verification(num_files, num_bytes, problems, not_covered)
+
+
+def _absent_stages(run: Path, inputs: Mapping[str, Any]) -> Iterator[str]:
+    for name, entry in inputs.items():
+        stage = run / entry["path"]
+        try:
+            if load(stage).content != entry["content"]:
+                yield f"{stage} is not the {name} that this run was made with"
+        except (InputError, Failure):
+            yield f"{stage / MANIFEST} is missing or damaged: the run's {name} does not count without it"
 
 
 # ---- lineage -------------------------------------------------------------------------------------------

@@ -97,8 +97,8 @@ def generate(
     from gristmill.kernels.compiled import use_compiled
 
     use_compiled(False)  # for a short text compiling takes longer than it saves
-    loaded, its_tokenizer = load_model(model)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    loaded, its_tokenizer = load_model(model)
     sys.stdout.write(prompt)
     for text in stream(loaded, its_tokenizer, prompt, sampling, max_tokens):
         sys.stdout.write(text)

@@ -6,7 +6,9 @@ This file alone knows all stages. What a stage does is in its room; here is only
 import fcntl
 import json
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -18,19 +20,31 @@ from typing import Any, Literal
 
 import torch
 
-from gristmill.artifact import MANIFEST, STATE, Artifact, Built, commit, load, prepare, stage_key, standing
+from gristmill.artifact import (
+    MANIFEST,
+    STATE,
+    Artifact,
+    Built,
+    commit,
+    load,
+    prepare,
+    stage_key,
+    standing,
+    write_atomically,
+)
 from gristmill.corpus.build import build_corpus, fingerprint
-from gristmill.errors import Failure
+from gristmill.errors import Failure, InputError
 from gristmill.evaluate.bits_per_byte import bits_per_byte
 from gristmill.evaluate.build import build_evaluation
 from gristmill.evaluate.documents import read_documents
 from gristmill.hub.export import build_export
 from gristmill.inference.load import load_model
 from gristmill.inference.scorer import ModelScorer
+from gristmill.kernels.compiled import compiler
 from gristmill.model.counts import count_params, train_flops_per_token
 from gristmill.progress import console
 from gristmill.recipe import Recipe, curriculum_of, keyed, plain
-from gristmill.report.collect import METRICS, collect, collect_run
+from gristmill.report.collect import METRICS, collect, collect_run, read_metrics
 from gristmill.report.page import write
 from gristmill.streaming.build import build_shards
 from gristmill.tokenizer import Tokenizer, build_tokenizer
@@ -97,7 +111,10 @@ class Signals:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Refuse a second run on one folder. The lock goes with the process, however it ends."""
-    (folder / STATE).mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / STATE).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--out {folder} is or lies below a file; name a folder") from None
     with (folder / STATE / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -202,9 +219,10 @@ class _Run:
     def train(self, folder: Path, identity: Identity) -> Artifact:
         r = self.recipe
         folder.mkdir(parents=True, exist_ok=True)
-        log = MetricsLog(folder / METRICS, self.folder / METRICS)
+        log = MetricsLog(folder / METRICS)
+        link_metrics(self.folder, folder)
         tracking = Tracking(r.train.tracking, self.folder / STATE, r.name, identity.key)
-        tracking.params(plain(r))
+        tracking.params({"model": plain(r.model), "train": keyed(r.train)})
         tracking.dataset(self.done["corpus"])
         tokenizer = Tokenizer.load(self.path("tokenizer"))
         validation = read_documents(self.path("corpus"), "validation", r.evaluate.training_bytes)
@@ -250,7 +268,7 @@ class _Run:
                             last = event.artifact
                             if event.step % r.train.checkpoint.every == 0 or event.step == r.train.steps:
                                 validate(event.step, event.model)
-            if self.signals.event.is_set() and (last is None or last.metrics["step"] < r.train.steps):
+            if self.signals.event.is_set():
                 status = "KILLED"
                 raise Stopped(self.signals.signum)
             assert last is not None
@@ -277,24 +295,27 @@ class _Run:
         for line in started.damage:
             console.print(f"  [red]{line}[/]; going on from an older checkpoint")
         if not started.compute["compiled"]:
-            console.print("  no C++ compiler: the kernels run eagerly; with g++ training is about 1.5 times as fast")
+            why = "this training began without" if compiler() else "there is no C++ compiler, or no Python headers, for"
+            console.print(f"  eager kernels: {why} fused ones; with them training is about 1.5 times as fast")
         going_on = f"going on at step {started.step:,}; " if started.step else ""
         left = self.recipe.train.steps - started.step
-        counts = count_params(self.recipe.model)
+        counts, compute = count_params(self.recipe.model), started.compute
         console.print(
             f"  {going_on}{left:,} steps; {counts.total_params / 1e6:.1f}M parameters, "
-            f"{counts.active_params / 1e6:.1f}M active; {started.compute['dtype']} on {started.compute['threads']} threads"
+            f"{counts.active_params / 1e6:.1f}M active; {compute['dtype']} on {compute['threads']} threads"
         )
 
     def finish(self) -> None:
         """The report, and the run's own manifest over it."""
         stages = {name: artifact.path.relative_to(self.folder).as_posix() for name, artifact in self.done.items()}
         key = stage_key("run", 1, plain(self.recipe), {name: a.content for name, a in self.done.items()})
-        if standing(self.folder, key) is None:
-            records = [json.loads(line) for line in (self.folder / METRICS).read_text().splitlines()]
+        if not self.is_sealed(key):
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # it vouches for the report that is now rewritten
+            link_metrics(self.folder, self.path("train").parent)
+            records = read_metrics(self.folder / METRICS)
             seconds = {name: a.metrics["seconds"] for name, a in self.done.items() if name != "train"}
-            seconds["train"] = max(record.get("seconds", 0.0) for record in records)
-            machine = [record for record in records if record["kind"] == "machine"][-1]["machine"]
+            seconds["train"] = max((record.get("seconds", 0.0) for record in records), default=0.0)
+            machine = next((r["machine"] for r in reversed(records) if r["kind"] == "machine"), self.machine)
             report = collect(
                 self.folder,
                 stages={name: artifact.path for name, artifact in self.done.items()},
@@ -306,6 +327,19 @@ class _Run:
             metrics = {"stages": stages, "machine": machine, "seconds": seconds}
             seal(self.folder, key, plain(self.recipe), self.done, metrics)
         say_what_next(self.folder)
+
+    def is_sealed(self, key: str) -> bool:
+        try:
+            return standing(self.folder, key) is not None
+        except Failure:  # a report that was deleted or edited is made again
+            return False
+
+
+def link_metrics(folder: Path, training: Path) -> None:
+    """`metrics.jsonl` in the run folder is the current training's."""
+    link = folder / METRICS
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(training / METRICS, folder))
 
 
 def seal(
@@ -319,11 +353,16 @@ def seal(
 
 def rewrite_report(folder: Path) -> Path:
     """Write a run's report again from what stands in its folder, finished or not; returns the page."""
-    write(collect_run(folder))
-    if (folder / MANIFEST).exists():
-        old = load(folder)
-        stages = {name: load(folder / path) for name, path in old.metrics["stages"].items()}
-        seal(folder, old.key, old.manifest["config"], stages, old.metrics)
+    report = collect_run(folder)
+    with locked(folder):
+        if (folder / MANIFEST).exists():
+            old = load(folder)
+            stages = {name: load(folder / path) for name, path in old.metrics["stages"].items()}
+            (folder / MANIFEST).unlink()
+            write(report)
+            seal(folder, old.key, old.manifest["config"], stages, old.metrics)
+        else:
+            write(report)
     return folder / "report.html"
 
 
@@ -366,6 +405,7 @@ def evaluate(recipe: Recipe, corpus: Path, checkpoint: Path, out: Path) -> Built
     """The evaluation stage on a checkpoint, in the arithmetic that it was trained in."""
     compute = apply_compute(read_state(checkpoint).compute)
     model, tokenizer = load_model(checkpoint, getattr(torch, compute["dtype"]))
+    model.to(compute["device"])
     assert recipe.evaluate.context_length is not None
     scorer = ModelScorer(model, recipe.evaluate.context_length)
     return build_evaluation(recipe.evaluate, corpus, tokenizer, scorer, out)
@@ -374,18 +414,15 @@ def evaluate(recipe: Recipe, corpus: Path, checkpoint: Path, out: Path) -> Built
 class MetricsLog:
     """`metrics.jsonl`, the truth of the figures: cut back to the checkpoint that training goes on from."""
 
-    def __init__(self, file: Path, link: Path) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file
         self._seconds = 0.0  # of training before this process
-        link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(file, link.parent))
 
     def resume(self, step: int) -> None:
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        records = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be cut short
-        self._records = [record for record in records if record["step"] <= step and step > 0]
+        self._records = [record for record in read_metrics(self.file) if record["step"] <= step and step > 0]
         self._seconds = max((record.get("seconds", 0.0) for record in self._records), default=0.0)
-        self.file.write_text("".join(json.dumps(record) + "\n" for record in self._records))
+        kept = "".join(json.dumps(record) + "\n" for record in self._records)
+        write_atomically(self.file, kept.encode())
         if step > 0:
             self.write("resume", {"step": step, "seconds": self._seconds})
 
@@ -400,15 +437,18 @@ class MetricsLog:
     def write(self, kind: str, record: Mapping[str, Any]) -> None:
         with self.file.open("a") as file:
             file.write(json.dumps({"kind": kind, **record}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint that follows it
 
 
 def say_what_next(folder: Path) -> None:
-    console.print(f"\nThe report: [bold]{folder / 'report.html'}[/]")
-    console.print("Try next:")
+    # After `make quickstart` the program stands in .venv and not on the PATH.
+    program = "gristmill" if shutil.which("gristmill") or not sys.argv[0].endswith("gristmill") else sys.argv[0]
+    console.print(f"\nThe report: {folder / 'report.html'}\nTry next:", markup=False)
     for command, what in (
-        (f"gristmill generate {folder} 'def fibonacci('", "let the model write"),
-        (f"gristmill lineage {folder}", "from the model back to each source and license"),
-        (f"gristmill verify {folder}", "check every byte"),
-        ("gristmill recipe quickstart", "every setting; change one with --set"),
+        (f"{program} generate {folder} 'def fibonacci('", "let the model write"),
+        (f"{program} lineage {folder}", "from the model back to each source and license"),
+        (f"{program} verify {folder}", "check every byte"),
+        (f"{program} run --help", "change a setting, bring your own text"),
     ):
-        console.print(f"  {command:<56}[bright_black]{what}[/]", highlight=False)
+        console.print(f"  {command:<60}  {what}", markup=False, soft_wrap=True)

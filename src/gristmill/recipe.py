@@ -5,6 +5,8 @@ is YAML. A section's keys are merged into the parent's; the value of a key (a li
 """
 
 import difflib
+import math
+import re
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
@@ -20,7 +22,7 @@ from gristmill.evaluate.config import EvaluateConfig
 from gristmill.hub.export import ExportConfig
 from gristmill.model import ModelConfig
 from gristmill.streaming.config import ShardsConfig
-from gristmill.streaming.order import Stage
+from gristmill.streaming.order import Order, Stage
 from gristmill.tokenizer import TokenizerConfig
 from gristmill.train.config import TrainConfig
 
@@ -104,7 +106,7 @@ def _at(changes: dict[float, float], fraction: float) -> float:
 # ---- reading -------------------------------------------------------------------------------------------
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
     file = Path(name)
     if file.suffix in (".yaml", ".yml"):
         try:
@@ -119,12 +121,18 @@ def _read(name: str) -> dict[str, Any]:
         )
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
+    except (yaml.YAMLError, ValueError) as problem:  # ValueError: a date that is none
         raise InputError(f"recipe {name} is not YAML: {problem}") from None
     if not isinstance(tree, dict):
         raise InputError(f"recipe {name} must be a mapping of sections, not {type(tree).__name__}")
     base = tree.pop("base", None)
-    return _merge(Recipe, _read(str(base)), tree) if base is not None else tree
+    if base is None:
+        return tree
+    if str(base).endswith((".yaml", ".yml")):
+        base = file.parent / str(base)
+    if str(base) in (name, *children):
+        raise InputError(f"recipe {name}: base: {base} leads back to itself; name a parent that does not")
+    return _merge(Recipe, _read(str(base), (name, *children)), tree)
 
 
 def _merge(cls: Any, base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +153,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         raise InputError(f"--set {override!r} must look like train.steps=100")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
+    except (yaml.YAMLError, ValueError) as problem:
         raise InputError(f"--set {override!r}: the value is not YAML: {problem}") from None
     return _with(tree, path.split("."), value, path)
 
@@ -169,6 +177,10 @@ def _check_keys(cls: Any, tree: Any, path: str) -> None:
         if key not in hints:
             raise InputError(f"{path}{key}: unknown key; {_nearest(str(key), list(hints))}")
         hint = hints[key]
+        if isinstance(value, bool) and bool not in (hint, *typing.get_args(hint)):
+            raise InputError(f"{path}{key}={str(value).lower()}: a number or text is needed, not true or false")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{path}{key}={value}: a finite number is needed")
         if is_dataclass(hint):
             _check_keys(hint, value, f"{path}{key}.")
         elif typing.get_origin(hint) is dict and isinstance(value, dict):
@@ -209,7 +221,18 @@ def _resolve(recipe: Recipe) -> Recipe:
         )
     if train.seq_len > model.max_seq_len:
         raise InputError(f"train.seq_len={train.seq_len} must not exceed model.max_seq_len={model.max_seq_len}")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.name):
+        raise InputError(f"name={recipe.name!r} names a folder: use letters, digits, '.', '_' and '-'")
+    try:
+        Order(curriculum_of(recipe.corpus), sorted(recipe.corpus.sources), train.steps, train.sequences_per_batch, 0)
+    except ValueError as problem:
+        raise InputError(f"corpus.sources: their weights make no curriculum: {problem}") from None
     evaluate = recipe.evaluate
+    if evaluate.prompt_tokens + evaluate.sample_tokens >= model.max_seq_len:
+        raise InputError(
+            f"evaluate.prompt_tokens={evaluate.prompt_tokens} and sample_tokens={evaluate.sample_tokens} must be "
+            f"together below model.max_seq_len={model.max_seq_len}"
+        )
     if evaluate.context_length is None:
         evaluate = replace(evaluate, context_length=train.seq_len)
     elif evaluate.context_length > model.max_seq_len:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gristmill.hub import ExportConfig, assemble, build_export, read_dbrx, write_dbrx
+from gristmill.hub import assemble, read_dbrx, write_dbrx
 from gristmill.hub.dbrx import SpecialIds
+from gristmill.hub.export import ExportConfig, build_export
 from gristmill.inference import Sampling, generate, load_model
 from gristmill.model import Transformer, packed
 from gristmill.tokenizer import Tokenizer

@@ -8,9 +8,10 @@ from huggingface_hub import ModelCard
 
 from gristmill import artifact
 from gristmill.errors import Failure, InputError
-from gristmill.hub import ExportConfig, assemble, build_export, read_checkpoint, read_dbrx, read_tensors, write_dbrx
+from gristmill.hub import assemble, read_checkpoint, read_dbrx, read_tensors, write_dbrx
 from gristmill.hub import export as export_module
 from gristmill.hub.dbrx import SpecialIds, from_json, to_json
+from gristmill.hub.export import ExportConfig, build_export
 from gristmill.hub.tensors import INDEX, SINGLE, write_tensors
 from gristmill.inference.scorer import causal
 from gristmill.model import ModelConfig, Transformer

@@ -103,7 +103,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert found is not None
     assert read_state(found.path).step == 15
     assert [str(file) in line for line in damage] == [True]
-    (tmp_path / "step-00000020" / "manifest.json").unlink()
     again = list(events(shards, tokenizer, tmp_path))
     assert again[-1].artifact.content == whole[-1].artifact.content  # type: ignore[union-attr]
 
@@ -213,7 +212,7 @@ def test_resuming_compiled_training_without_a_compiler_is_refused(monkeypatch: p
 
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError, match=r"install g\+\+"):
-        apply_compute({"dtype": "float32", "threads": 1, "compiled": True})
+        apply_compute({"device": "cpu", "dtype": "float32", "threads": 1, "compiled": True})
 
 
 def test_a_saved_model_is_the_trained_one(shards: Path, tokenizer: Path, tmp_path: Path) -> None:

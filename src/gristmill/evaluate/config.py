@@ -1,6 +1,6 @@
 """Settings of the evaluation stage."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class EvaluateConfig:
 
     context_length: int | None = None
     validation_bytes: int | None = 200_000
-    training_bytes: int | None = 40_000
+    training_bytes: int | None = field(default=40_000, metadata={"key": False})
     test_bytes: int | None = 500_000
     samples: int = 4
     functions: int = 24

@@ -5,13 +5,10 @@ May use the model, the tokenizer and artifacts. safetensors and JSON only: nothi
 
 from gristmill.hub.checkpoint import read_checkpoint
 from gristmill.hub.dbrx import read_dbrx, write_dbrx
-from gristmill.hub.export import ExportConfig, build_export
 from gristmill.hub.tensors import assemble, read_tensors, write_tensors
 
 __all__ = [
-    "ExportConfig",
     "assemble",
-    "build_export",
     "read_checkpoint",
     "read_dbrx",
     "read_tensors",

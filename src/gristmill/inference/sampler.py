@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gristmill.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -19,13 +21,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be 0 (greedy) or positive")
+            raise InputError(f"temperature={self.temperature} must be 0 (greedy) or positive")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1, or null for all tokens")
+            raise InputError(f"top_k={self.top_k} must be at least 1, or null for all tokens")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+            raise InputError(f"top_p={self.top_p} must be above 0 and at most 1")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} must be from 0 to 2**63 - 1")
+            raise InputError(f"seed={self.seed} must be from 0 to 2**63 - 1")
 
     def generator(self, sequence: int = 0) -> torch.Generator:
         """The source of chance for the sequence of this number in a batch."""

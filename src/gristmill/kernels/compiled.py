@@ -7,7 +7,10 @@ Without a compiler the same functions run eagerly, with the same mathematics.
 import functools
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,8 +24,10 @@ _enabled: bool | None = None
 
 
 def compiler() -> str | None:
-    """Path of the C++ compiler that torch.compile would use on the CPU, or None."""
-    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    """Path of the C++ compiler that torch.compile would use, or None; it needs Python's headers too."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return None
+    return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
 
 
 def use_compiled(enabled: bool) -> None:

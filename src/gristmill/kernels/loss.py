@@ -33,21 +33,14 @@ def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Te
     return nll, (exp / total - hit.float()).to(logits_CV.dtype)
 
 
-def _chunks(num_tokens: int) -> list[slice]:
-    return [slice(start, start + CHUNK_TOKENS) for start in range(0, num_tokens, CHUNK_TOKENS)]
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, targets_T):  # type: ignore[no-untyped-def]
         weight = weight_VD.to(hidden_TD.dtype)
         nll_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TD.device)
-        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-            for rows in _chunks(len(targets_T)):
-                nll_T[rows], _ = _loss_and_gradient(hidden_TD[rows] @ weight.T, targets_T[rows])
-            return nll_T.sum(), nll_T
         dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=torch.float32)
-        for rows in _chunks(len(targets_T)):
+        for start in range(0, len(targets_T), CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
             nll_T[rows], dlogits_CV = _loss_and_gradient(hidden_TD[rows] @ weight.T, targets_T[rows])
             torch.mm(dlogits_CV, weight, out=dhidden_TD[rows])
             dweight_VD += dlogits_CV.T @ hidden_TD[rows]

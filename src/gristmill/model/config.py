@@ -49,6 +49,11 @@ class ModelConfig:
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 1")
         if self.clip_qkv is not None and self.clip_qkv <= 0:
             raise ValueError(f"clip_qkv={self.clip_qkv} must be positive, or null for no clipping")
+        for name in ("rope_theta", "initializer_range"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.moe_loss_weight < 0:
+            raise ValueError(f"moe_loss_weight={self.moe_loss_weight} must not be negative")
         if not 0 <= self.moe_jitter_eps < 1:
             raise ValueError(f"moe_jitter_eps={self.moe_jitter_eps} must be from 0 to below 1")
 

@@ -74,7 +74,7 @@ class Stream:
         self._file: BinaryIO = spool.open("wb")
 
     def append(self, id: str, num_bytes: int, tokens: list[int]) -> None:
-        np.array(tokens, self.dtype).tofile(self._file)
+        self._file.write(np.array(tokens, self.dtype).tobytes())
         self.lengths.append(len(tokens))
         self.num_bytes += num_bytes
         self._keys.append(hashlib.sha256(id.encode()).digest()[:8])

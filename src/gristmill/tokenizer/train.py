@@ -56,7 +56,7 @@ def build_tokenizer(cfg: TokenizerConfig, corpus: Path, out: Path) -> Built:
     if not chosen:
         raise InputError(f"{train} has no documents to learn a tokenizer from; give the corpus some text")
     bpe = learn(cfg.vocab_size, train, chosen)
-    bpe.save(str(out / "tokenizer.json"))
+    (out / "tokenizer.json").write_text(bpe.to_str(pretty=True), encoding="utf-8")
     config = json.dumps(hugging_face_config(), indent=2, sort_keys=True)
     (out / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
     tokenizer = Tokenizer.load(out)

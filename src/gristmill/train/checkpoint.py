@@ -100,9 +100,19 @@ def latest_checkpoint(folder: Path, key: str) -> tuple[Artifact | None, list[str
     return None, damage
 
 
+def discard_unusable(folder: Path, step: int) -> None:
+    """Remove what training cannot go on from: checkpoints beyond `step`, which are damaged, and half-written ones."""
+    for path in sorted(folder.glob("step-*")):
+        if path > checkpoint_path(folder, step) or not (path / MANIFEST).exists():
+            _remove(path)
+
+
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep`; the manifest goes first, so that a half-removed one does not count."""
-    committed = [path for path in sorted(folder.glob("step-*")) if (path / MANIFEST).exists()]
-    for path in committed[:-keep]:
-        (path / MANIFEST).unlink()
-        shutil.rmtree(path)
+    """Remove all but the newest `keep`."""
+    for path in sorted(folder.glob("step-*"))[:-keep]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed checkpoint does not count
+    shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 OPERATIONAL = {"key": False}
 
@@ -27,6 +28,8 @@ class OptimizerConfig:
         for name in ("lr", "embedding_lr_ratio", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to below 1")
@@ -62,11 +65,15 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """MLflow. `uri` is any tracking URI; None is an SQLite file below the run's `.state/`."""
+    """MLflow. `uri` is any tracking URI; None is $MLFLOW_TRACKING_URI, or else SQLite below `.state/`."""
 
     enabled: bool = field(default=True, metadata=OPERATIONAL)
     uri: str | None = field(default=None, metadata=OPERATIONAL)
     experiment: str = field(default="gristmill", metadata=OPERATIONAL)
+
+    def __post_init__(self) -> None:
+        if self.uri and urlsplit(self.uri).password:
+            raise ValueError("uri must hold no password, since recipes are kept: set MLFLOW_TRACKING_URI instead")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +106,8 @@ class TrainConfig:
                 f"batch_tokens={self.batch_tokens} must be a multiple of seq_len={self.seq_len} x "
                 f"micro_batch={self.micro_batch} = {self.seq_len * self.micro_batch}"
             )
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed} must be from 0 to 2**31 - 1")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads} must be at least 1, or null for the machine's own choice")
 

@@ -7,6 +7,7 @@ for event in train(cfg, model_cfg, shards, tokenizer, folder, curriculum, identi
         case Saved(): ...     # a checkpoint is on disk; the model may be looked at, not changed
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gristmill.artifact import Artifact
-from gristmill.errors import InputError
+from gristmill.errors import Failure, InputError
 from gristmill.hub.tensors import read_tensors
 from gristmill.kernels.compiled import compiler, use_compiled, uses_compiled
 from gristmill.kernels.loss import cross_entropy
@@ -30,6 +31,7 @@ from gristmill.streaming.order import Stage
 from gristmill.train.checkpoint import (
     Identity,
     State,
+    discard_unusable,
     latest_checkpoint,
     prune_checkpoints,
     read_optimizer,
@@ -50,7 +52,6 @@ class Started:
     model: Transformer
     compute: dict[str, Any]
     gemm_flops: float
-    flops_per_token: float
     damage: list[str]
 
 
@@ -99,17 +100,17 @@ def train(
     batches = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed)
     resumed, damage = latest_checkpoint(folder, identity.key)
     first_step = read_state(resumed.path).step if resumed else 0
+    discard_unusable(folder, first_step)
     compute = apply_compute(read_state(resumed.path).compute if resumed else choose_compute(cfg))
     torch.manual_seed(cfg.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, compute["dtype"])
-    model = Transformer(model_cfg, dtype).to(device)
+    model = Transformer(model_cfg, dtype).to(compute["device"])
     optimizer = Optimizer(cfg.optimizer, model)
     if resumed:
         model.load_state_dict(dict(read_tensors(resumed.path)))
         optimizer.load(read_optimizer(resumed.path))
     figures = Figures(cfg, model_cfg, batches, gemm_flops(dtype))
-    yield Started(first_step, model, compute, figures.gemm_flops, figures.flops_per_token, damage)
+    yield Started(first_step, model, compute, figures.gemm_flops, damage)
 
     figures.clock = time.perf_counter()
     for step in range(first_step, cfg.steps):
@@ -118,9 +119,15 @@ def train(
         gradients(model, batches.batch(step), cfg.micro_batch, figures)
         grad_norm = optimizer.step(lr)
         done, stopping = step + 1, stop.is_set()
-        if done % cfg.log_every == 0 or done == cfg.steps or stopping:
-            yield figures.since_last(done, lr, grad_norm)
-        if done % cfg.checkpoint.every == 0 or done == cfg.steps or stopping:
+        saving = done % cfg.checkpoint.every == 0 or done == cfg.steps or stopping
+        if saving or done % cfg.log_every == 0:
+            yield (figures_now := figures.since_last(done, lr, grad_norm))
+            if not math.isfinite(figures_now.loss):
+                raise Failure(
+                    f"the loss is {figures_now.loss} at step {done}: training diverged; lower train.optimizer.lr "
+                    f"(now {cfg.optimizer.lr}). The last good checkpoint is kept"
+                )
+        if saving:
             artifact = save_checkpoint(
                 folder,
                 State(done, compute),
@@ -159,7 +166,12 @@ def gradients(model: Transformer, batch: Batch, micro_batch: int, figures: "Figu
 def choose_compute(cfg: TrainConfig) -> dict[str, Any]:
     """The settings that decide rounding, from the configuration or else from the machine."""
     dtype = cfg.dtype or str(best_dtype()).removeprefix("torch.")
-    return {"dtype": dtype, "threads": cfg.threads or torch.get_num_threads(), "compiled": uses_compiled()}
+    return {
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "dtype": dtype,
+        "threads": cfg.threads or torch.get_num_threads(),
+        "compiled": uses_compiled(),
+    }
 
 
 def apply_compute(compute: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +180,10 @@ def apply_compute(compute: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             "this training began with compiled kernels and there is no C++ compiler now: install g++ and its headers "
             "to go on bit for bit, or begin anew in another --out"
+        )
+    if compute["device"] == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "this training began on a GPU and there is none now: go on where one is, or begin anew in another --out"
         )
     use_compiled(compute["compiled"])
     torch.set_num_threads(compute["threads"])

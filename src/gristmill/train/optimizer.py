@@ -30,7 +30,7 @@ class Optimizer:
         )
         self._state: dict[str, Tensor] = {}
         for name, param in others.items():
-            first, second, count = torch.zeros_like(param), torch.zeros_like(param), torch.tensor(0.0)
+            first, second, count = torch.zeros_like(param), torch.zeros_like(param), param.new_zeros(())
             self.adamw.state[param] = {"exp_avg": first, "exp_avg_sq": second, "step": count}
             self._state |= {f"exp_avg/{name}": first, f"exp_avg_sq/{name}": second, f"count/{name}": count}
         self.views: list[tuple[Tensor, str, int]] = []  # (matrix, parameter's name, index among its matrices)

@@ -4,6 +4,7 @@ One background thread talks to the tracking server, in batches. When the server 
 and training goes on; `metrics.jsonl` stays the truth. MLflow is imported here alone.
 """
 
+import os
 import queue
 import threading
 import time
@@ -26,43 +27,48 @@ class Tracking:
     def __init__(self, cfg: TrackingConfig, state: Path, name: str, key: str) -> None:
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._cfg, self._name, self._key = cfg, name, key
-        self._uri = cfg.uri or f"sqlite:///{state.resolve() / 'mlflow.db'}"
+        self._uri = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{state.resolve() / 'mlflow.db'}"
         self._thread: threading.Thread | None = None
         if cfg.enabled:
             self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
             self._thread.start()
 
     def params(self, config: Mapping[str, Any]) -> None:
-        self._queue.put(("params", {key: str(value)[:MAX_PARAM_CHARS] for key, value in flatten(config).items()}))
+        self._put(("params", {key: str(value)[:MAX_PARAM_CHARS] for key, value in flatten(config).items()}))
 
     def dataset(self, artifact: Artifact) -> None:
-        self._queue.put(("dataset", artifact))
+        self._put(("dataset", artifact))
 
     def metrics(self, figures: Mapping[str, Any], step: int) -> None:
         numbers = {key: float(value) for key, value in flatten(figures).items() if isinstance(value, int | float)}
-        self._queue.put(("metrics", (numbers, step, int(time.time() * 1000))))
+        self._put(("metrics", (numbers, step, int(time.time() * 1000))))
 
     def model(self, artifact: Artifact) -> None:
-        self._queue.put(("model", artifact))
+        self._put(("model", artifact))
+
+    def _put(self, item: tuple[str, Any]) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            self._queue.put(item)
 
     def close(self, status: str) -> None:
         """Send what is left and end the run as "FINISHED", "KILLED" or "FAILED"."""
-        if self._thread is None:
-            return
-        self._queue.put(("close", status))
-        self._thread.join(CLOSE_TIMEOUT_S)
+        self._put(("close", status))
+        if self._thread is not None:
+            self._thread.join(CLOSE_TIMEOUT_S)
 
     def _work(self) -> None:
         try:
+            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
             from mlflow import MlflowClient
 
             session = _Session(MlflowClient(self._uri), self._cfg.experiment, self._name, self._key)
             while session.open:
                 session.take(*self._queue.get())
         except ImportError:
-            console.print("  tracking is off: MLflow is not installed (pip install 'gristmill[mlflow]')")
+            console.print("  tracking is off: MLflow is not installed (pip install mlflow-skinny)")
         except Exception as failure:  # whatever a remote server does, training goes on
-            console.print(f"  tracking stopped, training goes on: {type(failure).__name__}: {str(failure)[:300]}")
+            said = f"  tracking stopped, training goes on: {type(failure).__name__}: {str(failure)[:300]}"
+            console.print(said, markup=False)
 
 
 class _Session:
@@ -75,7 +81,7 @@ class _Session:
         known = client.search_runs([self.experiment_id], f"tags.`gristmill.key` = '{key}'", max_results=1)
         tags = {"gristmill.key": key}
         run = known[0] if known else client.create_run(self.experiment_id, tags=tags, run_name=name)
-        self.run_id = run.info.run_id
+        self.run_id, self.is_new = run.info.run_id, not known
         self.waiting: list[Any] = []
         self.sent = time.monotonic()
 
@@ -83,7 +89,7 @@ class _Session:
         from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param
 
         match what:
-            case "params":
+            case "params" if self.is_new:  # MLflow refuses to change one
                 self.client.log_batch(self.run_id, params=[Param(k, v) for k, v in value.items()])
             case "dataset":
                 entry = Dataset(value.kind, value.content[:36], "gristmill", str(value.path))
