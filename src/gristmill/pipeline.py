@@ -294,7 +294,10 @@ class _Run:
     def say_started(self, started: Started) -> None:
         for line in started.damage:
             console.print(f"  [red]{line}[/]; going on from an older checkpoint")
-        if not started.compute["compiled"]:
+        if started.compute["compiled"]:
+            first = "; the first one compiles the kernels, up to half a minute"
+        else:
+            first = ""
             why = "this training began without" if compiler() else "there is no C++ compiler, or no Python headers, for"
             console.print(f"  eager kernels: {why} fused ones; with them training is about 1.5 times as fast")
         going_on = f"going on at step {started.step:,}; " if started.step else ""
@@ -302,7 +305,7 @@ class _Run:
         counts, compute = count_params(self.recipe.model), started.compute
         console.print(
             f"  {going_on}{left:,} steps; {counts.total_params / 1e6:.1f}M parameters, "
-            f"{counts.active_params / 1e6:.1f}M active; {compute['dtype']} on {compute['threads']} threads"
+            f"{counts.active_params / 1e6:.1f}M active; {compute['dtype']} on {compute['threads']} threads{first}"
         )
 
     def finish(self) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -34,7 +34,6 @@ def routing(T: int, E: int, K: int, skew: float) -> tuple[Tensor, Tensor]:
     return logits.softmax(-1).topk(K, dim=-1)
 
 
-@settings(max_examples=25, deadline=None)
 @given(T=st.integers(1, 70), E=st.integers(1, 9), F=st.integers(1, 24), data=st.data())
 def test_experts_match_the_reference_for_any_routing(T: int, E: int, F: int, data: st.DataObject) -> None:
     K = data.draw(st.integers(1, E))
@@ -60,7 +59,6 @@ def test_the_plan_gives_every_assignment_one_row_of_its_expert() -> None:
             assert int(plan.token_P[row]) == token
 
 
-@settings(max_examples=15, deadline=None)
 @given(S=st.integers(1, 300), G=st.integers(1, 2), R=st.integers(1, 3), seed=st.integers(0, 99))
 def test_packed_attention_matches_the_masked_reference(S: int, G: int, R: int, seed: int) -> None:
     torch.manual_seed(seed)

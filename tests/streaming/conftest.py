@@ -6,12 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import settings
 
 from gristmill.streaming import ShardsConfig, build_shards
-
-settings.register_profile("no deadline", deadline=None)  # a busy machine is not a failure
-settings.load_profile("no deadline")
 
 EOT = 256
 BLOCK = 48

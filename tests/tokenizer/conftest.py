@@ -6,12 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import settings
 
 from gristmill.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
-
-settings.register_profile("no deadline", deadline=None)  # a busy machine is not a failure
-settings.load_profile("no deadline")
 
 CODE = "def mill(grain: int) -> int:\n    # it's ground\n    return grain * 12345\n\n"
 PROSE = "The miller's daughter said: it is fine, isn't it?  Grüße, 世界! 🌾\n"

@@ -16,9 +16,7 @@ def best_dtype() -> torch.dtype:
     """bf16 where the hardware multiplies it, else fp32."""
     if torch.cuda.is_available():
         return torch.bfloat16
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported() and any(
-        flag in _cpu_flags() for flag in ("avx512_bf16", "amx_bf16")
-    )
+    fast = not _cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16"}) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -35,7 +33,8 @@ def gemm_flops(dtype: torch.dtype, size: int = 1024) -> float:
 
 
 def describe_machine() -> dict[str, Any]:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    known = getattr(os, "sysconf_names", {})
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in known else 0
     flags = _cpu_flags()
     return {
         "cpu": _cpu_name(),
