@@ -249,7 +249,7 @@ class _Run:
             display.held_out(bits["all"])
 
         try:
-            with Display(r.train.steps, r.train.batch_tokens) as display:
+            with Display(r.train.steps) as display:
                 for event in events:
                     match event:
                         case Started():
@@ -454,4 +454,4 @@ def say_what_next(folder: Path) -> None:
         (f"{program} verify {folder}", "check every byte"),
         (f"{program} run --help", "change a setting, bring your own text"),
     ):
-        console.print(f"  {command:<60}  {what}", markup=False, soft_wrap=True)
+        console.print(f"  {command:<60}  {what}", markup=False)

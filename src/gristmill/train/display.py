@@ -14,11 +14,12 @@ from gristmill.train.loop import Step
 class Display:
     """`show` each logged step, `held_out` each validation; a context manager, so that the terminal is restored."""
 
-    def __init__(self, steps: int, batch_tokens: int) -> None:
-        self.steps, self.batch_tokens = steps, batch_tokens
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
         self._bits: float | None = None
         self._said = 0.0
+        self._first: Step | None = None
 
     def __enter__(self) -> "Display":
         if self._live:
@@ -33,7 +34,9 @@ class Display:
         self._bits = bits_per_byte
 
     def show(self, step: Step) -> None:
-        left_s = (self.steps - step.step) * self.batch_tokens / step.tokens_per_second
+        first = self._first = self._first or step  # it compiled the kernels: its own speed says little
+        done = step.step - first.step
+        left = duration((self.steps - step.step) * (step.seconds - first.seconds) / done) if done else "after two steps"
         rows = {
             "step": f"{step.step:,} of {self.steps:,}",
             "loss": f"{step.loss:.3f}",
@@ -41,13 +44,13 @@ class Display:
             "tokens/s": f"{step.tokens_per_second:,.0f}",
             "share of GEMM rate": f"{step.mfu:.0%}",
             "expert load, max over mean": f"{step.load_max_over_mean:.2f}",
-            "time left": duration(left_s),
+            "time left": left,
         }
         if self._live:
             self._live.update(self._panel(rows, step.step / self.steps), refresh=True)
         elif time.monotonic() - self._said > LOG_EVERY_S or step.step == self.steps:
             self._said = time.monotonic()
-            console.print("  " + "  ".join(f"{name} {value}" for name, value in rows.items()), soft_wrap=True)
+            console.print("  " + "  ".join(f"{name} {value}" for name, value in rows.items()))
 
     def _panel(self, rows: dict[str, str], share: float) -> Table:
         table = Table.grid(padding=(0, 2))

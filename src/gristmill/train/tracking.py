@@ -4,6 +4,7 @@ One background thread talks to the tracking server, in batches. When the server 
 and training goes on; `metrics.jsonl` stays the truth. MLflow is imported here alone.
 """
 
+import logging
 import os
 import queue
 import threading
@@ -61,6 +62,8 @@ class Tracking:
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
             from mlflow import MlflowClient
 
+            logging.getLogger("mlflow").setLevel(logging.WARNING)  # it would write into the live display
+            logging.getLogger("alembic").setLevel(logging.WARNING)
             session = _Session(MlflowClient(self._uri), self._cfg.experiment, self._name, self._key)
             while session.open:
                 session.take(*self._queue.get())
