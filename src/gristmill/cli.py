@@ -148,10 +148,17 @@ def lineage(path: PathArg) -> None:
     from gristmill.artifact import Origin
     from gristmill.artifact import lineage as lineage_of
 
+    told: set[str] = set()
+
     def show(node: Origin, depth: int) -> None:
+        title = node.kind if node.kind == node.name else f"{node.kind} {node.name}"
+        if node.content in told and node.inputs:
+            print(f"{'  ' * depth}{title}  {node.content[:12]}  as above")
+            return
+        told.add(node.content)
         licenses = node.detail.get("licenses", {})
         said = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(licenses.items(), key=lambda x: -x[1]))
-        print(f"{'  ' * depth}{node.kind} {node.name}  {node.content[:12]}  {said}".rstrip())
+        print(f"{'  ' * depth}{title}  {node.content[:12]}  {said}".rstrip())
         for parent in node.inputs:
             show(parent, depth + 1)
 

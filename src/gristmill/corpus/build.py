@@ -22,7 +22,7 @@ from gristmill.corpus import dedup, licenses, steps
 from gristmill.corpus.config import CorpusConfig, SourceConfig
 from gristmill.corpus.documents import DOCUMENTS, Dropped, Drops, batches, excerpt_of
 from gristmill.corpus.files import DatasetSource, PathSource
-from gristmill.corpus.packages import PackagesSource
+from gristmill.corpus.packages import STDLIB, PackagesSource
 from gristmill.corpus.split import SPLITS, assign_splits
 from gristmill.errors import InputError
 
@@ -227,4 +227,8 @@ def _describe(source: Source, kept: pa.Table) -> dict[str, Any]:
     spdx: Mapping[str, int] = {
         row["license"]: row["num_bytes_sum"] for row in sorted(by_license, key=lambda r: r["license"])
     }
-    return _counts(mine) | {"licenses": dict(spdx), "fingerprint": source.fingerprint()} | source.detail
+    detail = dict(source.detail)
+    if "packages" in detail:  # those of which nothing was kept are among the drops, not among the origins
+        groups = set(mine["group"].to_pylist())
+        detail["packages"] = {p: v for p, v in detail["packages"].items() if p == STDLIB or p in groups}
+    return _counts(mine) | {"licenses": dict(spdx), "fingerprint": source.fingerprint()} | detail
