@@ -299,7 +299,7 @@ class _Run:
         else:
             first = ""
             why = "this training began without" if compiler() else "there is no C++ compiler, or no Python headers, for"
-            console.print(f"  eager kernels: {why} fused ones; with them training is about 1.5 times as fast")
+            console.print(f"  eager kernels: {why} fused ones; with them training is about 1.4 times as fast")
         going_on = f"going on at step {started.step:,}; " if started.step else ""
         left = self.recipe.train.steps - started.step
         counts, compute = count_params(self.recipe.model), started.compute
