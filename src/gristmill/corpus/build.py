@@ -227,7 +227,7 @@ def _describe(source: Source, kept: pa.Table) -> dict[str, Any]:
     spdx: Mapping[str, int] = {
         row["license"]: row["num_bytes_sum"] for row in sorted(by_license, key=lambda r: r["license"])
     }
-    detail = dict(source.detail)
+    detail: dict[str, Any] = dict(source.detail)
     if "packages" in detail:  # those of which nothing was kept are among the drops, not among the origins
         groups = set(mine["group"].to_pylist())
         detail["packages"] = {p: v for p, v in detail["packages"].items() if p == STDLIB or p in groups}
