@@ -293,9 +293,9 @@ class _Run:
 
     def say_started(self, started: Started) -> None:
         for line in started.damage:
-            console.print(f"  [red]{line}[/]; going on from an older checkpoint")
+            console.print(f"  {line}; going on from an older checkpoint", style="red", markup=False)
         if started.compute["compiled"]:
-            first = "; the first one compiles the kernels, up to half a minute"
+            first = "; the first one compiles the kernels, up to a minute"
         else:
             first = ""
             why = "this training began without" if compiler() else "there is no C++ compiler, or no Python headers, for"

@@ -55,7 +55,7 @@ def load_recipe(name: str, overrides: typing.Sequence[str] = ()) -> Recipe:
     try:
         recipe = TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:
-        raise InputError(_explain(error, tree)) from None
+        raise InputError(_explain(error)) from None
     return _resolve(recipe)
 
 
@@ -195,7 +195,7 @@ def _nearest(name: str, valid: list[str]) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + f"valid: {', '.join(valid)}"
 
 
-def _explain(error: ValidationError, tree: Any) -> str:
+def _explain(error: ValidationError) -> str:
     """pydantic's first complaint as one line: path, what was given, the rule."""
     first = error.errors(include_url=False)[0]
     path = ".".join(str(part) for part in first["loc"])

@@ -120,7 +120,6 @@ class Order:
     ) -> None:
         """Raises ValueError for a curriculum that `check_curriculum` refuses or that CYCLE cannot express."""
         check_curriculum(curriculum, names)
-        self.num_samples = steps * sequences_per_batch
         self.first_steps = [0, *(round(stage.until * steps) for stage in curriculum)]
         self._starts: Ints = np.array(self.first_steps) * sequences_per_batch  # of stages, then the run's end
         cycles = []

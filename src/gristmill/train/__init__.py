@@ -1,1 +1,4 @@
-"""Training: a visible loop over pure pieces. Runs with torch alone; tracking is optional and never in its way."""
+"""Training: a visible loop over pure pieces.
+
+The loop needs neither MLflow nor the libraries that recipes need, and tracking is never in its way.
+"""

@@ -122,10 +122,10 @@ def train(
         saving = done % cfg.checkpoint.every == 0 or done == cfg.steps or stopping
         if saving or done % cfg.log_every == 0:
             yield (figures_now := figures.since_last(done, lr, grad_norm))
-            if not math.isfinite(figures_now.loss):
+            if not math.isfinite(figures_now.loss + grad_norm):  # the weights are spoilt: never save them
                 raise Failure(
-                    f"the loss is {figures_now.loss} at step {done}: training diverged; lower train.optimizer.lr "
-                    f"(now {cfg.optimizer.lr}). The last good checkpoint is kept"
+                    f"the loss is {figures_now.loss} and the gradient's norm {grad_norm} at step {done}: training "
+                    f"diverged; lower train.optimizer.lr (now {cfg.optimizer.lr})"
                 )
         if saving:
             artifact = save_checkpoint(
