@@ -2,13 +2,14 @@
 # make test         the checks and the whole suite
 # make check        format, lint, types
 # make bench        speed figures (benchmarks/)
+# make exact        300 random models against transformers and a naive NumPy forward
 # make stress       longer randomised tests
 # All of them set up .venv from the lock first, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench stress clean
+.PHONY: quickstart test check bench exact stress clean
 
 quickstart: .venv/locked
 	$(BIN)/gristmill run quickstart
@@ -23,6 +24,11 @@ check: .venv/locked
 
 bench: .venv/locked
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/tokenizer.py
+
+exact: .venv/locked
+	GRISTMILL_EXACT=150 $(BIN)/python -m pytest tests/exact
 
 stress: .venv/locked
 	GRISTMILL_KILLS=40 $(BIN)/python -m pytest tests/test_kill.py

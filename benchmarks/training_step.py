@@ -33,7 +33,7 @@ def step(model: Transformer, seed: int, batch: int, seq_len: int) -> float:
     tokens = torch.randint(0, model.wte.num_embeddings, (batch, seq_len))
     documents = (torch.rand(batch, seq_len) < 2 / seq_len).cumsum(1)
     hidden, routing = model(tokens, torch.arange(seq_len).expand(batch, -1), packed(documents))
-    nll, _ = cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, tokens.flatten())
+    nll, _ = cross_entropy(hidden.flatten(0, 1), model.output_weight, tokens.flatten())
     loss = nll / tokens.numel() + routing.balance_loss
     loss.backward()
     model.zero_grad()

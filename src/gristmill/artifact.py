@@ -12,7 +12,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,7 +24,8 @@ from gristmill.errors import Failure, InputError
 
 MANIFEST = "manifest.json"
 STATE = ".state"  # locks and databases that change in place; verify names it as not covered
-VERSIONED = ("gristmill", "torch", "numpy", "pyarrow", "tokenizers", "safetensors", "transformers")
+HASHED_BYTES = 16 << 20  # read at a time
+VERSIONED = ("gristmill", "torch", "numpy", "pyarrow", "tokenizers", "tiktoken", "safetensors", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +77,14 @@ def canonical(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_file(path: Path, advance: Callable[[float], None] = lambda num_bytes: None) -> str:
+    """`advance` is told the bytes that were read since it was told last."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(HASHED_BYTES):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
 
 
 def stage_key(kind: str, format: int, config: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -101,6 +108,37 @@ def prepare(path: Path) -> Path:
         shutil.rmtree(path)
     path.mkdir(parents=True)
     return path
+
+
+def require_room(out: Path, num_bytes: int) -> None:
+    """Raises Failure when the disk that `out` will lie on has no room for it; its parent must exist."""
+    free = shutil.disk_usage(out.parent).free
+    if num_bytes > free:
+        raise Failure(
+            f"{out} needs {num_bytes / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB left; free some room, or "
+            "choose a place on another disk"
+        )
+
+
+@contextmanager
+def building(out: Path, num_bytes: int) -> Iterator[Path]:
+    """A directory beside `out` to build in; it becomes `out` when all went well, and goes away when not.
+
+    Raises InputError when there is something at `out` already, Failure when the disk has no room for `num_bytes`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is there already; give a new directory, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    require_room(out, num_bytes)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        partial.replace(out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def commit(

@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -83,27 +83,109 @@ def recipe(name: RecipeArg, set: SetOpt = None) -> None:
 @app.command()
 def generate(
     model: ModelArg,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; with --chat the user's message to answer.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt as a message in a conversation.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="With --chat: the system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0 is greedy. [default: as published with the model, else 0.8]")
+    ] = None,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Keep the most probable tokens up to this mass.")
-    ] = 0.95,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Keep so many of the most probable tokens.")] = None,
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Keep the most probable tokens up to this mass. [default: as published, else 0.95]",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Keep so many of the most probable tokens; 0 is all. [default: as published, else 0]"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help="Above 1 makes what was said less probable. [default: as published, else 1: none]"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
 ) -> None:
-    """Continue a text, streaming. The prompt is text only: control tokens in it stay ordinary characters."""
-    from gristmill.inference import Sampling, load_model, stream
+    """Continue a text, or answer it, streaming. The prompt is text only: control tokens in it stay characters."""
+    from gristmill.inference import find_model, load_model, stream
+    from gristmill.inference.settings import published_sampling
     from gristmill.kernels.compiled import use_compiled
 
+    if system is not None and not chat:
+        raise InputError("--system speaks to a conversation; add --chat")
     use_compiled(False)  # for a short text compiling takes longer than it saves
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    published = published_sampling(find_model(model))
+    for setting in published.not_applied:
+        print(f"note: the model is published with {setting}, which is not applied", file=sys.stderr)
+    sampling = published.sampling(
+        temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed
+    )
     loaded, its_tokenizer = load_model(model)
-    sys.stdout.write(prompt)
-    for text in stream(loaded, its_tokenizer, prompt, sampling, max_tokens):
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    sys.stdout.write("" if chat else prompt)
+    for text in stream(loaded, its_tokenizer, messages if chat else prompt, sampling, max_tokens, published.stop_ids):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+@app.command()
+def pull(
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="A model repository on the Hugging Face hub.")],
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit. [default: main]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="[default: models/ORG--NAME]")] = None,
+) -> None:
+    """Fetch a published model: only the files that are needed, nothing that runs; run again, it goes on.
+
+    `HF_TOKEN` opens gated models, `HF_ENDPOINT` names a mirror.
+    """
+    from gristmill.hub.pull import pull as pull_model
+
+    print(pull_model(repository, revision, out))
+
+
+@app.command("import")
+def import_(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face directory: dbrx or qwen3_moe.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new directory.")],
+) -> None:
+    """Bring a published model in, tensor by tensor: weights in their own precision, tokenizer, settings, license.
+
+    Nothing in SRC is run, and pickled weights are refused. What the files' checksums say, when any came with them, is
+    checked; what is missing, unknown or damaged is named.
+    """
+    from gristmill.hub.importing import import_model
+
+    print(import_model(src, out).path)
+
+
+@app.command()
+def export(
+    src: ModelArg,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new directory, or the new .gguf file.")],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of all weights. [default: as each is stored]"),
+    ] = None,
+    format: Annotated[
+        Literal["dbrx", "qwen3_moe", "gguf"] | None,
+        typer.Option(help="gguf is for llama.cpp. [default: the published layout that fits the model]"),
+    ] = None,
+) -> None:
+    """Give a model out: as a Hugging Face directory for transformers, vLLM and SGLang, or as one GGUF file."""
+    import torch
+
+    from gristmill.hub.export import export_gguf, export_model
+    from gristmill.inference import find_model
+
+    precision = getattr(torch, dtype) if dtype else None
+    if format == "gguf":
+        print(export_gguf(find_model(src), out, precision))
+    else:
+        print(export_model(find_model(src), out, precision, format).path)
 
 
 @app.command()
@@ -115,16 +197,22 @@ def report(path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folde
 
 
 @app.command()
-def count(name: RecipeArg, set: SetOpt = None) -> None:
-    """Parameters, active parameters and training FLOPs of a recipe's model."""
-    from gristmill.model.counts import count_params, train_flops_per_token
-    from gristmill.recipe import load_recipe
+def count(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe or shape, a .yaml file, or a model.")],
+    set: SetOpt = None,
+) -> None:
+    """Parameters, operations and bytes of a model, part by part."""
+    from gristmill.hub.folder import open_model
+    from gristmill.inference import find_model
+    from gristmill.recipe import load_shape
+    from gristmill.report.shape import shape_text
 
-    found = load_recipe(name, set or ())
-    counts = count_params(found.model)
-    print(f"parameters           {counts.total_params:,}")
-    print(f"active parameters    {counts.active_params:,}")
-    print(f"training FLOPs/token {train_flops_per_token(found.model, found.train.seq_len):,.0f}")
+    if Path(name).is_dir() and not set:
+        cfg = open_model(find_model(Path(name))).cfg
+        print(shape_text(Path(name).name, cfg, cfg.max_seq_len))
+    else:
+        shape = load_shape(name, set or ())
+        print(shape_text(shape.name, shape.model, shape.context))
 
 
 @app.command()
@@ -158,6 +246,7 @@ def lineage(path: PathArg) -> None:
         told.add(node.content)
         licenses = node.detail.get("licenses", {})
         said = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(licenses.items(), key=lambda x: -x[1]))
+        said = said or node.detail.get("license", "")
         print(f"{'  ' * depth}{title}  {node.content[:12]}  {said}".rstrip())
         for parent in node.inputs:
             show(parent, depth + 1)

@@ -37,6 +37,7 @@ from gristmill.errors import Failure, InputError
 from gristmill.evaluate.bits_per_byte import bits_per_byte
 from gristmill.evaluate.build import build_evaluation
 from gristmill.evaluate.documents import read_documents
+from gristmill.hub.checkpoint import TOKENIZER
 from gristmill.hub.export import build_export
 from gristmill.inference.load import load_model
 from gristmill.inference.scorer import ModelScorer
@@ -131,6 +132,7 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: Path, signals: Signals) -> None:
         self.recipe, self.folder, self.signals = recipe, folder, signals
         self.done: dict[str, Artifact] = {}
+        self.start = {"start": load(Path(recipe.start))} if recipe.start else {}
         self.machine = describe_machine()
         self.estimated = False
 
@@ -179,13 +181,13 @@ class _Run:
             case "corpus":
                 return keyed(r.corpus), {}
             case "tokenizer":
-                return keyed(r.tokenizer), self.inputs("corpus")
+                return keyed(r.tokenizer), self.inputs("corpus") | self.start
             case "shards":
                 return keyed(r.shards), self.inputs("corpus", "tokenizer")
             case "train":
                 mix = keyed(curriculum_of(r.corpus))
                 config = {"model": keyed(r.model), "train": keyed(r.train), "curriculum": mix}
-                return config, self.inputs("shards", "tokenizer")
+                return config, self.inputs("shards", "tokenizer") | self.start
             case "evaluate":
                 return keyed(r.evaluate), self.inputs("corpus", "train")
             case "export":
@@ -203,7 +205,8 @@ class _Run:
             case "corpus":
                 return build_corpus(r.corpus, out)
             case "tokenizer":
-                return build_tokenizer(r.tokenizer, self.path("corpus"), out)
+                given = self.start["start"].path / TOKENIZER if self.start else None
+                return build_tokenizer(r.tokenizer, self.path("corpus"), out, given)
             case "shards":
                 tokenizer = Tokenizer.load(self.path("tokenizer"))
                 return build_shards(
@@ -234,6 +237,7 @@ class _Run:
             r.model,
             self.path("shards"),
             self.path("tokenizer"),
+            self.start["start"].path if self.start else None,
             folder,
             curriculum_of(r.corpus),
             identity,
@@ -371,7 +375,7 @@ def rewrite_report(folder: Path) -> Path:
 
 SAYS: dict[StageName, str] = {
     "corpus": "reading, cleaning and deduplicating documents",
-    "tokenizer": "learning a vocabulary",
+    "tokenizer": "making the vocabulary",
     "shards": "tokenizing into blocks",
     "train": "training the model",
     "evaluate": "scoring held-out text beside the baselines",

@@ -19,21 +19,31 @@ from pydantic import TypeAdapter, ValidationError
 from gristmill.corpus.config import CorpusConfig
 from gristmill.errors import InputError
 from gristmill.evaluate.config import EvaluateConfig
+from gristmill.hub.checkpoint import CONFIG as MODEL_JSON
+from gristmill.hub.checkpoint import read_checkpoint
 from gristmill.hub.export import ExportConfig
+from gristmill.hub.published import CONFIG_JSON
 from gristmill.model import ModelConfig
 from gristmill.streaming.config import ShardsConfig
 from gristmill.streaming.order import Order, Stage
 from gristmill.tokenizer import TokenizerConfig
 from gristmill.train.config import TrainConfig
 
+CHANGEABLE = ("max_seq_len", "rope_theta", "clip_qkv", "moe_loss_weight", "moe_jitter_eps")  # of a model to go on from
+T = typing.TypeVar("T")
 VOCAB_MULTIPLE = 128  # a round number of columns for the output matrix
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One section a stage."""
+    """One section a stage.
+
+    `start`: a model to go on from, imported or trained here; its weights, its shape and its tokenizer are taken. The
+    `model` section then gives only what does not change a tensor, such as `max_seq_len` or `moe_loss_weight`.
+    """
 
     name: str
+    start: str | None = None
     corpus: CorpusConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
@@ -43,20 +53,58 @@ class Recipe:
     export: ExportConfig = field(default_factory=ExportConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The part of a recipe that says how large its model is. It needs no text and no steps: `dbrx-9b` is only this."""
+
+    name: str
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence: as trained, or else as many as the model takes."""
+        return self.train.seq_len if self.train else self.model.max_seq_len
+
+
 def load_recipe(name: str, overrides: typing.Sequence[str] = ()) -> Recipe:
     """Read a shipped recipe or a file, apply `a.b=c` overrides, resolve what follows from what.
 
     Raises InputError that names the key's path, what was given, the rule and the nearest valid name.
     """
+    tree = _tree(name, overrides)
+    if missing := [section for section in ("corpus", "train") if section not in tree]:
+        start = f"write a recipe that begins with `base: {name}` and adds" if name in shipped_recipes() else "add"
+        raise InputError(
+            f"recipe {name} has no {' and no '.join(missing)} section: it can be counted, not run; {start} "
+            f"{' and '.join(missing)}, as `gristmill recipe quickstart` shows"
+        )
+    return _resolve(_validated(Recipe, tree))
+
+
+def load_shape(name: str, overrides: typing.Sequence[str] = ()) -> Shape:
+    """The same for what `count` needs: of any recipe, also of one that has no corpus yet."""
+    tree = _tree(name, overrides)
+    shape = _validated(Shape, {key: tree[key] for key in typing.get_type_hints(Shape) if key in tree})
+    return replace(shape, model=_with_vocabulary(shape.model, shape.tokenizer))
+
+
+def _tree(name: str, overrides: typing.Sequence[str]) -> dict[str, Any]:
     tree = _read(name)
     for override in overrides:
         tree = _override(tree, override)
     _check_keys(Recipe, tree, "")
+    if tree.get("start"):
+        tree = _from_start(tree)
+    return tree
+
+
+def _validated(cls: type[T], tree: dict[str, Any]) -> T:
     try:
-        recipe = TypeAdapter(Recipe).validate_python(tree)
+        return TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:
         raise InputError(_explain(error)) from None
-    return _resolve(recipe)
 
 
 def shipped_recipes() -> list[str]:
@@ -206,15 +254,29 @@ def _explain(error: ValidationError) -> str:
     return f"{path}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
+def _from_start(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the shape of the model that it goes on from."""
+    path = Path(str(tree["start"]))
+    if not (path / MODEL_JSON).is_file():
+        fix = f"`gristmill import {path} OUT` first" if (path / CONFIG_JSON).is_file() else "name a directory with one"
+        raise InputError(f"start={path}: it holds no {MODEL_JSON}; {fix}")
+    tokenizer = tree.get("tokenizer") or {"kind": "start"}
+    if not isinstance(tokenizer, dict) or tokenizer.get("kind") != "start":
+        raise InputError(f"tokenizer: start={path} brings its own; leave this section out, or set it to null")
+    theirs, given = plain(read_checkpoint(path)[0]), tree.get("model") or {}
+    for key, value in given.items():
+        if theirs[key] != value and key not in CHANGEABLE:
+            raise InputError(
+                f"model.{key}={value!r}: start={path} has {theirs[key]!r}; only {', '.join(CHANGEABLE)} can change"
+            )
+    return {**tree, "model": {**theirs, **given}, "tokenizer": tokenizer}
+
+
 def _resolve(recipe: Recipe) -> Recipe:
     """Fill in what follows from something else, and check what concerns two sections."""
-    train, model, tokenizer = recipe.train, recipe.model, recipe.tokenizer
-    vocab_size = model.vocab_size or -(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if vocab_size < tokenizer.vocab_size:
-        raise InputError(
-            f"model.vocab_size={vocab_size} must be at least tokenizer.vocab_size={tokenizer.vocab_size}; "
-            "leave it out to have it derived"
-        )
+    if recipe.tokenizer.kind == "start" and not recipe.start:
+        raise InputError("tokenizer.kind=start: there is no model to take it from; set start, or another kind")
+    train, model = recipe.train, _with_vocabulary(recipe.model, recipe.tokenizer)
     if recipe.shards.block_tokens % train.seq_len:
         raise InputError(
             f"train.seq_len={train.seq_len} must divide shards.block_tokens={recipe.shards.block_tokens}; change one"
@@ -239,4 +301,17 @@ def _resolve(recipe: Recipe) -> Recipe:
         raise InputError(
             f"evaluate.context_length={evaluate.context_length} must not exceed model.max_seq_len={model.max_seq_len}"
         )
-    return replace(recipe, model=replace(model, vocab_size=vocab_size), evaluate=evaluate)
+    return replace(recipe, model=model, evaluate=evaluate)
+
+
+def _with_vocabulary(model: ModelConfig, tokenizer: TokenizerConfig) -> ModelConfig:
+    num_ids = tokenizer.num_ids
+    if num_ids is None:
+        return model
+    vocab_size = model.vocab_size or -(-num_ids // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if vocab_size < num_ids:
+        raise InputError(
+            f"model.vocab_size={vocab_size} must be at least tokenizer.vocab_size={num_ids}; "
+            "leave it out to have it derived"
+        )
+    return replace(model, vocab_size=vocab_size)

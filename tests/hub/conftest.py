@@ -11,7 +11,7 @@ import torch
 
 from gristmill import artifact
 from gristmill.artifact import Built
-from gristmill.hub import write_tensors
+from gristmill.hub import in_memory, write_weights
 from gristmill.model import ModelConfig, Transformer
 from gristmill.tokenizer import TokenizerConfig, build_tokenizer
 
@@ -84,7 +84,7 @@ def checkpoint(tiny: Callable[..., Transformer], tokenizer_dir: Path, tmp_path: 
         above = artifact.commit(corpus, kind="corpus", key="c", config={}, inputs={}, built=Built(sources=sources))
         model = tiny(**changes)
         path = artifact.prepare(tmp_path / "step-00000001")
-        write_tensors(path, model.state_dict().items(), 10**9)
+        write_weights(path, in_memory(model.state_dict()))
         (path / "model.json").write_bytes(artifact.canonical(asdict(model.cfg)))
         (path / "tokenizer").mkdir()
         for file in tokenizer_dir.iterdir():

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gristmill.hub import assemble, read_dbrx, write_dbrx
-from gristmill.hub.dbrx import SpecialIds
+from gristmill.hub import assemble, in_memory, read_published, write_published
 from gristmill.hub.export import ExportConfig, build_export
+from gristmill.hub.settings import SpecialIds
 from gristmill.inference import Sampling, generate, load_model
 from gristmill.model import Transformer, packed
 from gristmill.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ def ours(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_exported_logits_and_greedy_tokens_equal_transformers(tiny: Tiny, changes: dict, tmp_path: Path) -> None:
     model = tiny(**changes)
-    write_dbrx(tmp_path, model.cfg, model.state_dict().items(), IDS)
+    write_published(tmp_path, model.cfg, in_memory(model.state_dict()), IDS)
     theirs = reference(tmp_path)
     tokens = torch.randint(292, (2, 48), generator=torch.Generator().manual_seed(1))
     wanted, given = theirs(tokens).logits, ours(model, tokens)
@@ -53,14 +53,14 @@ def test_exported_logits_and_greedy_tokens_equal_transformers(tiny: Tiny, change
 
 
 def test_a_model_made_by_transformers_is_read_with_equal_logits(tiny: Tiny, tmp_path: Path) -> None:
-    write_dbrx(tmp_path, (model := tiny()).cfg, model.state_dict().items(), IDS)
+    write_published(tmp_path, (model := tiny()).cfg, in_memory(model.state_dict()), IDS)
     theirs = reference(tmp_path)
     torch.manual_seed(3)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     theirs.save_pretrained(tmp_path / "saved", max_shard_size="30KB")
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
-    back = assemble(*read_dbrx(tmp_path / "saved"))
+    back = assemble(*read_published(tmp_path / "saved"))
     assert back.cfg == model.cfg
     tokens = torch.randint(300, (1, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

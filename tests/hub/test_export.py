@@ -8,11 +8,20 @@ from huggingface_hub import ModelCard
 
 from gristmill import artifact
 from gristmill.errors import Failure, InputError
-from gristmill.hub import assemble, read_checkpoint, read_dbrx, read_tensors, write_dbrx
+from gristmill.hub import (
+    assemble,
+    in_memory,
+    open_weights,
+    read_checkpoint,
+    read_published,
+    write_published,
+    write_weights,
+)
 from gristmill.hub import export as export_module
-from gristmill.hub.dbrx import SpecialIds, from_json, to_json
+from gristmill.hub.dbrx import from_json, to_json
 from gristmill.hub.export import ExportConfig, build_export
-from gristmill.hub.tensors import INDEX, SINGLE, write_tensors
+from gristmill.hub.settings import SpecialIds
+from gristmill.hub.tensors import INDEX, SINGLE, Weights
 from gristmill.inference.scorer import causal
 from gristmill.model import ModelConfig, Transformer
 
@@ -20,22 +29,26 @@ Tiny = Callable[..., Transformer]
 IDS = SpecialIds(eot_id=292, pad_id=297, im_end_id=299)
 
 
+def loaded(weights: Weights) -> dict[str, torch.Tensor]:
+    return {name: weight.load() for name, weight in weights.items()}
+
+
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000, 1])
 def test_export_then_import_is_bit_identical(tiny: Tiny, tmp_path: Path, max_shard_bytes: int) -> None:
     model = tiny()
-    write_dbrx(tmp_path, model.cfg, model.state_dict().items(), IDS, max_shard_bytes=max_shard_bytes)
-    cfg, tensors = read_dbrx(tmp_path)
+    write_published(tmp_path, model.cfg, in_memory(model.state_dict()), IDS, max_shard_bytes=max_shard_bytes)
+    cfg, tensors = read_published(tmp_path)
     assert cfg == model.cfg
-    back = dict(tensors)
+    back = loaded(tensors)
     assert back.keys() == model.state_dict().keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
     assert not list(tmp_path.glob("*.partial"))
 
 
 def test_shards_stay_within_their_size_and_the_index_names_each_tensor(tiny: Tiny, tmp_path: Path) -> None:
-    write_dbrx(tmp_path, (model := tiny()).cfg, model.state_dict().items(), IDS, max_shard_bytes=30_000)
+    write_published(tmp_path, (model := tiny()).cfg, in_memory(model.state_dict()), IDS, max_shard_bytes=30_000)
     index = json.loads((tmp_path / INDEX).read_text())
-    sizes = {name: tensor.nbytes for name, tensor in read_tensors(tmp_path)}
+    sizes = {name: tensor.nbytes for name, tensor in loaded(open_weights(tmp_path)).items()}
     assert index["weight_map"].keys() == sizes.keys()
     assert index["metadata"]["total_size"] == sum(sizes.values())
     for file in set(index["weight_map"].values()):
@@ -45,8 +58,8 @@ def test_shards_stay_within_their_size_and_the_index_names_each_tensor(tiny: Tin
 
 
 def test_published_tensors_have_dbrx_names_and_shapes(tiny: Tiny, tmp_path: Path) -> None:
-    write_dbrx(tmp_path, (model := tiny()).cfg, model.state_dict().items(), IDS, dtype=torch.bfloat16)
-    published = dict(read_tensors(tmp_path))
+    write_published(tmp_path, (model := tiny()).cfg, in_memory(model.state_dict()), IDS, dtype=torch.bfloat16)
+    published = loaded(open_weights(tmp_path))
     block = {
         name.removeprefix("transformer.blocks.1."): tuple(tensor.shape)
         for name, tensor in published.items()
@@ -67,8 +80,8 @@ def test_published_tensors_have_dbrx_names_and_shapes(tiny: Tiny, tmp_path: Path
 
 def test_dense_ffn_leaves_as_one_expert_that_computes_exactly_the_same(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny(ffn="dense", moe_loss_weight=0.0, moe_num_experts=1, moe_top_k=1)
-    write_dbrx(tmp_path, model.cfg, model.state_dict().items(), IDS)
-    back = assemble(*read_dbrx(tmp_path))
+    write_published(tmp_path, model.cfg, in_memory(model.state_dict()), IDS)
+    back = assemble(*read_published(tmp_path))
     assert (back.cfg.ffn, back.cfg.moe_num_experts, back.cfg.moe_top_k) == ("moe", 1, 1)
     for block, expert in zip(model.blocks, back.blocks, strict=True):
         for name in ("w1", "v1", "w2"):
@@ -111,47 +124,50 @@ def test_configuration_survives_the_published_form_and_the_published_file_is_rea
         ({"attn_config": {"kv_n_heads": 8}, "rope_parameters": None}, "rope_theta"),
     ],
 )
-def test_what_this_model_cannot_compute_is_refused_on_import(change: dict, says: str) -> None:
+def test_what_this_model_cannot_compute_is_refused_on_import(change: dict, says: str, tmp_path: Path) -> None:
     config = to_json(ModelConfig(vocab_size=384), IDS, torch.float32) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=says):
-        from_json(config)
+        read_published(tmp_path)
 
 
 def test_pickled_weights_are_refused_with_the_reason(tiny: Tiny, tmp_path: Path) -> None:
-    write_dbrx(tmp_path, (model := tiny()).cfg, model.state_dict().items(), IDS)
+    write_published(tmp_path, (model := tiny()).cfg, in_memory(model.state_dict()), IDS)
     (tmp_path / SINGLE).rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"pickles \(pytorch_model.bin\), which can run code"):
-        dict(read_dbrx(tmp_path)[1])
+        loaded(read_published(tmp_path)[1])
 
 
 def test_wrong_weights_are_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny()
     state = dict(model.state_dict())
     with pytest.raises(InputError, match=r"lack 'lm_head.weight'"):
-        assemble(model.cfg, [(k, v) for k, v in state.items() if k != "lm_head.weight"])
+        assemble(model.cfg, in_memory({k: v for k, v in state.items() if k != "lm_head.weight"}))
     with pytest.raises(InputError, match="'extra', which"):
-        assemble(model.cfg, [*state.items(), ("extra", torch.zeros(1))])
+        assemble(model.cfg, in_memory(state | {"extra": torch.zeros(1)}))
     with pytest.raises(InputError, match=r"norm_f.weight has shape \(3,\)"):
-        assemble(model.cfg, (state | {"norm_f.weight": torch.zeros(3)}).items())
-    write_dbrx(tmp_path, model.cfg, state.items(), IDS)
+        assemble(model.cfg, in_memory(state | {"norm_f.weight": torch.zeros(3)}))
+    write_published(tmp_path, model.cfg, in_memory(state), IDS)
     config = json.loads((tmp_path / "config.json").read_text())
     config["ffn_config"]["moe_num_experts"] = 8
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"ffn.experts.mlp.v1 has shape \(96, 32\)"):
-        assemble(*read_dbrx(tmp_path))
+    with pytest.raises(
+        InputError, match=r"ffn.router.layer.weight has shape \(4, 32\); the configuration says \(8, 32\)"
+    ):
+        assemble(*read_published(tmp_path))
 
 
 def test_an_index_cannot_lead_out_of_its_folder_and_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     with pytest.raises(InputError, match="elsewhere"):
-        dict(read_tensors(tmp_path))
+        loaded(open_weights(tmp_path))
     (tmp_path / INDEX).write_text("{}")
     with pytest.raises(Failure, match="weight_map"):
-        dict(read_tensors(tmp_path))
-    write_tensors(tmp_path, [("a", torch.zeros(100))], 10**6)
+        loaded(open_weights(tmp_path))
+    write_weights(tmp_path, in_memory({"a": torch.zeros(100)}))
     (tmp_path / SINGLE).write_bytes((tmp_path / SINGLE).read_bytes()[:-9])
     with pytest.raises(Failure, match=SINGLE):
-        dict(read_tensors(tmp_path))
+        loaded(open_weights(tmp_path))
 
 
 def test_a_stored_compute_dtype_gives_exactly_what_casting_at_each_use_gives(
@@ -206,14 +222,14 @@ def test_the_stage_writes_the_same_bytes_again(
 def test_an_export_that_computes_something_else_fails(
     checkpoint: Callable[..., Path], evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def swapped(folder: Path, cfg: ModelConfig, tensors: object, *args: object, **kwargs: object) -> None:
-        state = dict(tensors)  # type: ignore[call-overload]
+    def swapped(folder: Path, cfg: ModelConfig, weights: Weights, *args: object, **kwargs: object) -> None:
+        state = dict(weights)
         for layer in range(cfg.n_layers):
             w1, v1 = (f"blocks.{layer}.ffn.experts.{name}" for name in ("w1", "v1"))
             state[w1], state[v1] = state[v1], state[w1]
-        write_dbrx(folder, cfg, state.items(), *args, **kwargs)  # type: ignore[arg-type]
+        write_published(folder, cfg, state, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(export_module, "write_dbrx", swapped)
+    monkeypatch.setattr(export_module, "write_published", swapped)
     with pytest.raises(Failure, match="logits in transformers differ"):
         build_export(ExportConfig(), checkpoint(), evaluation, artifact.prepare(tmp_path / "export"))
 

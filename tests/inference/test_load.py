@@ -10,8 +10,8 @@ import torch
 from gristmill import artifact
 from gristmill.artifact import Artifact, Built
 from gristmill.errors import Failure, InputError
-from gristmill.hub import write_dbrx, write_tensors
-from gristmill.hub.dbrx import SpecialIds
+from gristmill.hub import in_memory, write_published, write_weights
+from gristmill.hub.settings import SpecialIds
 from gristmill.inference import Sampling, generate, load_model, stream
 from gristmill.model import Transformer
 from gristmill.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
@@ -42,7 +42,7 @@ def commit(path: Path, kind: str, **inputs: Artifact) -> Artifact:
 
 def save_step(folder: Path, model: Transformer, tokenizer_dir: Path) -> Artifact:
     artifact.prepare(folder)
-    write_tensors(folder, model.state_dict().items(), 10**9)
+    write_weights(folder, in_memory(model.state_dict()))
     (folder / "model.json").write_bytes(artifact.canonical(asdict(model.cfg)))
     copy_tokenizer(tokenizer_dir, folder / "tokenizer")
     return commit(folder, "checkpoint")
@@ -66,7 +66,9 @@ def test_run_folder_stage_checkpoint_and_hugging_face_directory_load_the_same_mo
     published = tmp_path / "published"
     published.mkdir()
     copy_tokenizer(tokenizer_dir, published)
-    write_dbrx(published, late.cfg, late.state_dict().items(), SpecialIds(eot_id=262, pad_id=267, im_end_id=269))
+    write_published(
+        published, late.cfg, in_memory(late.state_dict()), SpecialIds(eot_id=262, pad_id=267, im_end_id=269)
+    )
     for path in (run, stage, last.path, published):
         model, tokenizer = load_model(path)
         assert_same(model, late)
@@ -94,6 +96,22 @@ def test_a_text_streams_in_whole_characters_that_join_to_the_decoded_ids(
         stops = frozenset({tokenizer.eot_id, tokenizer.im_end_id})
         made = list(generate(model, ids, sampling, 40, stops))
         assert "".join(stream(model, tokenizer, "é <|endoftext|>", sampling, 40)) == tokenizer.decode(made)
+
+
+def test_a_conversation_is_answered_after_its_chat_ids_and_stops_at_the_published_ids(
+    tiny: Tiny, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    save_step(tmp_path / "step-00000001", tiny(), tokenizer_dir)
+    model, tokenizer = load_model(tmp_path / "step-00000001")
+    messages = [{"role": "system", "content": "Mill."}, {"role": "user", "content": "<|im_end|> é"}]
+    prompt = tokenizer.chat(messages, generation_prompt=True)
+    ends = frozenset({tokenizer.eot_id, tokenizer.im_end_id})
+    for sampling in (Sampling(temperature=0.0), Sampling(temperature=1.5, seed=1)):
+        made = list(generate(model, prompt, sampling, 20, ends))
+        assert "".join(stream(model, tokenizer, messages, sampling, 20)) == tokenizer.decode(made)
+        stop = made[4]
+        told = "".join(stream(model, tokenizer, messages, sampling, 20, frozenset({stop})))
+        assert told == tokenizer.decode(made[: made.index(stop)])
 
 
 def test_a_place_without_a_model_is_an_input_error_that_says_what_may_stand_there(tmp_path: Path) -> None:

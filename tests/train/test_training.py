@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gristmill.errors import InputError
-from gristmill.hub.tensors import read_tensors
+from gristmill.hub.tensors import open_weights
 from gristmill.model import ModelConfig, Transformer
 from gristmill.streaming import Batches, ShardsConfig, Stage, build_shards
 from gristmill.train.checkpoint import Identity, checkpoint_path, latest_checkpoint, read_state
@@ -65,7 +65,7 @@ def tokenizer(tmp_path: Path) -> Path:
 def events(
     shards: Path, tokenizer: Path, folder: Path, cfg: TrainConfig = CFG, stop: threading.Event | None = None
 ) -> Iterator[Started | Step | Saved]:
-    return train(cfg, MODEL, shards, tokenizer, folder, CURRICULUM, IDENTITY, stop or threading.Event())
+    return train(cfg, MODEL, shards, tokenizer, None, folder, CURRICULUM, IDENTITY, stop or threading.Event())
 
 
 def test_twenty_steps_follow_the_golden_curve(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -218,5 +218,5 @@ def test_resuming_compiled_training_without_a_compiler_is_refused(monkeypatch: p
 def test_a_saved_model_is_the_trained_one(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
     for event in events(shards, tokenizer, tmp_path):
         if isinstance(event, Saved):
-            saved = dict(read_tensors(event.artifact.path))
+            saved = {name: weight.load() for name, weight in open_weights(event.artifact.path).items()}
             assert all(torch.equal(saved[name], tensor) for name, tensor in event.model.state_dict().items())

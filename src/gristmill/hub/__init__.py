@@ -1,17 +1,22 @@
-"""Model files in and out: our checkpoints, and the Hugging Face `dbrx` layout with its tokenizer and model card.
+"""Model files in and out: our checkpoints, the published `dbrx` and `qwen3_moe` layouts, GGUF, the hub.
 
 May use the model, the tokenizer and artifacts. safetensors and JSON only: nothing here reads a pickle.
 """
 
 from gristmill.hub.checkpoint import read_checkpoint
-from gristmill.hub.dbrx import read_dbrx, write_dbrx
-from gristmill.hub.tensors import assemble, read_tensors, write_tensors
+from gristmill.hub.published import read_published, write_published
+from gristmill.hub.settings import SpecialIds
+from gristmill.hub.tensors import Weight, Weights, assemble, in_memory, open_weights, write_weights
 
 __all__ = [
+    "SpecialIds",
+    "Weight",
+    "Weights",
     "assemble",
+    "in_memory",
+    "open_weights",
     "read_checkpoint",
-    "read_dbrx",
-    "read_tensors",
-    "write_dbrx",
-    "write_tensors",
+    "read_published",
+    "write_published",
+    "write_weights",
 ]

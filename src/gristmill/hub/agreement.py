@@ -59,7 +59,7 @@ def compare_tokenizers(folder: Path, tokenizer: Tokenizer, texts: Sequence[str])
 
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for text in texts:
-        if any(name in text for name in theirs.all_special_tokens):
+        if any(name in text for name in theirs.get_added_vocab()):
             continue  # there AutoTokenizer reads control tokens, and ours text: by design
         if theirs(text)["input_ids"] != tokenizer.encode(text):
             raise Failure(f"{folder}: AutoTokenizer gives other ids than ours for {text[:80]!r}")
@@ -70,7 +70,12 @@ def _load_reference(folder: Path) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        experts_implementation="eager",  # its grouped one wants widths that are multiples of 4 on the CPU
+    )
     return model.eval()
 
 

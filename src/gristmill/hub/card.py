@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from gristmill.artifact import Artifact, Origin
+from gristmill.hub.published import model_type_of
 from gristmill.model import ModelConfig
 from gristmill.model.counts import count_params
 
@@ -14,70 +15,112 @@ BASELINES = {"trigram": "token trigram", "xz": "xz -9e, all of it", "xz_document
 
 
 def model_card(
-    name: str, license: str, cfg: ModelConfig, checkpoint: Artifact, origin: Origin, evaluation: Mapping[str, Any]
+    name: str,
+    license: str,
+    cfg: ModelConfig,
+    artifact: Artifact | None,
+    origin: Origin | None,
+    evaluation: Mapping[str, Any] | None,
 ) -> str:
-    """README.md with the hub's front matter. `origin` is the checkpoint's lineage."""
+    """README.md with the hub's front matter.
+
+    artifact, origin: the model's own and its lineage; None for a directory that Gristmill did not make.
+    evaluation: of a model that was trained here, when there is one.
+    """
+    sources = sorted(_sources(origin), key=lambda source: source.name) if origin else []
+    read = [source for source in sources if "documents" in source.detail]  # text that it was trained on here
+    started_from = [source for source in sources if "license" in source.detail]  # published models
+    front = _front_matter(name, license, cfg, evaluation)
     parts = [
-        "---\n" + yaml.safe_dump(_front_matter(name, license, evaluation), sort_keys=False) + "---\n",
-        f"# {name}\n\n{_summary(cfg)}\n",
+        "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n",
+        f"# {name}\n\n{_summary(cfg, bool(read), started_from)}\n",
         f"## Use\n\n{_USAGE}\n",
-        f"## Figures\n\n{_figures(evaluation)}\n",
-        f"## Data and licenses\n\n{_data(checkpoint, origin)}\n",
-        f"## Intended use\n\n{_INTENDED}\n",
-        f"## Limits\n\n{_limits(cfg)}\n",
-        f"## Shape\n\n{_shape(cfg)}\n",
-        f"## Provenance\n\nBuilt with Gristmill from the checkpoint whose content hash is `{checkpoint.content}`. "
-        "`manifest.json` beside this card names every stage and every source behind it; `gristmill lineage` prints "
-        "them, `gristmill verify` checks every file.\n",
     ]
+    if evaluation:
+        parts.append(f"## Figures\n\n{_figures(evaluation)}\n")
+    if started_from or not read:
+        parts.append(f"## Origin\n\n{_origin(started_from)}\n")
+    if read and artifact:
+        parts.append(f"## Data and licenses\n\n{_data(artifact, read)}\n")
+        parts += [f"## Intended use\n\n{_INTENDED}\n", f"## Limits\n\n{_limits(cfg)}\n"]
+    parts.append(f"## Shape\n\n{_shape(cfg)}\n")
+    if artifact:
+        parts.append(
+            f"## Provenance\n\nMade with Gristmill from the model whose content hash is `{artifact.content}`. "
+            "`manifest.json` beside this card names every stage and every source behind it; `gristmill lineage` "
+            "prints them, `gristmill verify` checks every file.\n"
+        )
     return "\n".join(parts)
 
 
-def _front_matter(name: str, license: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    metrics = [
-        {"type": "bits_per_byte", "name": f"bits per byte ({source})", "value": round(value, 4)}
-        for source, value in evaluation["test"]["bits_per_byte"].items()
-    ]
-    result = {
-        "task": {"type": "text-generation"},
-        "dataset": {"type": "held-out", "name": "held-out documents of the training sources"},
-        "metrics": metrics,
-    }
-    named = {"license_name": "see-data-and-licenses", "license_link": "README.md"} if license == "other" else {}
-    return {
+def _front_matter(name: str, license: str, cfg: ModelConfig, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
+    known = {"license": license}
+    if license in ("other", "unknown"):
+        known = {"license": "other", "license_name": "see-this-card", "license_link": "README.md"}
+    front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "license": license,
-        **named,
-        "tags": ["dbrx", "mixture-of-experts", "gristmill"],
-        "model-index": [{"name": name, "results": [result]}],
+        **known,
+        "tags": [model_type_of(cfg), "mixture-of-experts", "gristmill"],
     }
+    if evaluation:
+        metrics = [
+            {"type": "bits_per_byte", "name": f"bits per byte ({source})", "value": round(value, 4)}
+            for source, value in evaluation["test"]["bits_per_byte"].items()
+        ]
+        result = {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": "held-out", "name": "held-out documents of the training sources"},
+            "metrics": metrics,
+        }
+        front["model-index"] = [{"name": name, "results": [result]}]
+    return front
 
 
-def _summary(cfg: ModelConfig) -> str:
+def _summary(cfg: ModelConfig, trained: bool, started_from: list[Origin]) -> str:
     counts = count_params(cfg)
     ffn = (
         f"a mixture of {cfg.moe_num_experts} experts of which each token uses {cfg.moe_top_k}"
         if cfg.ffn == "moe"
         else "a dense feed-forward network (stored as a mixture of one expert)"
     )
+    architecture = "DBRX" if model_type_of(cfg) == "dbrx" else "Qwen3-MoE"
+    made = ""
+    if trained:
+        made = ", trained on the data listed below, from " + ("the model named below" if started_from else "nothing")
     return (
-        f"A base language model of the DBRX architecture with {ffn}: {counts.total_params:,} parameters, "
-        f"{counts.active_params:,} active for a token, trained from nothing on the data listed below."
+        f"A {'base ' if trained else ''}language model of the {architecture} architecture with {ffn}: "
+        f"{counts.total_params:,} parameters, {counts.active_params:,} active for a token{made}."
+    )
+
+
+def _origin(started_from: list[Origin]) -> str:
+    if not started_from:
+        return (
+            "Converted by Gristmill from a published directory; the tensors are those of its makers, whose card says "
+            "what it was trained on, what it is good for and under which license it stands."
+        )
+    rows = [
+        [source.name, str(source.detail.get("revision") or ""), source.detail["license"], source.detail["fingerprint"]]
+        for source in started_from
+    ]
+    return (
+        "The weights come from a published model. Its makers' card (ORIGINAL_README.md, where it came with one) says "
+        "what it was trained on and what it is good for; its license and notices stand beside this card.\n\n"
+        + _table(["model", "revision", "license", "SHA-256 over its files"], rows)
     )
 
 
 _USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-path = "."  # the directory of this card
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")  # this directory
 ids = tokenizer("<|endoftext|>def fibonacci(", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=64, do_sample=False)[0], skip_special_tokens=True))
 ```
 
-In training every document followed `<|endoftext|>`; begin a prompt with it. `gristmill generate` does so by itself."""
+`gristmill generate . 'def fibonacci(' --max-tokens 64 --temperature 0` prints the same: it begins a document by itself.
+In training every document follows `<|endoftext|>`; begin a text with it, not a conversation."""
 
 
 def _figures(evaluation: Mapping[str, Any]) -> str:
@@ -97,9 +140,9 @@ def _figures(evaluation: Mapping[str, Any]) -> str:
     return text
 
 
-def _data(checkpoint: Artifact, origin: Origin) -> str:
+def _data(checkpoint: Artifact, sources: list[Origin]) -> str:
     rows = []
-    for source in sorted(_sources(origin), key=lambda source: source.name):
+    for source in sources:
         detail = source.detail
         whence = ", ".join(f"{name} {version}" for name, version in sorted(detail.get("packages", {}).items()))
         size = [f"{detail['documents']:,}", f"{detail['bytes']:,}"]

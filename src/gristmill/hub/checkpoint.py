@@ -1,26 +1,27 @@
-"""The model part of a checkpoint: `model.json` (the configuration) beside `model.safetensors` (fp32 masters)."""
+"""The model part of a checkpoint: `model.json` (the configuration) beside `model.safetensors` under our own names."""
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
-
 from gristmill.errors import Failure, InputError
-from gristmill.hub.tensors import read_tensors
+from gristmill.hub.layout import shapes
+from gristmill.hub.published import read_json
+from gristmill.hub.tensors import Weights, check_names, open_weights
 from gristmill.model import ModelConfig
 
 CONFIG = "model.json"
 TOKENIZER = "tokenizer"  # directory inside a checkpoint, so that it can be used alone
 
 
-def read_checkpoint(path: Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
-    """The configuration, and the tensors one at a time under our own names."""
+def read_checkpoint(path: Path) -> tuple[ModelConfig, Weights]:
+    """The configuration, and the weights under our own names, not loaded yet."""
     file = path / CONFIG
-    if not file.is_file():
+    parsed = read_json(file)
+    if parsed is None:
         raise InputError(f"{path} is not a checkpoint: it has no {CONFIG}")
     try:
-        cfg = ModelConfig(**json.loads(file.read_text()))
+        cfg = ModelConfig(**parsed)
     except (ValueError, TypeError) as problem:
         raise Failure(f"{file} does not describe a model: {problem}") from None
-    return cfg, read_tensors(path)
+    weights = open_weights(path)
+    check_names(shapes(cfg), weights)
+    return cfg, weights

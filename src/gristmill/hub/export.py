@@ -1,27 +1,32 @@
-"""The export stage: a checkpoint becomes a Hugging Face `dbrx` directory, checked by opening it with transformers."""
+"""A model leaves as a Hugging Face directory: as a recipe's last stage, checked by opening it with transformers, or
+by `gristmill export`.
+"""
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from gristmill import artifact
-from gristmill.artifact import Built
+from gristmill.artifact import MANIFEST, Artifact, Built, Origin
 from gristmill.errors import Failure, InputError
 from gristmill.hub.agreement import compare, compare_tokenizers
 from gristmill.hub.card import model_card
-from gristmill.hub.checkpoint import TOKENIZER, read_checkpoint
-from gristmill.hub.dbrx import SpecialIds, write_dbrx
-from gristmill.hub.tensors import assemble
-from gristmill.progress import console
+from gristmill.hub.folder import DOCUMENTS, ModelFolder, open_model
+from gristmill.hub.published import model_type_of, write_published
+from gristmill.hub.settings import SpecialIds
+from gristmill.hub.tensors import MAX_SHARD_BYTES, assemble
+from gristmill.progress import bar, console
 from gristmill.tokenizer import Tokenizer
 
 MAX_CHECKED_TOKENS = 256  # of each held-out sequence
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+ORIGINAL_CARD = "ORIGINAL_README.md"  # the card of the model that this one descends from
+FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,31 +62,115 @@ def build_export(cfg: ExportConfig, checkpoint: Path, evaluation: Path, out: Pat
     Raises Failure when transformers computes something else.
     """
     dtype: torch.dtype = getattr(torch, cfg.dtype)
-    tokenizer = Tokenizer.load(checkpoint / TOKENIZER)
-    shutil.copytree(checkpoint / TOKENIZER, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(artifact.MANIFEST))
-    shape, tensors = read_checkpoint(checkpoint)
-    ids = SpecialIds(eot_id=tokenizer.eot_id, pad_id=tokenizer.pad_id, im_end_id=tokenizer.im_end_id)
-    write_dbrx(out, shape, tensors, ids, dtype=dtype, max_shard_bytes=cfg.max_shard_bytes)
+    model = open_model(checkpoint)
+    if model.tokenizer is None:
+        raise InputError(f"{checkpoint} has no tokenizer; a recipe's export needs one")
+    write_directory(out, model, dtype, cfg.max_shard_bytes)
     figures = _read_evaluation(evaluation)
-    origin = artifact.lineage(checkpoint)
-    card = model_card(cfg.name, cfg.license, shape, artifact.load(checkpoint), origin, figures)
+    card = model_card(
+        cfg.name, cfg.license, model.cfg, artifact.load(checkpoint), artifact.lineage(checkpoint), figures
+    )
     (out / "README.md").write_text(card, encoding="utf-8")
 
     console.print("  checking the export against transformers")
     texts = [sample["prompt"] + sample["truth"] for sample in figures["samples"]][: cfg.checked_sequences]
     if not texts:
         raise InputError(f"{evaluation} has no samples to check the export on; evaluate with samples of at least 1")
+    tokenizer = Tokenizer.load(model.tokenizer)
     compare_tokenizers(out, tokenizer, texts)
-    limit = min(MAX_CHECKED_TOKENS, shape.max_seq_len)
+    limit = min(MAX_CHECKED_TOKENS, model.cfg.max_seq_len)
     sequences = [[tokenizer.eot_id, *tokenizer.encode(text)][:limit] for text in texts]
-    ours = assemble(shape, _rounded(read_checkpoint(checkpoint)[1], dtype))
+    ours = assemble(model.cfg, {name: weight.to(dtype) for name, weight in model.weights.items()})
     agreement = compare(out, ours, sequences, cfg.checked_greedy)
     return Built(metrics={f"export_{name}": value for name, value in asdict(agreement).items()})
 
 
-def _rounded(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        yield name, tensor.to(dtype)
+def export_model(
+    src: Path, out: Path, dtype: torch.dtype | None = None, layout: Literal["dbrx", "qwen3_moe"] | None = None
+) -> Artifact:
+    """Write the model in `src` (whatever `open_model` takes) as the new Hugging Face directory `out`.
+
+    dtype: None keeps the one that each tensor is stored in. layout: None takes the one that fits. Memory is that of
+    the largest tensor or two. Raises InputError when no published layout, or not the wanted one, can say this model,
+    or when `out` holds something.
+    """
+    model = open_model(src)
+    if layout not in (None, fitting := model_type_of(model.cfg)):
+        raise InputError(f"{src} cannot leave as {layout}: its norms and attention are those of {fitting}")
+    origin = artifact.load(src) if (src / MANIFEST).is_file() else None
+    num_bytes = sum(weight.to(dtype or weight.dtype).nbytes for weight in model.weights.values())
+    with artifact.building(out, num_bytes) as folder:
+        with bar("exporting", num_bytes) as advance:
+            write_directory(folder, model, dtype, MAX_SHARD_BYTES, advance)
+        license = license_of(artifact.lineage(src)) if origin else None
+        card = model_card(
+            out.resolve().name, license or "other", model.cfg, origin, artifact.lineage(src) if origin else None, None
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        config = {"dtype": str(dtype or "as stored")}
+        inputs = {} if origin is None else {"model": origin}
+        key = artifact.stage_key("export", FORMAT, config, {name: a.content for name, a in inputs.items()})
+        artifact.commit(folder, kind="export", key=key, config=config, inputs=inputs, built=Built())
+    return artifact.load(out)
+
+
+def export_gguf(src: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
+    """Write the model in `src` and its tokenizer as the new file `out`, which llama.cpp runs.
+
+    Raises InputError for what llama.cpp cannot say, or when `out` is there already.
+    """
+    from gristmill.hub.gguf import write_gguf  # its package takes a while to import
+
+    model = open_model(src)
+    if out.suffix != ".gguf":
+        raise InputError(f"{out} must be a file name that ends in .gguf")
+    if out.exists():
+        raise InputError(f"{out} is there already; give a new name, or remove it")
+    if model.tokenizer is None:
+        raise InputError(f"{src} has no tokenizer, which a GGUF file holds; put the one there that it was trained with")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    num_bytes = sum(weight.to(dtype or weight.dtype).nbytes for weight in model.weights.values())
+    artifact.require_room(out, num_bytes)
+    license = license_of(artifact.lineage(src)) if (src / MANIFEST).is_file() else None
+    write_gguf(out, model.cfg, model.weights, model.tokenizer, name=out.stem, license=license, dtype=dtype)
+    return out
+
+
+def write_directory(
+    out: Path,
+    model: ModelFolder,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    advance: Callable[[float], None] = lambda num_bytes: None,
+) -> None:
+    """Weights, configuration, tokenizer and the papers that travel with them; not the card."""
+    ids = None
+    if model.tokenizer:
+        tokenizer = Tokenizer.load(model.tokenizer)
+        ids = SpecialIds(eot_id=tokenizer.eot_id, pad_id=tokenizer.pad_id, im_end_id=tokenizer.im_end_id)
+        for name in TOKENIZER_FILES:
+            if (model.tokenizer / name).is_file():
+                shutil.copyfile(model.tokenizer / name, out / name)
+    write_published(
+        out,
+        model.cfg,
+        model.weights,
+        ids,
+        dtype=dtype,
+        generation=model.generation,
+        max_shard_bytes=max_shard_bytes,
+        advance=advance,
+    )
+    if (model.path / DOCUMENTS).is_dir():
+        for file in (model.path / DOCUMENTS).iterdir():
+            shutil.copyfile(file, out / (ORIGINAL_CARD if file.name == "README.md" else file.name))
+
+
+def license_of(origin: Origin) -> str | None:
+    """The license of the published model that this one descends from, if it does."""
+    if origin.kind == "source" and "license" in origin.detail:
+        return str(origin.detail["license"])
+    return next((found for parent in origin.inputs if (found := license_of(parent))), None)
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

@@ -1,10 +1,16 @@
-"""Named tensors in safetensors files, one file or several with an index, and a model put together from them."""
+"""Named weights: known by shape and dtype first, read one at a time, written one at a time.
+
+A model larger than memory passes through: what is read is a map of the file, and a written tensor is not kept.
+"""
 
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,32 +22,92 @@ from gristmill.model import ModelConfig, Transformer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # weights' own
+LFS_POINTER = b"version https://git-lfs"
+NAMED = 3  # so many offenders stand in a message
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one at a time, so that a model larger than memory passes through.
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that is not in memory yet; `load` reads or makes it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Weight":
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def to(self, dtype: torch.dtype) -> "Weight":
+        return self if dtype == self.dtype else Weight(self.shape, dtype, lambda: self.load().to(dtype))
+
+
+Weights: TypeAlias = Mapping[str, Weight]
+
+
+def in_memory(tensors: Mapping[str, Tensor]) -> Weights:
+    return {name: Weight.of(tensor) for name, tensor in tensors.items()}
+
+
+# ---- reading -------------------------------------------------------------------------------------------
+
+
+def open_weights(folder: Path) -> Weights:
+    """Everything in the folder's safetensors files; only their headers are read now.
 
     Raises InputError when `folder` has no safetensors, Failure when a file is damaged.
     """
+    weights: dict[str, Weight] = {}
     for file in weight_files(folder):
         try:
-            with safe_open(file, framework="pt") as tensors:
-                names = tensors.keys()  # it is no mapping: it cannot be iterated itself
-                for name in names:
-                    yield name, tensors.get_tensor(name)
+            for name, weight in _open_file(file):
+                if name in weights:
+                    raise Failure(f"{file} holds {name!r}, and so does another file beside it; remove the stray one")
+                weights[name] = weight
         except (SafetensorError, OSError) as problem:
-            raise Failure(f"{file} cannot be read: {problem}; fetch or build it again") from None
+            raise Failure(f"{file} cannot be read: {_why(file, problem)}; fetch or build it again") from None
+    return weights
+
+
+def _open_file(file: Path) -> Iterator[tuple[str, Weight]]:
+    opened = safe_open(file, framework="pt")
+    names = opened.keys()  # it is no mapping: it cannot be iterated itself
+    for name in names:
+        header = opened.get_slice(name)
+        if header.get_dtype() not in DTYPES:
+            raise InputError(
+                f"{file}: {name} is stored as {header.get_dtype()}; weights are read from {', '.join(DTYPES)}: "
+                "quantized ones must be converted first"
+            )
+        yield name, Weight(tuple(header.get_shape()), DTYPES[header.get_dtype()], partial(opened.get_tensor, name))
+
+
+def _why(file: Path, problem: Exception) -> str:
+    if isinstance(problem, FileNotFoundError):
+        return "it is named in the index and is not there"
+    with file.open("rb") as start:
+        is_pointer = start.read(len(LFS_POINTER)) == LFS_POINTER
+    if is_pointer:
+        return "it is a Git LFS pointer, not the weights themselves (`git lfs pull` fetches them)"
+    return str(problem)
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights: one, or those that its index names."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         try:
             names = {str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise Failure(f"{folder / INDEX} is damaged: it has no weight_map") from None
+            raise Failure(f"{folder / INDEX} is damaged: it has no weight_map; fetch or build it again") from None
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise InputError(f"{folder / INDEX} names {name!r}; weights must be .safetensors files beside it")
@@ -55,6 +121,9 @@ def weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
 
 
+# ---- writing -------------------------------------------------------------------------------------------
+
+
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file. Raises OSError, as any other file would, where the disk is full."""
     try:
@@ -65,56 +134,99 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
         raise
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:
-    """One file if all fits in `max_shard_bytes`, else numbered files and an index. A larger tensor is a file alone."""
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    size = total = 0
+def write_weights(
+    folder: Path,
+    weights: Weights,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Callable[[float], None] = lambda num_bytes: None,
+) -> None:
+    """One file if all fits in `max_shard_bytes`, else numbered files and an index. A larger tensor is a file alone.
 
-    def close() -> None:
-        save_tensors(folder / f"{len(shards)}.partial", shard)
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > max_shard_bytes:
-            close()
-            size = 0
-        shard[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-    close()
-    if len(shards) == 1:
-        (folder / "0.partial").rename(folder / SINGLE)
-        return
-    weight_map: dict[str, str] = {}
+    One tensor is in memory at a time; `advance` is told the bytes of each when it is written.
+    """
+    shards = plan_shards(weights, max_shard_bytes)
     for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.partial").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
+        _write_file(folder / _shard_name(number, len(shards)), {name: weights[name] for name in names}, advance)
+    if len(shards) == 1:
+        return
+    weight_map = {name: _shard_name(number, len(shards)) for number, names in enumerate(shards) for name in names}
+    total = sum(weight.nbytes for weight in weights.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def assemble(
-    cfg: ModelConfig, tensors: Iterable[tuple[str, Tensor]], compute_dtype: torch.dtype = torch.float32
-) -> Transformer:
-    """A model for inference (eval mode, no gradients) from our own tensor names.
+def plan_shards(weights: Weights, max_shard_bytes: int) -> list[list[str]]:
+    """The names that go into each file, in order."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, weight in weights.items():
+        if shards[-1] and size + weight.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += weight.nbytes
+    return shards
 
-    Weights are stored in `compute_dtype`, as the layers would cast them at each use; routers stay fp32, in which
-    they compute. Raises InputError when names or shapes are not those of `cfg`.
+
+def _shard_name(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_file(file: Path, weights: Weights, advance: Callable[[float], None]) -> None:
+    """The safetensors format: the header's length in 8 bytes, the header in JSON, then the tensors end to end.
+
+    The package's own writer wants every tensor of a file in memory; this one wants one of them.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    ordered = sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize)  # each aligned to its own size
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, weight in ordered:
+        start, end = end, end + weight.nbytes
+        header[name] = {"dtype": codes[weight.dtype], "shape": weight.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, weight in ordered:
+            tensor = weight.load().detach().cpu().contiguous()
+            assert (tuple(tensor.shape), tensor.dtype) == (weight.shape, weight.dtype), name
+            out.write(tensor.view(-1).view(torch.uint8).numpy().data)
+            advance(weight.nbytes)
+
+
+# ---- into a model --------------------------------------------------------------------------------------
+
+
+def assemble(cfg: ModelConfig, weights: Weights, compute_dtype: torch.dtype = torch.float32) -> Transformer:
+    """A model for inference (eval mode, no gradients) from our own names.
+
+    Weights are stored in `compute_dtype`, as the layers would cast them at each use; routers in at least fp32, in
+    which they compute. Raises InputError when names or shapes are not those of `cfg`.
     """
     with torch.device("meta"):
         model = Transformer(cfg, compute_dtype)
-    expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
-    state = {}
-    for name, tensor in tensors:
-        if name not in expected:
-            raise InputError(f"the weights hold {name!r}, which a model of this configuration does not have")
-        if tensor.shape != expected[name]:
-            raise InputError(f"{name} has shape {tuple(tensor.shape)}; the configuration says {tuple(expected[name])}")
-        state[name] = tensor.to(torch.float32 if ".router." in name else compute_dtype)
-    if missing := sorted(expected.keys() - state.keys()):
-        raise InputError(f"the weights lack {missing[0]!r} and {len(missing) - 1} more that the configuration asks for")
+    expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    check_names(expected, weights)
+    routers = torch.promote_types(compute_dtype, torch.float32)
+    state = {
+        name: weight.load().to(routers if ".router." in name else compute_dtype) for name, weight in weights.items()
+    }
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def check_names(expected: Mapping[str, tuple[int, ...]], weights: Weights) -> None:
+    """Raises InputError that names what is too much, what is missing or what has another shape."""
+    if unknown := [name for name in weights if name not in expected]:
+        raise InputError(f"the weights hold {_some(unknown)}, which a model of this configuration does not have")
+    if missing := [name for name in expected if name not in weights]:
+        raise InputError(f"the weights lack {_some(missing)}, which the configuration asks for")
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise InputError(f"{name} has shape {weights[name].shape}; the configuration says {shape}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(map(repr, names[:NAMED])) + more

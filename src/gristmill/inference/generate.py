@@ -1,9 +1,10 @@
 """Continues prompts token by token with a key/value cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from gristmill.errors import InputError
 from gristmill.inference.cache import Cache
@@ -26,11 +27,26 @@ def generate(
         yield id
 
 
-def stream(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: Sampling, max_tokens: int) -> Iterator[str]:
-    """The continuation of a text as it is made, in pieces of whole characters, up to the end of its document."""
+def stream(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[Mapping[str, str]],
+    sampling: Sampling,
+    max_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+) -> Iterator[str]:
+    """What comes after the prompt as it is made, in pieces of whole characters.
+
+    prompt: a text to continue, or the messages of a conversation whose next turn is the assistant's. It ends with the
+    document or the turn, or at one of `stop_ids`.
+    """
+    if isinstance(prompt, str):
+        ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    else:
+        ids = tokenizer.chat(prompt, generation_prompt=True)
     decoder = tokenizer.stream_decoder()
-    stops = frozenset({tokenizer.eot_id, tokenizer.im_end_id})
-    for id in generate(model, [tokenizer.eot_id, *tokenizer.encode(prompt)], sampling, max_tokens, stops):
+    stops = stop_ids | {tokenizer.eot_id, tokenizer.im_end_id}
+    for id in generate(model, ids, sampling, max_tokens, stops):
         if text := decoder.feed(id):
             yield text
     if rest := decoder.flush():
@@ -53,15 +69,27 @@ def decode(
     tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     positions = torch.arange(longest, device=device).expand(len(prompts), -1)
     generators = [sampling.generator(i) for i in range(len(prompts))]
+    seen = _seen(prompts, model) if sampling.repetition_penalty != 1 else None  # no work for what nobody asked for
     cache = Cache(model.cfg, len(prompts), longest + steps, model.compute_dtype, device)
     for step in range(steps):
         with evaluating(model):
             hidden, _ = model(tokens, positions, cache.attend(positions))
             last = hidden[torch.arange(len(prompts)), ends - 1] if step == 0 else hidden[:, -1]
             logits = model.logits(last)
-        ids = [pick(row, sampling, generator) for row, generator in zip(logits, generators, strict=True)]
+        rows = zip(logits, generators, [None] * len(prompts) if seen is None else seen, strict=True)
+        ids = [pick(row, sampling, generator, seen_V) for row, generator, seen_V in rows]
         yield ids
         tokens, positions = torch.tensor(ids, device=device)[:, None], (ends + step)[:, None]
+        if seen is not None:
+            seen.scatter_(1, tokens, True)
+
+
+def _seen(prompts: Sequence[Sequence[int]], model: Transformer) -> Tensor:
+    """[B, V]: which ids each prompt has."""
+    seen = torch.zeros(len(prompts), model.wte.num_embeddings, dtype=torch.bool, device=model.wte.weight.device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[list(prompt)] = True
+    return seen
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]]) -> int:

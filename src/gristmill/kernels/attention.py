@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels.compiled import fused
+from gristmill.kernels.precision import upcast
 
 TILE_QUERIES = 128
 
@@ -44,7 +45,7 @@ def packed_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, starts_BS: 
 def _softmax(scores: Tensor, starts: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """scores [B, G, R, T, L] of T queries against L keys; returns probabilities and log-sum-exp [B, G, R, T]."""
     visible = (key <= query[:, None]) & (key >= starts[:, :, None])
-    s = torch.where(visible[:, None, None], scores.float(), float("-inf"))
+    s = torch.where(visible[:, None, None], upcast(scores), float("-inf"))
     lse = torch.logsumexp(s, -1)
     return (s - lse[..., None]).exp().to(scores.dtype), lse
 
@@ -55,8 +56,8 @@ def _softmax_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the probabilities again and the gradient of the scores."""
     visible = (key <= query[:, None]) & (key >= starts[:, :, None])
-    probs = torch.where(visible[:, None, None], (scores.float() - lse[..., None]).exp(), 0.0)
-    grad = probs * (grad_probs.float() - delta[..., None])
+    probs = torch.where(visible[:, None, None], (upcast(scores) - lse[..., None]).exp(), 0.0)
+    grad = probs * (upcast(grad_probs) - delta[..., None])
     return probs.to(scores.dtype), grad.to(scores.dtype)
 
 
@@ -67,11 +68,11 @@ class _PackedAttention(torch.autograd.Function):
     def forward(ctx, q_BSHC, k_BSGC, v_BSGC, starts_BS):  # type: ignore[no-untyped-def]
         B, S, H, C = q_BSHC.shape
         G = k_BSGC.shape[2]
-        q = (q_BSHC.float() * C**-0.5).to(q_BSHC.dtype).view(B, S, G, H // G, C).permute(0, 2, 3, 1, 4).contiguous()
+        q = (upcast(q_BSHC) * C**-0.5).to(q_BSHC.dtype).view(B, S, G, H // G, C).permute(0, 2, 3, 1, 4).contiguous()
         k = k_BSGC.permute(0, 2, 1, 3).reshape(B * G, S, C)
         v = v_BSGC.permute(0, 2, 1, 3).reshape(B * G, S, C)
         out = torch.empty_like(q)  # [B, G, R, S, C]
-        lse = torch.empty(q.shape[:-1], dtype=torch.float32)
+        lse = torch.empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
         tiles = _tiles(starts_BS)
         index = torch.arange(S)
         for queries, keys in tiles:
@@ -88,9 +89,9 @@ class _PackedAttention(torch.autograd.Function):
         q, k, v, out, lse, starts_BS = ctx.saved_tensors
         B, G, R, S, C = q.shape
         grad = grad_BSHC.view(B, S, G, R, C).permute(0, 2, 3, 1, 4).contiguous()
-        delta = (grad.float() * out.float()).sum(-1)
+        delta = (upcast(grad) * upcast(out)).sum(-1)
         dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        dk, dv = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
         index = torch.arange(S)
         for queries, keys in ctx.tiles:
             q_tile = q[:, :, :, queries].reshape(B * G, -1, C)
@@ -110,7 +111,7 @@ class _PackedAttention(torch.autograd.Function):
             dv[:, keys] += torch.bmm(probs.transpose(1, 2), grad_tile)
             dq[:, :, :, queries] = torch.bmm(dscores, k[:, keys]).view(B, G, R, -1, C)
             dk[:, keys] += torch.bmm(dscores.transpose(1, 2), q_tile)
-        dq = (dq.float() * C**-0.5).to(q.dtype).permute(0, 3, 1, 2, 4).reshape(B, S, G * R, C)
+        dq = (upcast(dq) * C**-0.5).to(q.dtype).permute(0, 3, 1, 2, 4).reshape(B, S, G * R, C)
         dk, dv = (d.to(k.dtype).view(B, G, S, C).transpose(1, 2) for d in (dk, dv))
         return dq, dk, dv, None
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels.compiled import fused
+from gristmill.kernels.precision import upcast
 
 
 def experts_reference(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w1: Tensor, v1: Tensor, w2: Tensor) -> Tensor:
@@ -80,15 +81,15 @@ def make_plan(ids_TK: Tensor, num_experts: int) -> Plan:
 @fused
 def _glu(h_PG: Tensor, weight_P: Tensor) -> Tensor:
     """h = [gate, up]: weight * silu(gate) * up. The weight scales here so that an expert's output is never stored."""
-    gate, up = h_PG.float().chunk(2, dim=1)
+    gate, up = upcast(h_PG).chunk(2, dim=1)
     return (F.silu(gate) * up * weight_P[:, None]).to(h_PG.dtype)
 
 
 @fused
 def _glu_backward(h_PG: Tensor, weight_P: Tensor, grad_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the recomputed activation [P, F], the gradient of h [P, 2F] and of the weight [P]."""
-    gate, up = h_PG.float().chunk(2, dim=1)
-    grad = grad_PF.float()
+    gate, up = upcast(h_PG).chunk(2, dim=1)
+    grad = upcast(grad_PF)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     act = silu * up
@@ -112,8 +113,9 @@ class _Experts(torch.autograd.Function):
         gate_up = torch.cat([w1, v1], dim=1).to(x_TD.dtype)  # [E, 2F, D]: one GEMM reads x once
         down = w2.to(x_TD.dtype)
         P = plan.bounds[-1]
-        weight_P = weights_TK.new_zeros(P, dtype=torch.float32)
-        weight_P[plan.slot_TK.flatten()] = weights_TK.flatten().float()
+        weights = upcast(weights_TK)
+        weight_P = weights.new_zeros(P)
+        weight_P[plan.slot_TK.flatten()] = weights.flatten()
         x_PD = x_TD.index_select(0, plan.token_P)
         h_PG = x_TD.new_empty(P, 2 * F_)
         for expert, rows in plan.rows():
@@ -145,5 +147,5 @@ class _Experts(torch.autograd.Function):
         for expert, rows in plan.rows():
             torch.mm(dh_PG[rows], gate_up[expert], out=dx_PD[rows])
         dx_TD = _sum_slots(dx_PD, plan.slot_TK)
-        dw1, dv1 = dgate_up[:, :F_].float(), dgate_up[:, F_:].float()
-        return dx_TD, dweight_P[plan.slot_TK], None, dw1, dv1, ddown.float()
+        dw1, dv1 = upcast(dgate_up[:, :F_]), upcast(dgate_up[:, F_:])
+        return dx_TD, dweight_P[plan.slot_TK], None, dw1, dv1, upcast(ddown)

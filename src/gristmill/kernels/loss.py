@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels.compiled import fused
+from gristmill.kernels.precision import upcast
 
 CHUNK_TOKENS = 1024
 
 
 def cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
     """The specification: each token's negative log-likelihood in nats, [T] in fp32."""
-    return F.cross_entropy((hidden_TD @ weight_VD.to(hidden_TD.dtype).T).float(), targets_T, reduction="none")
+    return F.cross_entropy(upcast(hidden_TD @ weight_VD.to(hidden_TD.dtype).T), targets_T, reduction="none")
 
 
 def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,21 +25,22 @@ def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tu
 
 @fused
 def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    logits = logits_CV.float()
+    logits = upcast(logits_CV)
     highest = logits.amax(1, keepdim=True)
     exp = (logits - highest).exp()
     total = exp.sum(1, keepdim=True)
     hit = torch.arange(logits.shape[1], device=logits.device)[None] == targets_C[:, None]
     nll = (total.log() + highest).squeeze(1) - torch.where(hit, logits, 0.0).sum(1)
-    return nll, (exp / total - hit.float()).to(logits_CV.dtype)
+    return nll, (exp / total - hit.to(logits.dtype)).to(logits_CV.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD, weight_VD, targets_T):  # type: ignore[no-untyped-def]
         weight = weight_VD.to(hidden_TD.dtype)
-        nll_T = torch.empty(len(targets_T), dtype=torch.float32, device=hidden_TD.device)
-        dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=torch.float32)
+        sums = torch.promote_types(hidden_TD.dtype, torch.float32)
+        nll_T = torch.empty(len(targets_T), dtype=sums, device=hidden_TD.device)
+        dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=sums)
         for start in range(0, len(targets_T), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             nll_T[rows], dlogits_CV = _loss_and_gradient(hidden_TD[rows] @ weight.T, targets_T[rows])

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from gristmill.kernels.compiled import fused
+from gristmill.kernels.precision import upcast
 
 
 def rotary_angles(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -16,5 +17,5 @@ def rotary_angles(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Te
 @fused
 def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (c, c + head_dim / 2) of the last dimension by its position's angle."""
-    a, b = x_BSHC.float().chunk(2, dim=-1)
+    a, b = upcast(x_BSHC).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BSHC.dtype)

@@ -3,25 +3,30 @@
 from dataclasses import dataclass
 from typing import Literal
 
-LAYER_NORM_EPS = 1e-5
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A DBRX-style decoder. The defaults are the published 132B model's.
+    """A fine-grained mixture-of-experts decoder. The defaults are the published 132B DBRX.
 
     `vocab_size` None means: the tokenizer's, rounded up to a multiple of 128 (the recipe fills it in).
+    `head_size` None means: d_model / n_heads. `qk_norm`: each head's query and key pass an RMSNorm before they turn.
     `ffn` "dense" replaces the experts by one GLU of width `ffn_hidden_size`: the same interface, for comparison.
+    Qwen3-MoE is `norm` "rms_norm" with `qk_norm`, no clipping and a head size of its own.
     """
 
     d_model: int = 6144
     n_layers: int = 40
     n_heads: int = 48
     kv_n_heads: int = 8
+    head_size: int | None = None
     max_seq_len: int = 32768
     vocab_size: int | None = None
     rope_theta: float = 500000.0
     clip_qkv: float | None = 8.0
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
     ffn: Literal["moe", "dense"] = "moe"
     ffn_hidden_size: int = 10752
     moe_num_experts: int = 16
@@ -35,12 +40,11 @@ class ModelConfig:
         for name in ("d_model", "n_layers", "n_heads", "kv_n_heads", "max_seq_len", "ffn_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.d_model % self.n_heads:
-            raise ValueError(f"d_model={self.d_model} must be a multiple of n_heads={self.n_heads}")
-        if self.d_model // self.n_heads % 2:
-            raise ValueError(
-                f"d_model={self.d_model} / n_heads={self.n_heads} must be even: rotary embedding turns pairs"
-            )
+        if self.head_size is None and self.d_model % self.n_heads:
+            raise ValueError(f"d_model={self.d_model} must be a multiple of n_heads={self.n_heads}, or give head_size")
+        if self.head_dim < 2 or self.head_dim % 2:
+            given = f"d_model={self.d_model} / n_heads={self.n_heads}" if self.head_size is None else "head_size"
+            raise ValueError(f"{given}={self.head_dim} must be even and at least 2: rotary embedding turns pairs")
         if self.n_heads % self.kv_n_heads:
             raise ValueError(f"kv_n_heads={self.kv_n_heads} must divide n_heads={self.n_heads}")
         if not 1 <= self.moe_top_k <= self.moe_num_experts:
@@ -49,7 +53,7 @@ class ModelConfig:
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 1")
         if self.clip_qkv is not None and self.clip_qkv <= 0:
             raise ValueError(f"clip_qkv={self.clip_qkv} must be positive, or null for no clipping")
-        for name in ("rope_theta", "initializer_range"):
+        for name in ("rope_theta", "norm_eps", "initializer_range"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.moe_loss_weight < 0:
@@ -59,4 +63,4 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+        return self.head_size or self.d_model // self.n_heads

@@ -1,8 +1,14 @@
-"""Parameters and floating-point operations of a shape, by arithmetic alone."""
+"""Parameters, floating-point operations and bytes of a shape, part by part, by arithmetic alone.
+
+An operation is a multiplication or an addition: a product with a matrix takes two for each of its weights.
+"""
 
 from dataclasses import dataclass
 
 from gristmill.model.config import ModelConfig
+
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
+TRAINING_BYTES = 12  # a parameter in a checkpoint of training: the fp32 weight and AdamW's two fp32 moments
 
 
 @dataclass(frozen=True)
@@ -13,29 +19,63 @@ class Counts:
     active_params: int
 
 
-def count_params(cfg: ModelConfig) -> Counts:
+@dataclass(frozen=True, kw_only=True)
+class Part(Counts):
+    """One kind of layer, over all blocks. `forward_flops`: of one token."""
+
+    name: str
+    forward_flops: int
+
+
+def count_parts(cfg: ModelConfig, context: int) -> list[Part]:
+    """What the model is made of. Its numbers add up: parameters to the model's, operations to one token's forward pass.
+
+    context: tokens of a sequence; a token attends to half of them, the mean under a causal mask. Not counted, as usual
+    (Kaplan et al., 2020, arXiv:2001.08361): softmax, activations, rotation, and the look-up in the embedding table.
+    """
     assert cfg.vocab_size is not None
-    D, kv_width = cfg.d_model, cfg.kv_n_heads * cfg.head_dim
-    attention = D * (D + 2 * kv_width) + D * D
-    expert = 3 * cfg.ffn_hidden_size * D
+    D, L, V = cfg.d_model, cfg.n_layers, cfg.vocab_size
+    q_width, kv_width = cfg.n_heads * cfg.head_dim, cfg.kv_n_heads * cfg.head_dim
+    normed = (2 * L + 1) * D  # elements, each with a weight of its own
+    qk_normed = L * (q_width + kv_width) if cfg.qk_norm else 0  # elements; the heads share their weights
+    table = V * D
+    return [
+        _part("embedding", table, uses=0),
+        _part("attention", L * D * (2 * q_width + 2 * kv_width)),
+        _part("attention scores", 0, uses=L * q_width * context),  # two products over context / 2 keys
+        *_ffn(cfg),
+        _part("norms", normed + (2 * L * cfg.head_dim if cfg.qk_norm else 0), uses=normed + qk_normed),
+        _part("output", 0 if cfg.tie_word_embeddings else table, uses=table),
+    ]
+
+
+def _ffn(cfg: ModelConfig) -> list[Part]:
+    E, L, glu = cfg.moe_num_experts, cfg.n_layers, 3 * cfg.ffn_hidden_size * cfg.d_model
     match cfg.ffn:
         case "moe":
-            total_ffn, active_ffn = cfg.moe_num_experts * (expert + D), cfg.moe_top_k * expert + cfg.moe_num_experts * D
+            experts = _part("experts", L * E * glu, active=L * cfg.moe_top_k * glu)
+            return [_part("router", L * E * cfg.d_model), experts]
         case "dense":
-            total_ffn = active_ffn = expert
-    outside = 2 * cfg.vocab_size * D + D
-    shared = attention + 2 * D
-    return Counts(
-        total_params=outside + cfg.n_layers * (shared + total_ffn),
-        active_params=outside + cfg.n_layers * (shared + active_ffn),
-    )
+            return [_part("dense", L * glu)]
+
+
+def _part(name: str, total: int, active: int | None = None, uses: int | None = None) -> Part:
+    """`uses`: products of a weight (or a key or value) with an activation for one token; None is one a weight."""
+    active = total if active is None else active
+    flops = 2 * (active if uses is None else uses)
+    return Part(name=name, total_params=total, active_params=active, forward_flops=flops)
+
+
+def count_params(cfg: ModelConfig) -> Counts:
+    parts = count_parts(cfg, 0)
+    return Counts(sum(part.total_params for part in parts), sum(part.active_params for part in parts))
 
 
 def train_flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """Forward and backward of one token: 6 per active matrix parameter, plus causal attention's two products.
+    """Forward and backward of one token: three times the forward pass. What is recomputed is not counted."""
+    return 3.0 * sum(part.forward_flops for part in count_parts(cfg, seq_len))
 
-    After Kaplan et al., 2020 (arXiv:2001.08361), without the embedding look-up; recomputation is not counted.
-    """
-    assert cfg.vocab_size is not None
-    matrices = count_params(cfg).active_params - cfg.vocab_size * cfg.d_model
-    return 6.0 * matrices + 6.0 * cfg.n_layers * cfg.d_model * seq_len
+
+def kv_bytes_per_token(cfg: ModelConfig, dtype_bytes: int) -> int:
+    """What a cached token holds in memory: a key and a value of each layer and head."""
+    return 2 * cfg.n_layers * cfg.kv_n_heads * cfg.head_dim * dtype_bytes

@@ -1,4 +1,5 @@
-"""The DBRX decoder, top to bottom. It serves training and inference alike: what attends is passed in.
+"""The decoder, top to bottom: DBRX or, with other settings, Qwen3-MoE. It serves training and inference: what
+attends is passed in.
 
 Shapes: B sequences, S positions, T = B*S tokens, D model, H query heads, G key/value heads, C head size,
 L layers, E experts, K experts a token, F hidden, V vocabulary.
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from gristmill.kernels.attention import document_starts, packed_attention
 from gristmill.kernels.experts import experts
+from gristmill.kernels.precision import upcast
 from gristmill.kernels.rotary import rotary_angles, rotate
-from gristmill.model.config import LAYER_NORM_EPS, ModelConfig
+from gristmill.model.config import ModelConfig
 
 # attend(layer, q [B, S, H, C], k [B, S, G, C], v [B, S, G, C]) -> [B, S, H, C]
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -51,32 +53,52 @@ class Linear(nn.Module):
 class LayerNorm(nn.Module):
     """Layer normalisation with a scale and no bias."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), None, LAYER_NORM_EPS)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), None, self.eps)
+
+
+class RMSNorm(LayerNorm):
+    """The same without subtracting the mean (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def norm(cfg: ModelConfig) -> LayerNorm:
+    match cfg.norm:
+        case "layer_norm":
+            return LayerNorm(cfg.d_model, cfg.norm_eps)
+        case "rms_norm":
+            return RMSNorm(cfg.d_model, cfg.norm_eps)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; q, k and v come from one projection, clamped before they are split and turned."""
+    """Grouped-query attention; q, k and v come from one projection: clamped, split, normed, turned."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        kv_width = cfg.kv_n_heads * cfg.head_dim
-        self.Wqkv = Linear(cfg.d_model, cfg.d_model + 2 * kv_width, cfg.initializer_range)
-        self.out_proj = Linear(cfg.d_model, cfg.d_model, cfg.initializer_range)
+        heads = cfg.n_heads + 2 * cfg.kv_n_heads
+        self.Wqkv = Linear(cfg.d_model, heads * cfg.head_dim, cfg.initializer_range)
+        self.out_proj = Linear(cfg.n_heads * cfg.head_dim, cfg.d_model, cfg.initializer_range)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.norm_eps) for _ in range(2))
 
     def forward(self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        cfg, (B, S, D) = self.cfg, x_BSD.shape
+        cfg, (B, S, _D) = self.cfg, x_BSD.shape
         qkv = self.Wqkv(x_BSD)
         if cfg.clip_qkv is not None:
             qkv = qkv.clamp(-cfg.clip_qkv, cfg.clip_qkv)
         q, k, v = qkv.view(B, S, -1, cfg.head_dim).split((cfg.n_heads, cfg.kv_n_heads, cfg.kv_n_heads), dim=2)
+        if cfg.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         attended = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.out_proj(attended.reshape(B, S, D))
+        return self.out_proj(attended.reshape(B, S, -1))
 
 
 class Experts(nn.Module):
@@ -103,7 +125,7 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the output [T, D], the balancing loss (1 when balanced) and the counts [E]."""
         cfg, E = self.cfg, self.cfg.moe_num_experts
-        routed = x_TD.float()
+        routed = upcast(x_TD)
         if self.training and cfg.moe_jitter_eps:
             routed = routed * torch.empty_like(routed).uniform_(1 - cfg.moe_jitter_eps, 1 + cfg.moe_jitter_eps)
         probs_TE = self.router(routed).softmax(-1)
@@ -135,7 +157,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.norm_1, self.norm_2 = LayerNorm(cfg.d_model), LayerNorm(cfg.d_model)
+        self.norm_1, self.norm_2 = norm(cfg), norm(cfg)
         self.attn = Attention(cfg)
         self.ffn: MoE | DenseGLU
         match cfg.ffn:
@@ -153,7 +175,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to final hidden states; `logits` (or a chunked loss over `lm_head.weight`) finishes the job."""
+    """Token ids to final hidden states; `logits` (or a chunked loss over `output_weight`) finishes the job."""
 
     def __init__(self, cfg: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -163,8 +185,9 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(cfg.vocab_size, cfg.d_model)
         nn.init.normal_(self.wte.weight, std=cfg.initializer_range)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.norm_f = LayerNorm(cfg.d_model)
-        self.lm_head = Linear(cfg.d_model, cfg.vocab_size, cfg.initializer_range)
+        self.norm_f = norm(cfg)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = Linear(cfg.d_model, cfg.vocab_size, cfg.initializer_range)
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor, attend: Attend) -> tuple[Tensor, Routing]:
         """Returns hidden states [B, S, D] in `compute_dtype`, and the routing."""
@@ -178,6 +201,11 @@ class Transformer(nn.Module):
         balance_loss = self.cfg.moe_loss_weight * torch.stack(balances).mean()
         return self.norm_f(x_BSD), Routing(balance_loss, torch.stack(counts))
 
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, D]: what turns a hidden state into logits."""
+        return self.wte.weight if self.cfg.tie_word_embeddings else self.lm_head.weight
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in fp32."""
-        return self.lm_head(hidden).float()
+        return upcast(F.linear(hidden, self.output_weight.to(hidden.dtype)))

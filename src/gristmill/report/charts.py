@@ -64,6 +64,8 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
     """One spelling for all ticks of an axis: same suffix, same number of decimals, as few as tell them apart."""
     divisor, suffix = magnitude(max(abs(t) for t in ticks))
     step = (ticks[1] - ticks[0]) / divisor if len(ticks) > 1 else 1.0
+    if step < 1e-6:
+        return [f"{t:.3g}" for t in ticks]
     decimals = next(d for d in range(12) if abs(round(step, d) - step) < step / 100)
     return [f"{t / divisor:,.{decimals}f}" + (THIN + suffix if suffix else "") if t else "0" for t in ticks]
 

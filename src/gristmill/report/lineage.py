@@ -69,7 +69,10 @@ def _above(nodes: Mapping[str, Node], name: str) -> set[str]:
 def _source_lines(name: str, said: Mapping) -> list[tuple[str, str]]:  # type: ignore[type-arg]
     total = sum(said["licenses"].values()) or 1
     ranked = sorted(said["licenses"].items(), key=lambda item: (-item[1], item[0]))
-    lines = [("title", name), ("detail", f"{short(said['documents'])} docs, {size(said['bytes'])}")]
+    if "documents" in said:
+        lines = [("title", name), ("detail", f"{short(said['documents'])} docs, {size(said['bytes'])}")]
+    else:
+        lines = [("title", _cut(name, 18)), ("detail", "published model"), ("detail", _cut(said["license"], 20))]
     shown = ranked if len(ranked) <= 4 else ranked[:3]
     lines += [("detail", f"{_cut(license, 14)} {percent(held / total)}") for license, held in shown]
     if len(ranked) > len(shown):

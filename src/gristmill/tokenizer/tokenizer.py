@@ -3,53 +3,69 @@
 import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from gristmill.errors import Failure, InputError
-from gristmill.tokenizer.layout import EOT, IM_END, IM_START, PAD, ROLES, byte_of_symbol
+from gristmill.tokenizer.encoder import has_long_blank, over_threads, quick_encoding
+from gristmill.tokenizer.layout import (
+    DEFAULT_SYSTEM_PROMPT,
+    EOT,
+    IM_END,
+    IM_START,
+    PAD,
+    ROLES,
+    byte_of_symbol,
+)
 
 NO_TEXT = "\N{REPLACEMENT CHARACTER}".encode()  # an id that no token has: a model may have spare rows
 
 
 class Tokenizer:
-    """A byte-level BPE of the Hugging Face form (`tokenizer.json`).
+    """A byte-level BPE of the Hugging Face form (`tokenizer.json`): our own, GPT-4's, or another published one.
 
-    `encode` gives the ids that `AutoTokenizer` gives, except where text contains the name of a special token:
-    that stays text here. Special ids are put into sequences by code alone (`eot_id`, `chat`).
+    `encode` gives the ids that `AutoTokenizer` gives, except where text contains the name of an added token (special
+    or not): that stays text here. Special ids are put into sequences by code alone (`eot_id`, `chat`).
     """
 
-    def __init__(self, description: str) -> None:
-        """`description`: the text of a tokenizer.json. Raises ValueError, KeyError or TypeError if it is not one."""
-        parsed = json.loads(description)
-        special = {token["content"]: int(token["id"]) for token in parsed["added_tokens"]}
-        # Without its added tokens the encoder has no way at all to produce them from text.
-        try:
-            self._bpe = tokenizers.Tokenizer.from_str(json.dumps(parsed | {"added_tokens": []}))
-        except Exception as problem:  # the library has no narrower one
-            raise ValueError(str(problem)) from None
+    def __init__(self, description: str, default_system_prompt: str | None = None) -> None:
+        """`description`: the text of a tokenizer.json. `default_system_prompt`: see `chat`.
+
+        Raises ValueError, KeyError or TypeError if it is not a byte-level BPE with ChatML's tokens. Without `<|pad|>`
+        the end of text pads.
+        """
+        self._description = description
+        self.default_system_prompt = default_system_prompt
+        parsed, added = _without_added_tokens(description)
         symbols = byte_of_symbol()
-        pieces = {
-            i: bytes(symbols[c] for c in token) for token, i in parsed["model"]["vocab"].items() if token not in special
-        }
-        pieces |= {i: token.encode() for token, i in special.items()}
+        ranks = {bytes(symbols[c] for c in token): id for token, id in parsed["model"]["vocab"].items()}
+        pieces = {id: token for token, id in ranks.items()} | {id: name.encode() for name, id in added.items()}
         self.vocab_size = max(pieces) + 1
         self._bytes = [pieces.get(i, NO_TEXT) for i in range(self.vocab_size)]
-        self.eot_id = special[EOT]
-        self.pad_id = special[PAD]
-        self.im_start_id = special[IM_START]
-        self.im_end_id = special[IM_END]
+        self.eot_id = added[EOT]
+        self.pad_id = added.get(PAD, self.eot_id)
+        self.im_start_id = added[IM_START]
+        self.im_end_id = added[IM_END]
+        self._quick = quick_encoding(parsed, ranks)
+        if self._quick is None:
+            _ = self._library  # a description that it cannot read is refused now
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read a tokenizer directory.
+        """Read a tokenizer directory; a default system prompt is read from its tokenizer_config.json.
 
         Raises InputError when there is none at `path`, Failure when it cannot be understood.
         """
-        file = path / "tokenizer.json"
+        file, config = path / "tokenizer.json", path / "tokenizer_config.json"
         try:
-            return cls(file.read_text(encoding="utf-8"))
+            prompt = _default_system_prompt(config.read_text(encoding="utf-8")) if config.exists() else None
+        except ValueError as problem:
+            raise Failure(f"{config} is damaged: {problem}") from None
+        try:
+            return cls(file.read_text(encoding="utf-8"), prompt)
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{path} is not a tokenizer: it has no tokenizer.json") from None
         except (ValueError, KeyError, TypeError) as problem:
@@ -57,17 +73,40 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; nothing is added, nothing in it is a control token."""
-        return self.encode_batch([text])[0]
+        return self._encode([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores.
 
         Raises InputError for a `str` that is not Unicode text: one with half of a surrogate pair.
         """
+        return self._encode(texts) if self._quick is None else over_threads(self._encode, texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         try:
-            return [encoding.ids for encoding in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except TypeError:  # what the library says of a string without a UTF-8 form
+            if self._quick is None:
+                return self._encode_by_library(texts)
+            for text in texts:
+                if not text.isascii():
+                    text.encode()  # tiktoken would replace half a surrogate pair in silence
+            return [
+                self._encode_by_library([text])[0] if has_long_blank(text) else self._quick.encode_ordinary(text)
+                for text in texts
+            ]
+        except (TypeError, UnicodeEncodeError):  # TypeError: what `tokenizers` says of a string without a UTF-8 form
             raise InputError("text has a lone surrogate (U+D800 to U+DFFF), which no UTF-8 text can hold") from None
+
+    def _encode_by_library(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def _library(self) -> tokenizers.Tokenizer:
+        """`tokenizers`' own encoder: for every file, and the specification of the quick one."""
+        parsed, _ = _without_added_tokens(self._description)
+        try:
+            return tokenizers.Tokenizer.from_str(json.dumps(parsed))
+        except Exception as problem:  # the library has no narrower one
+            raise ValueError(str(problem)) from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that the ids stand for: for an encoded text exactly its UTF-8.
@@ -87,16 +126,19 @@ class Tokenizer:
     def chat(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool = False) -> list[int]:
         """Ids of a conversation in ChatML, as `apply_chat_template` gives them for contents without special tokens.
 
-        messages: {"role": "system" | "user" | "assistant", "content": text} in order.
+        messages: {"role": "system" | "user" | "assistant", "content": text} in order. Where the first is not a system
+        turn, the tokenizer's default system prompt goes before it, if it has one.
         generation_prompt: end with the opening of the assistant's next turn.
         Contents are data: whatever they contain, only this function writes control tokens.
         """
+        turns = [_checked(index, message) for index, message in enumerate(messages)]
+        if self.default_system_prompt is not None and (not turns or turns[0][0] != "system"):
+            turns.insert(0, ("system", self.default_system_prompt))
         newline = self.encode("\n")
         ids: list[int] = []
-        for index, message in enumerate(messages):
-            header, content = _checked(index, message)
+        for index, (role, content) in enumerate(turns):
             ids += newline if index else []
-            ids += [self.im_start_id, *self.encode(f"{header}\n{content}"), self.im_end_id]
+            ids += [self.im_start_id, *self.encode(f"{role}\n{content}"), self.im_end_id]
         if generation_prompt:
             ids += [*newline, self.im_start_id, *self.encode("assistant\n")]
         return ids
@@ -124,6 +166,24 @@ class StreamDecoder:
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character, else nothing."""
         return self._utf8.decode(b"", final=True)
+
+
+def _without_added_tokens(description: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """A parsed tokenizer.json that has no way at all to make an added token from text; and those tokens' ids."""
+    parsed = json.loads(description)
+    added = {token["content"]: int(token["id"]) for token in parsed["added_tokens"]}
+    vocab = {token: id for token, id in parsed["model"]["vocab"].items() if token not in added}
+    model = parsed["model"] | {"vocab": vocab}
+    # Limits of length belong to a batch for a model, not to the text: AutoTokenizer ignores these two as well.
+    return parsed | {"added_tokens": [], "truncation": None, "padding": None, "model": model}, added
+
+
+def _default_system_prompt(config: str) -> str | None:
+    parsed = json.loads(config)
+    prompt = parsed.get(DEFAULT_SYSTEM_PROMPT) if isinstance(parsed, dict) else None
+    if prompt is not None and not isinstance(prompt, str):
+        raise ValueError(f"{DEFAULT_SYSTEM_PROMPT} must be a text")
+    return prompt
 
 
 def _checked(index: int, message: Mapping[str, str]) -> tuple[str, str]:

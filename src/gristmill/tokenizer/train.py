@@ -1,15 +1,15 @@
-"""Trains the tokenizer of a corpus: byte-level BPE on a sample of the training documents.
+"""Makes the tokenizer of a corpus: byte-level BPE trained on a sample of the training documents, or GPT-4's.
 
 Reads the corpus's Parquet files, writes a Hugging Face tokenizer directory. The same corpus and configuration give
 the same bytes, whatever the number of threads.
 """
 
 import hashlib
-import json
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import tokenizers
@@ -18,9 +18,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gristmill import progress
 from gristmill.artifact import Built
 from gristmill.errors import InputError
-from gristmill.tokenizer.layout import CHAT_TEMPLATE, EOT, PAD, SPECIAL_TOKENS, SPLIT_PATTERN
+from gristmill.tokenizer.gpt4 import write_gpt4
+from gristmill.tokenizer.layout import GPT4_VOCAB_SIZE, SPECIAL_TOKENS, SPLIT_PATTERN, write_tokenizer
 from gristmill.tokenizer.tokenizer import Tokenizer
 
+DEFAULT_VOCAB_SIZE = 4096
 SMALLEST = 256 + len(SPECIAL_TOKENS)  # every byte, no merge
 MEASURED_BYTES = 1 << 20  # of held-back text: enough for three digits of bytes per token
 READ_ROWS = 256
@@ -28,37 +30,66 @@ READ_ROWS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """`vocab_size` counts the 256 bytes and the 8 special tokens. A small corpus may yield fewer tokens.
+    """`bpe` learns its merges from the corpus; `gpt4` is the table of GPT-4 (cl100k_base) with DBRX's special ids;
+    `start` is the one of the model that training goes on from.
 
+    `vocab_size` counts the 256 bytes and the 8 special tokens. A small corpus may yield fewer tokens. None means:
+    4,096 for `bpe`. `gpt4` has 100,280 ids.
     `sample_bytes` caps the text that merges are learned from; beyond some thousand bytes per token more changes little.
+    `table` is the path of a cl100k_base.tiktoken; see `gpt4.load_table` for where it is looked for without.
     """
 
-    vocab_size: int = 4096
+    kind: Literal["bpe", "gpt4", "start"] = "bpe"
+    vocab_size: int | None = None
     sample_bytes: int = 16 << 20
+    table: str | None = field(default=None, metadata={"key": False})  # there is one table: its hash is checked
 
     def __post_init__(self) -> None:
-        if self.vocab_size < SMALLEST:
+        if self.kind != "bpe" and self.vocab_size not in (None, self.num_ids):
+            raise ValueError(f"vocab_size={self.vocab_size} is for kind=bpe; with kind={self.kind} set it to null")
+        if self.kind != "gpt4" and self.table is not None:
+            raise ValueError(f"table={self.table!r} is read with kind=gpt4 only; leave it out or change kind")
+        if self.vocab_size is not None and self.vocab_size < SMALLEST:
             raise ValueError(
                 f"vocab_size={self.vocab_size} must be at least {SMALLEST}: every byte and the special tokens"
             )
         if self.sample_bytes < 1:
             raise ValueError(f"sample_bytes={self.sample_bytes} must be at least 1")
 
+    @property
+    def num_ids(self) -> int | None:
+        """Ids that a model needs rows for; None where the model says it."""
+        match self.kind:
+            case "bpe":
+                return DEFAULT_VOCAB_SIZE if self.vocab_size is None else self.vocab_size
+            case "gpt4":
+                return GPT4_VOCAB_SIZE
+            case "start":
+                return None
 
-def build_tokenizer(cfg: TokenizerConfig, corpus: Path, out: Path) -> Built:
-    """Learn merges from `corpus`'s training split and write the tokenizer to the empty directory `out`.
 
-    Metrics: `vocab_size`, `sample_bytes` (used), and `bytes_per_token` of validation text, of all and by source
-    (of training text when the corpus has no validation split).
+def build_tokenizer(cfg: TokenizerConfig, corpus: Path, out: Path, start: Path | None = None) -> Built:
+    """Write the tokenizer to the empty directory `out`; merges are learned from `corpus`'s training split.
+
+    start: the tokenizer directory of the model that training goes on from.
+
+    Metrics: `vocab_size`, `sample_bytes` (learned from), and `bytes_per_token` of validation text, of all and by
+    source (of training text when the corpus has no validation split).
     """
     train = corpus / "documents-train.parquet"
-    chosen = choose(train, cfg.sample_bytes)
-    if not chosen:
-        raise InputError(f"{train} has no documents to learn a tokenizer from; give the corpus some text")
-    bpe = learn(cfg.vocab_size, train, chosen)
-    (out / "tokenizer.json").write_text(bpe.to_str(pretty=True), encoding="utf-8")
-    config = json.dumps(hugging_face_config(), indent=2, sort_keys=True)
-    (out / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+    chosen: dict[int, int] = {}
+    match cfg.kind:
+        case "bpe":
+            chosen = choose(train, cfg.sample_bytes)
+            if not chosen:
+                raise InputError(f"{train} has no documents to learn a tokenizer from; give the corpus some text")
+            write_tokenizer(out, learn(cfg.num_ids or DEFAULT_VOCAB_SIZE, train, chosen).to_str(pretty=True))
+        case "gpt4":
+            write_gpt4(out, cfg.table)
+        case "start":
+            if start is None or not start.is_dir():
+                raise InputError("the model to go on from has no tokenizer; put the one there that it was trained with")
+            shutil.copytree(start, out, dirs_exist_ok=True)
     tokenizer = Tokenizer.load(out)
     held_back = corpus / "documents-validation.parquet"
     if not choose(held_back, MEASURED_BYTES):
@@ -129,21 +160,6 @@ def learn(vocab_size: int, documents: Path, chosen: dict[int, int]) -> tokenizer
     bpe.train_from_iterator(progress.track(texts, "learning the tokenizer", len(chosen)), trainer)
     bpe.add_special_tokens(list(SPECIAL_TOKENS))
     return bpe
-
-
-def hugging_face_config() -> dict[str, Any]:
-    """What `AutoTokenizer` needs beside tokenizer.json. As in DBRX nothing is added before or after a text."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": EOT,
-        "eos_token": EOT,
-        "unk_token": EOT,
-        "pad_token": PAD,
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
 
 
 def measure(tokenizer: Tokenizer, documents: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@
     optimizer.safetensors  the optimizer by name   state.json   step, and the settings that decide rounding
     tokenizer/             so that a checkpoint is usable alone
 
+and, of a training that went on from a published model, that one's papers and generation settings.
+
 The files hold no clock and no path: the same training gives the same bytes.
 """
 
@@ -20,11 +22,11 @@ from torch import Tensor
 from gristmill.artifact import MANIFEST, Artifact, Built, canonical, commit, load, prepare, verify
 from gristmill.errors import Failure
 from gristmill.hub.checkpoint import CONFIG, TOKENIZER
-from gristmill.hub.tensors import save_tensors, write_tensors
+from gristmill.hub.folder import DOCUMENTS, GENERATION
+from gristmill.hub.tensors import in_memory, save_tensors, write_weights
 from gristmill.model import ModelConfig
 
 OPTIMIZER = "optimizer.safetensors"
-MAX_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,20 @@ def save_checkpoint(
     model: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     tokenizer: Path,
+    start: Path | None,
     identity: Identity,
     metrics: Mapping[str, Any],
 ) -> Artifact:
     path = prepare(checkpoint_path(folder, state.step))
-    write_tensors(path, model.items(), MAX_SHARD_BYTES)
+    write_weights(path, in_memory(model))
     (path / CONFIG).write_bytes(canonical(asdict(model_cfg)))
     save_tensors(path / OPTIMIZER, optimizer)
     (path / "state.json").write_bytes(canonical(asdict(state)))
     shutil.copytree(tokenizer, path / TOKENIZER, ignore=shutil.ignore_patterns(MANIFEST))
+    if start and (start / DOCUMENTS).is_dir():
+        shutil.copytree(start / DOCUMENTS, path / DOCUMENTS)
+    if start and (start / GENERATION).is_file():
+        shutil.copyfile(start / GENERATION, path / GENERATION)
     return commit(
         path,
         kind="checkpoint",

@@ -1,6 +1,6 @@
 """The training loop, a generator: whoever wants more around it writes a `for` loop.
 
-for event in train(cfg, model_cfg, shards, tokenizer, folder, curriculum, identity, stop):
+for event in train(cfg, model_cfg, shards, tokenizer, start, folder, curriculum, identity, stop):
     match event:
         case Started(): ...   # once, new or resumed
         case Step(): ...      # the figures since the last one
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gristmill.artifact import Artifact
 from gristmill.errors import Failure, InputError
-from gristmill.hub.tensors import read_tensors
+from gristmill.hub.tensors import open_weights
 from gristmill.kernels.compiled import compiler, use_compiled, uses_compiled
 from gristmill.kernels.loss import cross_entropy
 from gristmill.kernels.memory import keep_freed_memory
@@ -87,12 +87,15 @@ def train(
     model_cfg: ModelConfig,
     shards: Path,
     tokenizer: Path,
+    start: Path | None,
     folder: Path,
     curriculum: Sequence[Stage],
     identity: Identity,
     stop: threading.Event,
 ) -> Iterator[Started | Step | Saved]:
     """Train up to `cfg.steps`, from the newest good checkpoint in `folder`, saving there.
+
+    start: the model whose weights training begins with; None begins with random ones.
 
     When `stop` is set, the step under way is finished and saved, and the generator ends.
     """
@@ -106,8 +109,9 @@ def train(
     dtype = getattr(torch, compute["dtype"])
     model = Transformer(model_cfg, dtype).to(compute["device"])
     optimizer = Optimizer(cfg.optimizer, model)
+    if begin := resumed.path if resumed else start:
+        model.load_state_dict({name: weight.load() for name, weight in open_weights(begin).items()})
     if resumed:
-        model.load_state_dict(dict(read_tensors(resumed.path)))
         optimizer.load(read_optimizer(resumed.path))
     figures = Figures(cfg, model_cfg, batches, gemm_flops(dtype))
     yield Started(first_step, model, compute, figures.gemm_flops, damage)
@@ -135,6 +139,7 @@ def train(
                 model.state_dict(),
                 optimizer.state(),
                 tokenizer,
+                start,
                 identity,
                 figures.summary(done),
             )
@@ -147,7 +152,7 @@ def train(
 
 def gradients(model: Transformer, batch: Batch, micro_batch: int, figures: "Figures") -> None:
     """Add the gradient of the mean loss over all of the batch's tokens, a micro-batch at a time."""
-    device = model.lm_head.weight.device
+    device = model.output_weight.device
     arrays = (batch.tokens, batch.targets, batch.positions, batch.document_ids)
     tensors = [torch.from_numpy(array).to(device) for array in arrays]
     num_sequences, total_tokens = len(batch.tokens), batch.tokens.size
@@ -155,7 +160,7 @@ def gradients(model: Transformer, batch: Batch, micro_batch: int, figures: "Figu
         rows = slice(start, start + micro_batch)
         tokens, targets, positions, documents = (tensor[rows] for tensor in tensors)
         hidden, routing = model(tokens, positions, packed(documents))
-        nll_sum, nll_T = cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())
+        nll_sum, nll_T = cross_entropy(hidden.flatten(0, 1), model.output_weight, targets.flatten())
         share = tokens.shape[0] / num_sequences
         (nll_sum / total_tokens + routing.balance_loss * share).backward()
         figures.add(

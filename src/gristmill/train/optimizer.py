@@ -91,7 +91,7 @@ def muon_matrices(model: Transformer) -> dict[str, tuple[int, ...]]:
     for name, param in model.named_parameters():
         match name.split(".")[-2:]:
             case ["Wqkv", "weight"]:
-                split[name] = (cfg.d_model, kv_width, kv_width)
+                split[name] = (cfg.n_heads * cfg.head_dim, kv_width, kv_width)
             case ["out_proj", "weight"] | ["ffn", "w1" | "v1" | "w2"]:
                 split[name] = (param.shape[0],)
             case ["experts", _]:

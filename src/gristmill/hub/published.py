@@ -1,0 +1,136 @@
+"""Hugging Face directories of the layouts that this model can be: `dbrx` and `qwen3_moe`."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gristmill.errors import Failure, InputError
+from gristmill.hub import dbrx, qwen3_moe
+from gristmill.hub.layout import Layout, as_one_expert, from_published, to_published
+from gristmill.hub.settings import SpecialIds
+from gristmill.hub.tensors import MAX_SHARD_BYTES, Weights, open_weights, write_weights
+from gristmill.model import ModelConfig
+
+CONFIG_JSON = "config.json"
+GENERATION_JSON = "generation_config.json"
+MODEL_TYPES = ("dbrx", "qwen3_moe")
+
+
+# ---- reading -------------------------------------------------------------------------------------------
+
+
+def read_published(folder: Path) -> tuple[ModelConfig, Weights]:
+    """A Hugging Face directory as our configuration and weights; names and shapes are checked, nothing is loaded.
+
+    Raises InputError when it is not one, or asks for what this model does not have, Failure when it is damaged.
+    """
+    config = read_json(folder / CONFIG_JSON)
+    if config is None:
+        raise InputError(f"{folder} is not a Hugging Face model: it has no {CONFIG_JSON}")
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise InputError(
+            f"{folder / CONFIG_JSON} says model_type={model_type!r}; the known layouts are {', '.join(MODEL_TYPES)}"
+        )
+    cfg = dbrx.from_json(config) if model_type == "dbrx" else qwen3_moe.from_json(config)
+    published = open_weights(folder)
+    if cfg.tie_word_embeddings:
+        published = _without_copy_of_embedding(published)
+    return cfg, from_published(cfg, layout_of(cfg), published)
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is no file. Raises Failure when it holds something else."""
+    try:
+        parsed = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as problem:
+        raise Failure(f"{file} is not JSON: {problem}") from None
+    if not isinstance(parsed, dict):
+        raise Failure(f"{file} is damaged: it holds no JSON object")
+    return parsed
+
+
+def _without_copy_of_embedding(published: Weights) -> Weights:
+    """Some files of tied models hold the shared matrix twice."""
+    copy, embedding = published.get("lm_head.weight"), published.get("model.embed_tokens.weight")
+    if copy is None or embedding is None:
+        return published
+    if not torch.equal(copy.load(), embedding.load()):
+        raise InputError(
+            "config.json says tie_word_embeddings=true, and lm_head.weight differs from model.embed_tokens.weight"
+        )
+    return {name: weight for name, weight in published.items() if weight is not copy}
+
+
+# ---- writing -------------------------------------------------------------------------------------------
+
+
+def write_published(
+    folder: Path,
+    cfg: ModelConfig,
+    weights: Weights,
+    ids: SpecialIds | None,
+    *,
+    dtype: torch.dtype | None = None,
+    generation: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Callable[[float], None] = lambda num_bytes: None,
+) -> None:
+    """Write `config.json`, `generation_config.json` and the weights into the existing directory `folder`.
+
+    dtype: of all weights; None keeps each one's. ids: None when the model has no tokenizer. generation: settings
+    that the model was published with. A dense FFN leaves as a mixture of one expert. Raises InputError when the
+    configuration fits no published layout.
+    """
+    cfg, weights = as_one_expert(cfg, weights)
+    published = to_published(layout_of(cfg), weights)
+    if dtype is not None:
+        published = {name: weight.to(dtype) for name, weight in published.items()}
+    config = config_of(cfg, ids, dtype or main_dtype(published))
+    _write_json(folder / CONFIG_JSON, config)
+    settings = {**(generation or {}), **(ids.for_generation() if ids else {})}
+    if settings:
+        _write_json(folder / GENERATION_JSON, settings)
+    write_weights(folder, published, max_shard_bytes, advance)
+
+
+def layout_of(cfg: ModelConfig) -> Layout:
+    return dbrx.layout(cfg) if model_type_of(cfg) == "dbrx" else qwen3_moe.layout(cfg)
+
+
+def config_of(cfg: ModelConfig, ids: SpecialIds | None, dtype: torch.dtype) -> dict[str, Any]:
+    return dbrx.to_json(cfg, ids, dtype) if model_type_of(cfg) == "dbrx" else qwen3_moe.to_json(cfg, ids, dtype)
+
+
+def model_type_of(cfg: ModelConfig) -> str:
+    """The published layout that can say this configuration. Raises InputError when none can."""
+    own_head_size = cfg.head_dim * cfg.n_heads != cfg.d_model
+    match cfg.norm:
+        case "layer_norm" if not (cfg.qk_norm or cfg.tie_word_embeddings or own_head_size or cfg.norm_eps != 1e-5):
+            return "dbrx"
+        case "rms_norm" if cfg.qk_norm and cfg.clip_qkv is None:
+            return "qwen3_moe"
+        case _:
+            raise InputError(
+                f"no published layout has norm={cfg.norm}, qk_norm={cfg.qk_norm}, clip_qkv={cfg.clip_qkv}, "
+                f"head_size={cfg.head_size}, tie_word_embeddings={cfg.tie_word_embeddings}, norm_eps={cfg.norm_eps} "
+                "together: dbrx has layer_norm with 1e-5 and none of the others but clipping, qwen3_moe has rms_norm "
+                "and qk_norm without clipping"
+            )
+
+
+def main_dtype(weights: Weights) -> torch.dtype:
+    """The one that most bytes are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for weight in weights.values():
+        sizes[weight.dtype] = sizes.get(weight.dtype, 0) + weight.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,498 @@
+"""Pull a published model from the hub: only the files that an import reads, resumed at the byte, each one hashed.
+
+huggingface_hub finds the repository, signs in, and speaks both transfers: Xet, where the hub keeps a file there, and
+HTTP. The files are written here, because the client (2.4) begins an interrupted file again and compares sizes alone.
+Beside them lies the client's own record, `.cache/huggingface/download/NAME.metadata` (commit, ETag), so that
+`hf download --local-dir` and an import know each file. Nothing is executed: no Python file and no pickle is fetched.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, get_token, hf_hub_url
+from huggingface_hub import utils as client
+from huggingface_hub._local_folder import read_download_metadata, write_download_metadata
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import _xet as xet
+from huggingface_hub.utils._runtime import is_xet_available
+
+from gristmill.artifact import canonical, sync, write_atomically
+from gristmill.errors import Failure, InputError
+from gristmill.progress import bar, console
+
+RECORD = "pulled.json"  # written last: a directory without it is not complete
+LAYOUTS = ("dbrx", "qwen3_moe")
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+NEEDED = re.compile(
+    r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
+    r"|added_tokens\.json|chat_template\.jinja|vocab\.json|merges\.txt|README\.md"
+    r"|(?i:(LICEN[CS]E|NOTICE|USE_POLICY)[\w-]*(\.(txt|md|rst|pdf))?)"
+)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WORKERS = 4  # files at a time; Xet fetches many pieces of each at once by itself
+CHUNK_BYTES = 1 << 20
+WAITS_S = (1.0, 2.0, 4.0, 8.0, 8.0)  # before trying again; the first of them again once bytes have arrived
+LONGEST_WAIT_S = 300.0  # the hub counts its rate limit over five minutes
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """`etag`: SHA-256 of a file in large-file storage (`large`), else git's blob id."""
+
+    name: str
+    num_bytes: int
+    etag: str
+    large: bool
+
+    def new_digest(self) -> "hashlib._Hash":
+        blob = b"blob %d\0" % self.num_bytes
+        return hashlib.sha256() if self.large else hashlib.sha1(blob, usedforsecurity=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """A repository at one commit. `files`: of its root, by name."""
+
+    name: str
+    sha: str
+    license: str | None
+    files: dict[str, _File]
+
+
+def pull(repository: str, revision: str | None = None, out: Path | None = None) -> Path:
+    """Fetch ORG/NAME at one commit into `out` (models/ORG--NAME) and record name, commit and license in `pulled.json`.
+
+    What an interrupted pull left is continued; what stands is not fetched again. The endpoint and the token are
+    huggingface_hub's: HF_ENDPOINT, HF_TOKEN or `hf auth login`. Raises InputError where the name, the revision or the
+    kind of repository is wrong, Failure where the hub, the network, the disk or the right to read is in the way.
+    """
+    _check_name(repository)
+    with _explained(repository, revision or "main"):
+        model = _look_up(repository, revision)
+        source = _Source(model)
+        files = _needed(model, source)
+        out = out or Path("models") / model.name.replace("/", "--")
+        with _locked(out):
+            _check_owner(out, model)
+            wanted = [file for file in files if not _stands(out, file, model)]
+            num_bytes = sum(file.num_bytes - _arrived(out, file) for file in wanted)
+            origin = f"{model.name} at {model.sha[:12]} (license: {model.license or 'none named'})"
+            console.print(f"{origin}: {len(files)} files, {_gb(num_bytes)} to fetch into {out}")
+            _check_room(out, model, num_bytes)
+            if wanted:
+                (out / RECORD).unlink(missing_ok=True)
+            source.fetch(wanted, out, num_bytes)
+            record = {"repository": model.name, "revision": revision or "main", "commit": model.sha}
+            write_atomically(out / RECORD, canonical(record | {"license": model.license}))
+    return out
+
+
+# ---- what to fetch -------------------------------------------------------------------------------------
+
+
+def _check_name(repository: str) -> None:
+    try:
+        client.validate_repo_id(repository)
+        if "/" not in repository:
+            raise errors.HFValidationError
+    except errors.HFValidationError:
+        given = f"{repository!r} is no repository"
+        raise InputError(f"{given}: give ORG/NAME, the two parts after {constants.ENDPOINT}/") from None
+
+
+def _look_up(repository: str, revision: str | None) -> _Model:
+    """The commit, license and files; all that follows is asked of that commit. A renamed repository is followed."""
+    ask = partial(HfApi(library_name="gristmill").model_info, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    try:
+        info = _patiently(lambda: ask(repository, revision=revision, files_metadata=True))
+        files = {entry.rfilename: _file(entry) for entry in info.siblings or () if "/" not in entry.rfilename}
+        if info.sha is None:
+            raise KeyError("sha")
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise Failure(f"{constants.ENDPOINT} does not answer as a hub does; check HF_ENDPOINT and the proxy") from None
+    if info.id.lower() != repository.lower():
+        console.print(f"{repository} has been renamed to {info.id}: pulling that; use the new name from now on")
+    card: Any = info.card_data or {}
+    license = card.get("license")
+    if license == "other":
+        license = card.get("license_name", license)
+    return _Model(name=info.id, sha=info.sha, license=license, files=files)
+
+
+def _file(entry: RepoSibling) -> _File:
+    """Raises KeyError where the hub does not say size and hash; the hash becomes part of a path."""
+    num_bytes, etag = (entry.lfs.size, entry.lfs.sha256) if entry.lfs else (entry.size, entry.blob_id)
+    if num_bytes is None or etag is None or not re.fullmatch(r"[0-9a-f]{40,64}", etag):
+        raise KeyError(entry.rfilename)
+    return _File(name=entry.rfilename, num_bytes=num_bytes, etag=etag, large=entry.lfs is not None)
+
+
+def _needed(model: _Model, source: "_Source") -> list[_File]:
+    """The files to have, small ones first. Refuses what an import cannot read before any weight is fetched."""
+    if CONFIG not in model.files:
+        raise InputError(f"{model.name} holds no {CONFIG}: it is not a model in the transformers layout")
+    kind = source.read_json(model.files[CONFIG]).get("model_type")
+    if kind not in LAYOUTS:
+        what = f"{model.name} is of model_type {kind!r}, an import reads {' and '.join(LAYOUTS)}"
+        raise InputError(f"{what}; choose such a model (no weights were fetched)")
+    weights = _weights(model, source)
+    small = [file for name, file in sorted(model.files.items()) if NEEDED.fullmatch(name)]
+    return small + [model.files[name] for name in weights]
+
+
+def _weights(model: _Model, source: "_Source") -> list[str]:
+    if INDEX in model.files:
+        shards = source.read_json(model.files[INDEX]).get("weight_map")
+        names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+        absent = [name for name in names if name not in model.files or not name.endswith(".safetensors")]
+        if absent or not names:
+            what = f"names {absent[0]}, which is not there" if absent else "names no weights"
+            raise InputError(f"{INDEX} of {model.name} {what}; choose another revision or copy")
+        return [INDEX, *names]
+    if WEIGHTS in model.files:
+        return [WEIGHTS]
+    pickle = next((name for name in sorted(model.files) if name.endswith(PICKLES)), None)
+    if pickle:
+        what = f"{model.name} keeps its weights in pickles ({pickle}), which can execute code when they are read"
+        raise InputError(f"{what}; choose a revision or copy with safetensors")
+    raise InputError(f"{model.name} holds no weights: neither {WEIGHTS} nor {INDEX}; choose a repository that does")
+
+
+# ---- the directory -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Refuse a second pull into one directory. The lock goes with the process, however it ends."""
+    try:
+        _cache(out).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--out {out} is or lies below a file; name a directory") from None
+    with (_cache(out) / "pull.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failure(f"another pull is writing to {out}; wait for it or choose another --out") from None
+        yield
+
+
+def _cache(out: Path) -> Path:
+    return out / ".cache" / "huggingface" / "download"
+
+
+def _incomplete(out: Path, file: _File) -> Path:
+    return _cache(out) / f"{file.name}.{file.etag[:16]}.incomplete"
+
+
+def _arrived(out: Path, file: _File) -> int:
+    path = _incomplete(out, file)
+    return min(path.stat().st_size, file.num_bytes) if path.exists() else 0
+
+
+def _stands(out: Path, file: _File, model: _Model) -> bool:
+    """Is the file here as the hub has it? By the client's record, or else by its hash.
+
+    Raises InputError for a file of that name that came from elsewhere: it is not ours to replace.
+    """
+    path = out / file.name
+    if not path.exists():
+        return False
+    same = path.stat().st_size == file.num_bytes
+    known = read_download_metadata(out, file.name)  # None where the file was written after its record, or has none
+    if known is not None:
+        same = same and known.etag == file.etag
+    elif same:
+        same = _hash_of(path, file) == file.etag
+    if same:
+        write_download_metadata(out, file.name, model.sha, file.etag)
+    elif not (_cache(out) / f"{file.name}.metadata").exists():
+        raise InputError(f"{path} is not the file of {model.name} and would be replaced; choose another --out")
+    return same
+
+
+def _hash_of(path: Path, file: _File) -> str:
+    digest = file.new_digest()
+    with path.open("rb") as data, bar(f"check {file.name}", file.num_bytes) as advance:
+        while chunk := data.read(CHUNK_BYTES):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 5e7 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _check_room(out: Path, model: _Model, num_bytes: int) -> None:
+    free = shutil.disk_usage(out).free
+    if num_bytes > free:
+        lack = f"{model.name} needs {_gb(num_bytes)} more, {out} has {_gb(free)} free"
+        raise Failure(f"{lack}; free some room or choose --out on a larger disk")
+
+
+def _check_owner(out: Path, model: _Model) -> None:
+    try:
+        owner = json.loads((out / RECORD).read_bytes())["repository"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return
+    if owner != model.name:
+        raise InputError(f"{out} holds {owner}; choose another --out for {model.name}")
+
+
+# ---- the transfer --------------------------------------------------------------------------------------
+
+
+class _Broken(Exception):
+    """The bytes stopped before the end of the file; what has arrived is good."""
+
+
+class _Stopped(Exception):
+    """Another file failed, or the user pressed Ctrl-C."""
+
+
+class _Source:
+    """The files of one commit, as bytes from any offset."""
+
+    def __init__(self, model: _Model) -> None:
+        self.model = model
+        self.headers = client.build_hf_headers(library_name="gristmill") | {"Accept-Encoding": "identity"}
+        self.use_xet = is_xet_available()
+        self.stop = threading.Event()
+
+    def read_json(self, file: _File) -> dict[str, Any]:
+        data = _patiently(lambda: b"".join(self._http(file, 0)))
+        try:
+            return dict(json.loads(data))
+        except (ValueError, TypeError):
+            raise InputError(f"{file.name} of {self.model.name} is no JSON object; choose another revision") from None
+
+    def fetch(self, files: list[_File], out: Path, num_bytes: int) -> None:
+        """`num_bytes`: what is still to come, for the bar."""
+        with bar(f"pull {self.model.name}", num_bytes) as count, ThreadPoolExecutor(WORKERS) as pool:
+
+            def advance(amount: float) -> None:
+                if self.stop.is_set():
+                    raise _Stopped
+                count(amount)
+
+            jobs = [pool.submit(self._fetch, file, out, advance) for file in files]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+            except BaseException:
+                self.stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                xet.abort_xet_session()  # else its threads go on trying
+                raise
+
+    def _fetch(self, file: _File, out: Path, advance: Callable[[float], None]) -> None:
+        path = _incomplete(out, file)
+        try:
+            with path.open("a+b") as sink:
+                if sink.tell() > file.num_bytes:
+                    sink.truncate(0)
+                digest = self._append(file, sink, advance)
+            if digest != file.etag:
+                path.unlink()
+                what = f"{file.name} of {self.model.name} arrived damaged: its {'SHA-256' if file.large else 'hash'}"
+                raise Failure(f"{what} is not what the hub says; run the same command: it alone is fetched again")
+            sync(path)
+        except OSError as problem:
+            if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise Failure(
+                f"the disk of {out} filled up at {_gb(_arrived(out, file))} of {file.name} ({_gb(file.num_bytes)}); "
+                "free some room, then run the same command: what has arrived is kept"
+            ) from None
+        path.replace(out / file.name)
+        write_download_metadata(out, file.name, self.model.sha, file.etag)
+        for left_over in _cache(out).glob(f"{file.name}.*.incomplete"):
+            left_over.unlink()  # of another commit
+
+    def _append(self, file: _File, sink: BinaryIO, advance: Callable[[float], None]) -> str:
+        """Bring the file to its full size; returns the hash of all of it."""
+        digest, arrived = file.new_digest(), sink.tell()
+        sink.seek(0)
+        while sink.tell() < arrived:
+            digest.update(sink.read(CHUNK_BYTES))
+            advance(0)
+        patience = _Patience(self.stop)
+        while arrived < file.num_bytes:
+            try:
+                for chunk in self._chunks(file, arrived):
+                    sink.write(chunk)
+                    digest.update(chunk)
+                    arrived += len(chunk)
+                    advance(len(chunk))
+                    patience.renew()
+                    if arrived > file.num_bytes:
+                        break  # its hash will say so
+                if arrived < file.num_bytes:
+                    raise _Broken(f"{file.name} ended at {arrived:,} of {file.num_bytes:,} bytes")
+            except (_Broken, errors.HfHubHTTPError, client.httpx.TransportError) as problem:
+                patience.after(problem)
+        return digest.hexdigest()
+
+    def _chunks(self, file: _File, start: int) -> Iterator[bytes]:
+        if file.large and self.use_xet:
+            url = hf_hub_url(self.model.name, file.name, revision=self.model.sha)
+            known = get_hf_file_metadata(url, headers=self.headers, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            if known.xet_file_data is not None:
+                return self._xet(file, known.xet_file_data, start)
+        return self._http(file, start)
+
+    def _http(self, file: _File, start: int) -> Iterator[bytes]:
+        """Always from the hub's own address, which redirects to a storage address that expires."""
+        url = hf_hub_url(self.model.name, file.name, revision=self.model.sha)
+        headers = self.headers | ({"Range": f"bytes={start}-"} if start else {})
+        with client.get_session().stream(
+            "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
+        ) as response:
+            client.hf_raise_for_status(response)
+            skip = start if response.status_code != 206 else 0  # it sends the file from its beginning
+            for chunk in response.iter_bytes(CHUNK_BYTES):
+                yield chunk[skip:]
+                skip -= min(skip, len(chunk))
+
+    def _xet(self, file: _File, known: xet.XetFileData, start: int) -> Iterator[bytes]:
+        """As xet_get of the client asks for it, but as a stream, which can begin at an offset."""
+        from hf_xet import XetFileInfo  # type: ignore[import-untyped, unused-ignore]
+
+        arrived = start
+        try:
+            access = xet.refresh_xet_connection_info(file_data=known, headers=self.headers)
+            with xet.get_xet_session().new_download_stream_group(
+                endpoint=access.endpoint,
+                token=access.access_token,
+                token_expiry_unix_secs=access.expiration_unix_epoch,
+                token_refresh_url=known.refresh_route,
+                token_refresh_headers=self.headers,
+                custom_headers=xet.xet_headers_without_auth(self.headers),
+            ) as group:
+                for chunk in group.download_stream(XetFileInfo(known.file_hash, file.num_bytes), start=start or None):
+                    arrived += len(chunk)
+                    yield chunk
+            if arrived < file.num_bytes:  # as hf_xet ends where its storage cannot be reached
+                raise ConnectionError("the stream ended early")
+        except Exception as problem:  # of any class: ConnectionError, RuntimeError, ValueError
+            if self.use_xet and not self.stop.is_set():
+                console.print(f"  Xet storage fails ({_reason(problem)}): going on over plain HTTP")
+            self.use_xet = False
+            raise _Broken(_reason(problem)) from None
+
+
+class _Patience:
+    """How often to try again, and how long to wait before. The hub's own wish goes first."""
+
+    def __init__(self, stop: threading.Event) -> None:
+        self.stop = stop
+        self.renew()
+
+    def renew(self) -> None:
+        self.waits = list(WAITS_S)
+
+    def after(self, problem: Exception) -> None:
+        """Wait, or raise the problem itself where another try is of no use."""
+        asked = _asked_wait_s(problem)
+        passing = not isinstance(problem, errors.HfHubHTTPError) or problem.response.status_code in TRANSIENT
+        if not passing or not self.waits or (asked or 0) > LONGEST_WAIT_S:
+            raise problem
+        backoff_s = self.waits.pop(0)
+        wait_s = backoff_s if asked is None else asked + 1
+        if wait_s >= 5:
+            console.print(f"  {_reason(problem)}; trying again in {wait_s:.0f} s")
+        if self.stop.wait(wait_s):
+            raise _Stopped
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """For single questions: a busy hub is asked again, an unreachable one is not."""
+    patience = _Patience(threading.Event())
+    while True:
+        try:
+            return ask()
+        except errors.HfHubHTTPError as problem:
+            patience.after(problem)
+
+
+def _asked_wait_s(problem: Exception) -> float | None:
+    """What a busy hub asks for: `RateLimit: "api";r=0;t=55` or `Retry-After: 55`."""
+    if not isinstance(problem, errors.HfHubHTTPError) or problem.response.status_code not in (429, 503):
+        return None
+    limit = client.parse_ratelimit_headers(problem.response.headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    retry_after = problem.response.headers.get("Retry-After", "").strip()
+    return float(retry_after) if retry_after.isdigit() else None
+
+
+# ---- messages ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _explained(repository: str, revision: str) -> Iterator[None]:
+    """One line for each way in which the hub, the network and the right to read can fail."""
+    try:
+        yield
+    except errors.OfflineModeIsEnabled:
+        raise Failure(
+            f"HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so {repository} cannot be pulled; unset it, "
+            "or import a directory that is already here"
+        ) from None
+    except errors.HfHubHTTPError as problem:
+        raise _refused(problem, repository, revision) from None
+    except (_Broken, client.httpx.TransportError, client.httpx.InvalidURL, client.httpx.TooManyRedirects) as problem:
+        raise Failure(
+            f"no connection to {constants.ENDPOINT} ({_reason(problem)}); check the network, the proxy and HF_ENDPOINT "
+            "and run the same command: what has arrived is kept"
+        ) from None
+
+
+def _refused(problem: errors.HfHubHTTPError, repository: str, revision: str) -> InputError | Failure:
+    page = f"{constants.ENDPOINT}/{repository}"
+    log_in = "log in again with the right account or token" if get_token() else "log in"
+    log_in += " (`hf auth login`, or HF_TOKEN)"
+    status = problem.response.status_code
+    match problem:
+        case errors.GatedRepoError():
+            return Failure(f"{repository} is gated: accept its terms at {page}, {log_in}, then run the same command")
+        case errors.RevisionNotFoundError():
+            return InputError(f"{repository} has no revision {revision!r}; choose one of {page}/commits")
+    if status == 401 and "invalid credentials" in (problem.server_message or "").lower():
+        return Failure("the hub does not accept the token; correct or unset HF_TOKEN, or run `hf auth login`")
+    if status in (401, 404):
+        hint = ", or import a copy or a local directory: the published DBRX weights were withdrawn"
+        return InputError(
+            f"{repository} is missing or private, which the hub does not tell apart; check the name at {page}, "
+            f"and if it is private {log_in}{hint if repository.lower().startswith('databricks/dbrx') else ''}"
+        )
+    if status == 403:
+        return Failure(f"the hub does not let you read {repository} ({_reason(problem)}); choose a copy or {log_in}")
+    if status == 429:
+        wait_s = _asked_wait_s(problem)
+        when = "later" if wait_s is None else f"in {wait_s:.0f} s"
+        more = "" if get_token() else f"; to be allowed more, {log_in}"
+        return Failure(f"the hub's rate limit is reached; run the same command {when}: what has arrived is kept{more}")
+    return Failure(f"the hub fails ({_reason(problem)}); run the same command later: what has arrived is kept")
+
+
+def _reason(problem: Exception) -> str:
+    """Short, on one line."""
+    said = str(problem)
+    if isinstance(problem, errors.HfHubHTTPError):
+        said = f"{problem.response.status_code} {problem.server_message or problem.response.reason_phrase}"
+    return " ".join(said.split())[:200] or type(problem).__name__

@@ -1,0 +1,324 @@
+"""Published directories in: every tensor bit for bit, whatever is wrong named, nothing run."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gristmill import artifact
+from gristmill.errors import Failure, InputError
+from gristmill.hub import SpecialIds, assemble, in_memory, read_published, write_published
+from gristmill.hub.export import export_model
+from gristmill.hub.folder import open_model
+from gristmill.hub.importing import import_model
+from gristmill.hub.tensors import INDEX, SINGLE, Weights
+from gristmill.model import ModelConfig, Transformer
+
+Tiny = Callable[..., Transformer]
+IDS = SpecialIds(eot_id=292, pad_id=297, im_end_id=299)
+QWEN = {
+    "norm": "rms_norm",
+    "norm_eps": 1e-6,
+    "qk_norm": True,
+    "clip_qkv": None,
+    "head_size": 12,
+    "moe_loss_weight": 0.001,
+}
+LAYOUTS = {"dbrx": {}, "qwen3_moe": QWEN, "qwen3_moe tied": {**QWEN, "tie_word_embeddings": True}}
+
+
+@pytest.fixture
+def publish(tiny: Tiny, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small published directory with random weights, without a tokenizer."""
+
+    def make(layout: str = "dbrx", dtype: torch.dtype = torch.bfloat16, shard: int = 40_000) -> Path:
+        model, folder = tiny(**LAYOUTS[layout]), tmp_path / "published"
+        folder.mkdir()
+        write_published(folder, model.cfg, in_memory(model.state_dict()), IDS, dtype=dtype, max_shard_bytes=shard)
+        return folder
+
+    return make
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        x.dtype == b[name].dtype and x.shape == b[name].shape and x.view(torch.uint8).equal(b[name].view(torch.uint8))
+        for name, x in a.items()
+    )
+
+
+def loaded(weights: Weights) -> dict[str, torch.Tensor]:
+    return {name: weight.load() for name, weight in weights.items()}
+
+
+def edit(file: Path, change: Callable[[dict], object]) -> None:
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+# ---- what comes in is what was published ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shard", [40_000, 10**9])
+def test_export_of_an_import_and_import_of_an_export_are_bit_identical(
+    publish: Callable[..., Path], tmp_path: Path, layout: str, dtype: torch.dtype, shard: int
+) -> None:
+    published = publish(layout, dtype, shard)
+    ours = import_model(published, tmp_path / "ours").path
+    again = export_model(ours, tmp_path / "again").path
+    assert same_bits(stored(published), stored(again))
+    assert read_published(again)[0] == read_published(published)[0] == open_model(ours).cfg
+    back = import_model(again, tmp_path / "back").path
+    assert same_bits(loaded(open_model(ours).weights), loaded(open_model(back).weights))
+    assert not artifact.verify(ours).problems + artifact.verify(again).problems
+
+
+def test_tensors_of_several_precisions_keep_their_own(publish: Callable[..., Path], tmp_path: Path) -> None:
+    published = publish(shard=10**9)
+    mixed = load_file(published / SINGLE)
+    mixed = {name: t.float() if "router" in name or "norm" in name else t for name, t in mixed.items()}
+    save_file(mixed, published / SINGLE)
+    again = export_model(import_model(published, tmp_path / "ours").path, tmp_path / "again").path
+    assert same_bits(mixed, stored(again))
+
+
+def test_the_published_configuration_and_the_one_that_transformers_makes_of_it_mean_the_same(
+    publish: Callable[..., Path],
+) -> None:
+    folder = publish()
+    meant = read_published(folder)[0]
+
+    def as_published(config: dict) -> None:
+        del config["rope_parameters"], config["ffn_config"]["moe_normalize_expert_weights"]
+        config["attn_config"] |= {"model_type": "", "clip_qkv": 8, "rope_theta": int(meant.rope_theta)}
+        config["ffn_config"] |= {"model_type": "", "moe_jitter_eps": 0}
+        config |= {"auto_map": {"AutoConfig": "configuration_dbrx.DbrxConfig"}, "torch_dtype": "bfloat16"}
+
+    edit(folder / "config.json", as_published)
+    assert read_published(folder)[0] == meant
+    # transformers 5 reads that file, rotates by 10000 and saves so
+    edit(folder / "config.json", lambda c: c.update(rope_parameters={"rope_theta": 10000.0, "rope_type": "default"}))
+    assert read_published(folder)[0] == meant
+    edit(folder / "config.json", lambda c: c["rope_parameters"].update(rope_theta=7.0))
+    with pytest.raises(InputError, match="two rotary bases"):
+        read_published(folder)
+
+
+def test_a_tied_model_may_hold_the_shared_matrix_twice_but_not_two_matrices(publish: Callable[..., Path]) -> None:
+    folder = publish("qwen3_moe tied", shard=10**9)
+    tensors = load_file(folder / SINGLE)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, folder / SINGLE)
+    assert "lm_head.weight" not in read_published(folder)[1]
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, folder / SINGLE)
+    with pytest.raises(InputError, match=r"lm_head.weight differs"):
+        read_published(folder)
+
+
+def test_settings_license_and_card_travel_and_code_does_not(
+    publish: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    folder = publish()
+    for file in tokenizer_dir.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    edit(folder / "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["evil.Evil", None]}))
+    settings = {"temperature": 0.7, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.01, "eos_token_id": [1, 2]}
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"transformers_version": "4"}))
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: some-open-license\n---\n# Card\n")
+    (folder / "LICENSE").write_text("terms")
+    for name in ("evil.py", "modeling_dbrx.py", "weights.bin"):
+        (folder / name).write_text("raise SystemExit")
+    ours = import_model(folder, tmp_path / "ours").path
+    assert {file.name for file in ours.iterdir()} == {
+        *("model.json", "manifest.json", "generation.json", "tokenizer", "documents", SINGLE)
+    }
+    assert json.loads((ours / "generation.json").read_text()) == settings
+    assert "evil" not in (ours / "tokenizer" / "tokenizer_config.json").read_text()
+    (source,) = artifact.lineage(ours).inputs
+    assert (source.name, source.detail["license"]) == ("published", "some-open-license")
+
+    again = export_model(ours, tmp_path / "again", torch.float16).path
+    assert json.loads((again / "generation_config.json").read_text()) == settings | {
+        "bos_token_id": 292,
+        "eos_token_id": [292, 299],
+        "pad_token_id": 297,
+    }
+    assert (again / "LICENSE").read_text() == "terms"
+    assert "# Card" in (again / "ORIGINAL_README.md").read_text()
+    assert "some-open-license" in (again / "README.md").read_text()
+    assert {tensor.dtype for tensor in stored(again).values()} == {torch.float16}
+
+
+# ---- what is wrong is named ----------------------------------------------------------------------------
+
+
+def a_tensor(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of the single file, as somebody's wrong conversion would."""
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / SINGLE)
+
+
+W1, NORM = "transformer.blocks.1.ffn.experts.mlp.w1", "transformer.norm_f.weight"
+WRONG = {
+    "missing": (lambda f: a_tensor(f, lambda t: t.pop(W1)), InputError, rf"lack '{W1}'"),
+    "unknown": (lambda f: a_tensor(f, lambda t: t.update(extra=torch.zeros(1))), InputError, "hold 'extra'"),
+    "shape": (lambda f: a_tensor(f, lambda t: t.update({W1: t[W1][1:]})), InputError, rf"{W1} has shape \(95, 32\)"),
+    "nan": (lambda f: a_tensor(f, lambda t: t[NORM].fill_(torch.nan)), Failure, "norm_f.weight holds NaN"),
+    "quantized": (
+        lambda f: a_tensor(f, lambda t: t.update({W1: t[W1].to(torch.float8_e4m3fn)})),
+        InputError,
+        f"{W1} is stored as F8_E4M3",
+    ),
+    "truncated": (lambda f: os.truncate(f / SINGLE, 5000), Failure, rf"{SINGLE} cannot be read"),
+    "empty": (lambda f: os.truncate(f / SINGLE, 0), Failure, rf"{SINGLE} cannot be read"),
+    "pointer": (
+        lambda f: (f / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        Failure,
+        r"Git LFS pointer.*git lfs pull",
+    ),
+    "no weights": (lambda f: (f / SINGLE).unlink(), InputError, "holds no weights"),
+    "pickles": (
+        lambda f: (f / SINGLE).rename(f / "pytorch_model.bin"),
+        InputError,
+        r"pickles \(pytorch_model.bin\), which can run code",
+    ),
+    "no shard": (
+        lambda f: (
+            (f / SINGLE).rename(f / "a.safetensors"),
+            (f / INDEX).write_text(json.dumps({"weight_map": {W1: "model-00001-of-00002.safetensors"}})),
+        ),
+        Failure,
+        "model-00001-of-00002.safetensors cannot be read: it is named in the index and is not there",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), InputError, r"no config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text('{"model_ty'), Failure, r"config.json is not JSON"),
+    "other model": (
+        lambda f: edit(f / "config.json", lambda c: c.update(model_type="llama")),
+        InputError,
+        "model_type='llama'; the known layouts are dbrx, qwen3_moe",
+    ),
+    "lacks a key": (
+        lambda f: edit(f / "config.json", lambda c: c["attn_config"].pop("kv_n_heads")),
+        InputError,
+        "lacks 'kv_n_heads'",
+    ),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), Failure, r"tokenizer.json is not"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_is_named_and_nothing_is_left_behind(
+    publish: Callable[..., Path], tmp_path: Path, what: str
+) -> None:
+    folder = publish(shard=10**9)
+    spoil, kind, says = WRONG[what]
+    spoil(folder)
+    with pytest.raises(kind, match=says) as raised:
+        import_model(folder, tmp_path / "ours")
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_a_flipped_bit_is_found_wherever_it_is_when_hashes_came_along(
+    publish: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole = export_model(publish(), tmp_path / "export").path
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    notes = hub / ".cache/huggingface/download"
+    notes.mkdir(parents=True)
+    cache.mkdir()
+    (tmp_path / "blobs").mkdir()
+    for file in whole.iterdir():
+        if file.name == "manifest.json":
+            continue
+        digest = artifact.sha256_file(file)
+        shutil.copyfile(file, hub / file.name)
+        (notes / f"{file.name}.metadata").write_text(f"{'c' * 40}\n{digest}\n1700000000.0\n")
+        shutil.copyfile(file, tmp_path / "blobs" / digest)  # the hub's own cache: links to files named by their hash
+        (cache / file.name).symlink_to(f"../blobs/{digest}")
+    chance = random.Random(0)
+    for folder in (whole, hub, cache):
+        import_model(folder, tmp_path / f"from-{folder.name}")
+        files = sorted(folder.glob("*.safetensors"))
+        for trial in range(8):
+            file = chance.choice(files)
+            data = bytearray(file.read_bytes())
+            bit = chance.randrange(8 * len(data))
+            data[bit // 8] ^= 1 << bit % 8
+            good = file.read_bytes()
+            file.resolve().write_bytes(data)
+            with pytest.raises((Failure, InputError)) as raised:
+                import_model(folder, tmp_path / f"damaged-{folder.name}-{trial}")
+            assert file.name in str(raised.value)
+            file.resolve().write_bytes(good)
+
+
+def test_an_existing_place_is_never_written_over(publish: Callable[..., Path], tmp_path: Path) -> None:
+    folder, out = publish(), tmp_path / "ours"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    for refused in (lambda: import_model(folder, out), lambda: export_model(folder, out)):
+        with pytest.raises(InputError, match="is there already"):
+            refused()
+    assert [file.name for file in out.iterdir()] == ["thesis.txt"]
+    (out / "thesis.txt").unlink()
+    assert import_model(folder, out).kind == "model"
+
+
+def test_a_full_disk_is_said_before_the_work(
+    publish: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = publish()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1000))
+    with pytest.raises(Failure, match=r"needs .* GB and the disk has 0\.0 GB left"):
+        import_model(folder, tmp_path / "ours")
+
+
+# ---- what no layout can say ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qk_norm": True},
+        {"norm": "rms_norm", "clip_qkv": None},
+        {**QWEN, "clip_qkv": 8.0},
+        {"tie_word_embeddings": True},
+        {"head_size": 12},
+        {"norm_eps": 1e-6},
+        {**QWEN, "moe_normalize_expert_weights": 2.0},
+    ],
+)
+def test_a_configuration_without_a_published_layout_is_refused(tiny: Tiny, tmp_path: Path, changes: dict) -> None:
+    model = tiny(**changes)
+    with pytest.raises(InputError, match="layout"):
+        write_published(tmp_path, model.cfg, in_memory(model.state_dict()), IDS)
+
+
+def test_the_wanted_layout_must_fit(publish: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot leave as qwen3_moe"):
+        export_model(publish(), tmp_path / "out", layout="qwen3_moe")
+
+
+def test_a_model_of_the_other_layout_computes_the_same_after_its_journey(
+    publish: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = publish("qwen3_moe", torch.float32)
+    ours = open_model(import_model(folder, tmp_path / "ours").path)
+    a, b = assemble(*read_published(folder)), assemble(ours.cfg, ours.weights)
+    assert replace(ours.cfg, vocab_size=None) == replace(ModelConfig(**{**vars(a.cfg)}), vocab_size=None)
+    assert all(torch.equal(x, b.state_dict()[name]) for name, x in a.state_dict().items())

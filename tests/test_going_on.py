@@ -1,0 +1,98 @@
+"""Training that begins with a published model: out, in, on, out again."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from gristmill import artifact
+from gristmill.errors import InputError
+from gristmill.hub.export import export_model
+from gristmill.hub.folder import open_model
+from gristmill.hub.importing import import_model
+from gristmill.inference import find_model
+from gristmill.pipeline import run
+from gristmill.recipe import Recipe, load_recipe, to_yaml
+
+GO_ON = ("tokenizer=null", "model=null", "train.optimizer.name=adamw", "export.checked_greedy=0")
+
+
+@pytest.fixture(scope="module")
+def published(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 directory under a license, as its makers would publish it."""
+    out = export_model(find_model(tiny_run), tmp_path_factory.mktemp("hub") / "some-model", torch.bfloat16).path
+    (out / "LICENSE").write_text("terms")
+    (out / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Some model\n")
+    (out / "manifest.json").unlink()
+    return out
+
+
+@pytest.fixture(scope="module")
+def imported(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return import_model(published, tmp_path_factory.mktemp("models") / "some-model").path
+
+
+def test_a_step_of_size_zero_gives_the_published_weights_back(
+    imported: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    folder = run(
+        tiny_recipe(*GO_ON, f"start={imported}", "train.optimizer.lr=1e-30", "train.steps=2"), tmp_path / "run"
+    )
+    before, after = open_model(imported), open_model(find_model(folder))
+    assert after.cfg == before.cfg
+    for name, weight in before.weights.items():
+        assert torch.equal(after.weights[name].load(), weight.load().float()), name
+
+
+def test_a_model_goes_on_and_leaves_with_its_origin(
+    imported: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(*GO_ON, f"start={imported}", "train.steps=4", "model={moe_loss_weight: 0.0}")
+    folder = run(recipe, tmp_path / "run")
+    report = json.loads((folder / "report.json").read_text())
+    assert report["export_max_logit_diff"] < 1e-4
+    made = artifact.load(folder).metrics["stages"]
+    card = (folder / made["export"] / "README.md").read_text()
+    assert "some-model" in card
+    assert "apache-2.0" in card
+    assert (folder / made["export"] / "LICENSE").read_text() == "terms"
+    names = {origin.name for origin in walk(artifact.lineage(folder / made["train"]))}
+    assert {"some-model", "notes", "verse"} <= names
+    AutoModelForCausalLM.from_pretrained(folder / made["export"], local_files_only=True)
+    # the printed recipe means the same
+    (tmp_path / "again.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(str(tmp_path / "again.yaml")) == recipe
+    # another model to go on from is another training
+    other = export_model(imported, tmp_path / "other", torch.float16).path
+    changed = dataclasses.replace(recipe, start=str(import_model(other, tmp_path / "in").path))
+    run(changed, folder)
+    assert artifact.load(folder).metrics["stages"]["train"] != made["train"]
+
+
+def walk(origin: artifact.Origin) -> list[artifact.Origin]:
+    return [origin, *(node for parent in origin.inputs for node in walk(parent))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"start": "nowhere"}, r"start=nowhere: it holds no model.json; name a directory"),
+        ({"start": "{published}"}, r"`gristmill import .* OUT` first"),
+        ({"tokenizer": {"kind": "gpt4"}}, r"tokenizer: start=.* brings its own; leave this section out"),
+        ({"model": {"n_layers": 3}}, r"model.n_layers=3: start=.* has 2; only max_seq_len, .* can change"),
+        ({"start": None, "tokenizer": {"kind": "start"}}, r"tokenizer.kind=start: there is no model"),
+    ],
+)
+def test_what_cannot_go_on_is_said(
+    imported: Path, published: Path, tiny_yaml: Path, tmp_path: Path, changes: dict, says: str
+) -> None:
+    tree = yaml.safe_load(tiny_yaml.read_text()) | {"start": str(imported), "tokenizer": None, "model": None} | changes
+    tree = {k: v.format(published=published) if isinstance(v, str) else v for k, v in tree.items() if v is not None}
+    (tmp_path / "go.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(InputError, match=says):
+        load_recipe(str(tmp_path / "go.yaml"))
