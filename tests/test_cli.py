@@ -1,6 +1,7 @@
 """The command line as a person meets it: exit codes, messages without tracebacks, nothing lost."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,6 +53,44 @@ def test_generate_streams_the_same_text_for_the_same_seed(tiny_run: Path) -> Non
     assert first.returncode == 0, first.stderr
     assert first.stdout == second.stdout
     assert first.stdout.startswith("kam")
+
+
+def test_the_cards_three_lines_print_what_generate_prints(tiny_run: Path, tmp_path: Path) -> None:
+    made = gristmill("export", tiny_run, tmp_path / "export")
+    assert made.returncode == 0, made.stderr
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "export" / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    theirs = subprocess.run([sys.executable, "-c", code[1]], cwd=tmp_path / "export", capture_output=True, text=True)
+    ours = gristmill("generate", tmp_path / "export", "def fibonacci(", "--max-tokens", "64", "--temperature", "0")
+    assert theirs.stdout == ours.stdout, theirs.stderr
+
+
+def test_a_model_goes_out_and_in_and_what_is_wrong_exits_with_its_code(tiny_run: Path, tmp_path: Path) -> None:
+    out, back = tmp_path / "out", tmp_path / "back"
+    assert gristmill("export", tiny_run, out, "--format", "dbrx", "--dtype", "bfloat16").stdout == f"{out}\n"
+    assert gristmill("import", out, back).stdout == f"{back}\n"
+    for code, command in (
+        (2, ("import", out, back)),
+        (2, ("import", tmp_path / "nowhere", tmp_path / "new")),
+        (2, ("export", tiny_run, tmp_path / "new", "--format", "qwen3_moe")),
+        (2, ("pull", "not a name")),
+    ):
+        result = gristmill(*command)
+        assert (result.returncode, result.stderr.count("\n")) == (code, 1), result.stderr
+        assert result.stderr.startswith("error: ")
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    damaged = gristmill("import", out, tmp_path / "new")
+    assert damaged.returncode == 1
+    assert f"{out / 'model.safetensors'} is damaged" in damaged.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "out"]
+
+
+def test_count_prints_the_published_numbers() -> None:
+    said = gristmill("count", "dbrx-132b").stdout
+    assert "131.60B" in said
+    assert "36.47B" in said
 
 
 def test_verify_names_the_damaged_file_and_exits_with_1(tiny_run: Path, tmp_path: Path) -> None:

@@ -7,19 +7,22 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from gristmill import artifact
 from gristmill.errors import Failure, InputError
-from gristmill.hub import SpecialIds, assemble, in_memory, read_published, write_published
+from gristmill.hub import SpecialIds, assemble, importing, in_memory, read_published, write_published
 from gristmill.hub.export import export_model
 from gristmill.hub.folder import open_model
 from gristmill.hub.importing import import_model
 from gristmill.hub.tensors import INDEX, SINGLE, Weights
 from gristmill.model import ModelConfig, Transformer
+from gristmill.tokenizer import Tokenizer
 
 Tiny = Callable[..., Transformer]
 IDS = SpecialIds(eot_id=292, pad_id=297, im_end_id=299)
@@ -160,6 +163,42 @@ def test_settings_license_and_card_travel_and_code_does_not(
     assert "# Card" in (again / "ORIGINAL_README.md").read_text()
     assert "some-open-license" in (again / "README.md").read_text()
     assert {tensor.dtype for tensor in stored(again).values()} == {torch.float16}
+    back = import_model(again, tmp_path / "back").path  # our own directory tells its origin itself
+    assert source.content in {node.content for node in every(artifact.lineage(back))}
+
+
+def every(origin: artifact.Origin) -> list[artifact.Origin]:
+    return [origin, *(node for parent in origin.inputs for node in every(parent))]
+
+
+def test_dbrx_without_a_tokenizer_file_gets_gpt4s_and_its_published_prompt(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "published"
+    folder.mkdir()
+    model = tiny(d_model=8, ffn_hidden_size=4, vocab_size=100_352)
+    write_published(folder, model.cfg, in_memory(model.state_dict()), None)
+    template = "{% if messages[0]['role'] != 'system' %}{% set system_message = 'You grind.' %}{% endif %}"
+    wrapper = {"auto_map": {"AutoTokenizer": ["tiktoken.Wrapper", None]}, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(wrapper))
+    (folder / "tiktoken.py").write_text("raise SystemExit")
+    ours = import_model(folder, tmp_path / "ours").path
+    tokenizer = Tokenizer.load(ours / "tokenizer")
+    assert tokenizer.encode("hello world") == [15339, 1917]
+    (user,) = messages = [{"role": "user", "content": "Hi"}]
+    opened = [{"role": "system", "content": "You grind."}, user]
+    assert tokenizer.chat(messages, generation_prompt=True) == tokenizer.chat(opened, generation_prompt=True)
+    again = export_model(ours, tmp_path / "again").path
+    theirs = AutoTokenizer.from_pretrained(again, local_files_only=True)
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == tokenizer.chat(
+        messages, generation_prompt=True
+    )
+    assert json.loads((again / "generation_config.json").read_text())["eos_token_id"] == [100257, 100279]
+
+    monkeypatch.setattr(importing, "write_gpt4", Mock(side_effect=InputError("no table here")))
+    without = import_model(folder, tmp_path / "without").path
+    assert open_model(without).tokenizer is None
+    assert "no tokenizer: no table here" in capsys.readouterr().err
 
 
 # ---- what is wrong is named ----------------------------------------------------------------------------

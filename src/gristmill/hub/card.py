@@ -114,13 +114,15 @@ def _origin(started_from: list[Origin]) -> str:
 _USAGE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from_pretrained(".")  # this directory
+path = "."  # this directory
+tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype="float32")
 ids = tokenizer("<|endoftext|>def fibonacci(", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=64, do_sample=False)[0], skip_special_tokens=True))
 ```
 
-`gristmill generate . 'def fibonacci(' --max-tokens 64 --temperature 0` prints the same: it begins a document by itself.
-In training every document follows `<|endoftext|>`; begin a text with it, not a conversation."""
+`gristmill generate . 'def fibonacci(' --max-tokens 64 --temperature 0` prints the same. It computes in float32
+and begins a document by itself: in training every document follows `<|endoftext|>`. Without `dtype`, transformers
+computes in the precision in which the weights are stored."""
 
 
 def _figures(evaluation: Mapping[str, Any]) -> str:

@@ -55,13 +55,20 @@ def import_model(src: Path, out: Path) -> Artifact:
     are named), Failure for damage: files that are cut short, that differ from the hashes that came with them, or hold
     NaN or infinity.
     """
+    known = known_hashes(src)
     try:
         cfg, weights = read_published(src)
     except (InputError, Failure):
-        check_files(src)  # a damaged file says more than what its damage looks like
+        if known:
+            check_files(src, known)  # a damaged file says more than what its damage looks like
         raise
+    if not any(name.endswith(".safetensors") for name in known):
+        console.print(
+            "  no checksums came with these weights: damage inside them shows only as NaN, infinity or a wrong header"
+        )
     num_bytes = sum(weight.nbytes for weight in weights.values())
-    source = describe_source(src, check_files(src))
+    source = describe_source(src, check_files(src, known))
+    inputs = {"export": artifact.load(src)} if (src / MANIFEST).is_file() else {}  # it tells its origin itself
     with artifact.building(out, num_bytes) as folder:
         (folder / CONFIG).write_bytes(artifact.canonical(asdict(cfg)))
         with bar("converting", num_bytes) as advance:
@@ -70,17 +77,17 @@ def import_model(src: Path, out: Path) -> Artifact:
         import_documents(src, folder)
         config = {"model": asdict(cfg)}
         key = artifact.stage_key("model", FORMAT, config, {"source": source["fingerprint"]})
-        built = Built(metrics={"weight_bytes": num_bytes}, sources={source["name"]: source})
-        artifact.commit(folder, kind="model", key=key, config=config, inputs={}, built=built)
+        sources = {} if inputs else {source["name"]: source}
+        built = Built(metrics={"weight_bytes": num_bytes}, sources=sources)
+        artifact.commit(folder, kind="model", key=key, config=config, inputs=inputs, built=built)
     return artifact.load(out)
 
 
 # ---- is it whole? --------------------------------------------------------------------------------------
 
 
-def check_files(src: Path) -> dict[str, str]:
+def check_files(src: Path, known: Mapping[str, str]) -> dict[str, str]:
     """The SHA-256 of each file of the model. Raises Failure for one that differs from the hash that came with it."""
-    known = known_hashes(src)
     files = [file for file in (src / CONFIG_JSON, src / INDEX, *sorted(src.glob("*.safetensors"))) if file.is_file()]
     hashes: dict[str, str] = {}
     with bar("checking", sum(file.stat().st_size for file in files)) as advance:
@@ -92,10 +99,6 @@ def check_files(src: Path) -> dict[str, str]:
                     "fetch it again"
                 )
             hashes[file.name] = found
-    if not any(name.endswith(".safetensors") for name in known):
-        console.print(
-            "  no checksums came with these weights: damage inside them shows only as NaN, infinity or a wrong header"
-        )
     return hashes
 
 

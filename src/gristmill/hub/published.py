@@ -48,7 +48,7 @@ def read_json(file: Path) -> dict[str, Any] | None:
         parsed = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise Failure(f"{file} is not JSON: {problem}") from None
     if not isinstance(parsed, dict):
         raise Failure(f"{file} is damaged: it holds no JSON object")
