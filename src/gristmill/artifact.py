@@ -6,6 +6,8 @@ The content hash covers paths and bytes only (no clock, no figures): two runs th
 the same content hash. This room knows nothing of the stages.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -124,21 +126,38 @@ def require_room(out: Path, num_bytes: int) -> None:
 def building(out: Path, num_bytes: int) -> Iterator[Path]:
     """A directory beside `out` to build in; it becomes `out` when all went well, and goes away when not.
 
-    Raises InputError when there is something at `out` already, Failure when the disk has no room for `num_bytes`.
+    Raises InputError when something is at `out` already or it cannot be a directory, Failure when the disk has no room
+    for `num_bytes` or another process builds the same.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already; give a new directory, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    require_room(out, num_bytes)
+    out = out.resolve()
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
-    partial.mkdir()
+    state = partial / STATE  # by it, what a killed build left is known from what is somebody's own
     try:
-        yield partial
-        partial.replace(out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if out == Path.cwd() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+            raise InputError(f"{out} is there already; give a new directory, or remove it")
+        if partial.exists() and not state.is_dir():
+            raise InputError(f"{partial} is in the way; move it")
+        state.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        if problem.errno not in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+            raise
+        raise InputError(f"{out} cannot be a directory: {problem.strerror}; choose another place") from None
+    with (state / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failure(f"another process is building {out}; wait for it, or choose another place") from None
+        try:
+            for left in partial.iterdir():
+                if left.name != STATE:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            require_room(out, num_bytes)
+            yield partial
+            shutil.rmtree(state)
+            partial.replace(out)
+            sync(out.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def commit(
@@ -179,7 +198,13 @@ def commit(
 
 def ancestry(artifact: Artifact, seen_from: Path) -> dict[str, Any]:
     """What a manifest keeps of an input: enough to tell its lineage when the model has moved away alone."""
-    kept = {name: artifact.manifest[name] for name in ("kind", "key", "content", "sources", "inputs")}
+    kept = {name: artifact.manifest[name] for name in ("kind", "key", "content", "inputs")}
+    # A manifest travels with what descends from it: where a source lay on this machine does not.
+    sources = artifact.manifest["sources"]
+    kept["sources"] = {
+        name: source | ({"path": Path(source["path"]).name} if "path" in source else {})
+        for name, source in sources.items()
+    }
     return kept | {"path": Path(os.path.relpath(artifact.path, seen_from)).as_posix()}
 
 
@@ -261,6 +286,17 @@ def load(path: Path) -> Artifact:
     if hashlib.sha256(canonical(manifest)).hexdigest() != seal or canonical({**manifest, "manifest": seal}) != data:
         raise Failure(f"{file} is damaged: its text does not match its own hash")
     return Artifact(path, manifest)
+
+
+def load_ours(path: Path) -> Artifact | None:
+    """`load`, and None where there is no manifest, or one that another program wrote."""
+    try:
+        parsed = json.loads((path / MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        parsed = {"content": None}  # damaged: `load` says so
+    return load(path) if isinstance(parsed, dict) and "content" in parsed else None
 
 
 def standing(path: Path, key: str) -> Artifact | None:

@@ -28,7 +28,7 @@ SetOpt = Annotated[
 ]
 PathArg = Annotated[Path, typer.Argument(metavar="PATH", help="A run folder or an artifact in it.")]
 ModelArg = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint, or a Hugging Face dbrx directory.")
+    Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint, or a Hugging Face directory.")
 ]
 
 
@@ -172,7 +172,7 @@ def export(
     ] = None,
     format: Annotated[
         Literal["dbrx", "qwen3_moe", "gguf"] | None,
-        typer.Option(help="gguf is for llama.cpp. [default: the published layout that fits the model]"),
+        typer.Option(help="gguf is for llama.cpp. [default: by OUT's ending, else the layout that fits the model]"),
     ] = None,
 ) -> None:
     """Give a model out: as a Hugging Face directory for transformers, vLLM and SGLang, or as one GGUF file."""
@@ -182,7 +182,7 @@ def export(
     from gristmill.inference import find_model
 
     precision = getattr(torch, dtype) if dtype else None
-    if format == "gguf":
+    if format == "gguf" or (format is None and out.suffix == ".gguf"):
         print(export_gguf(find_model(src), out, precision))
     else:
         print(export_model(find_model(src), out, precision, format).path)
@@ -246,7 +246,7 @@ def lineage(path: PathArg) -> None:
         told.add(node.content)
         licenses = node.detail.get("licenses", {})
         said = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(licenses.items(), key=lambda x: -x[1]))
-        said = said or node.detail.get("license", "")
+        said = said or node.detail.get("license_name") or node.detail.get("license", "")
         print(f"{'  ' * depth}{title}  {node.content[:12]}  {said}".rstrip())
         for parent in node.inputs:
             show(parent, depth + 1)

@@ -22,7 +22,7 @@ def bar(what: str, total: float | None = None) -> Iterator[Callable[[float], Non
         yield _plain(what, total)
         return
     columns = (
-        TextColumn("  {task.description}"),
+        TextColumn("  {task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),

@@ -20,8 +20,8 @@ from gristmill.corpus.config import CorpusConfig
 from gristmill.errors import InputError
 from gristmill.evaluate.config import EvaluateConfig
 from gristmill.hub.checkpoint import CONFIG as MODEL_JSON
-from gristmill.hub.checkpoint import read_checkpoint
 from gristmill.hub.export import ExportConfig
+from gristmill.hub.folder import open_model
 from gristmill.hub.published import CONFIG_JSON
 from gristmill.model import ModelConfig
 from gristmill.streaming.config import ShardsConfig
@@ -96,7 +96,9 @@ def _tree(name: str, overrides: typing.Sequence[str]) -> dict[str, Any]:
         tree = _override(tree, override)
     _check_keys(Recipe, tree, "")
     if tree.get("start"):
-        tree = _from_start(tree)
+        return _from_start(tree)
+    if isinstance(tree.get("tokenizer"), dict) and tree["tokenizer"].get("kind") == "start":
+        raise InputError("tokenizer.kind=start: there is no model to take it from; set start, or another kind")
     return tree
 
 
@@ -256,26 +258,29 @@ def _explain(error: ValidationError) -> str:
 
 def _from_start(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree with the shape of the model that it goes on from."""
-    path = Path(str(tree["start"]))
+    path = Path(str(tree["start"])).expanduser()
     if not (path / MODEL_JSON).is_file():
         fix = f"`gristmill import {path} OUT` first" if (path / CONFIG_JSON).is_file() else "name a directory with one"
         raise InputError(f"start={path}: it holds no {MODEL_JSON}; {fix}")
     tokenizer = tree.get("tokenizer") or {"kind": "start"}
     if not isinstance(tokenizer, dict) or tokenizer.get("kind") != "start":
         raise InputError(f"tokenizer: start={path} brings its own; leave this section out, or set it to null")
-    theirs, given = plain(read_checkpoint(path)[0]), tree.get("model") or {}
+    model = open_model(path)
+    if model.tokenizer is None:
+        raise InputError(f"start={path} has no tokenizer; put the one there that it was trained with")
+    theirs, given = plain(model.cfg), tree.get("model") or {}
+    if not isinstance(given, dict):
+        raise InputError(f"model={given!r} must be a section with keys")
     for key, value in given.items():
         if theirs[key] != value and key not in CHANGEABLE:
             raise InputError(
                 f"model.{key}={value!r}: start={path} has {theirs[key]!r}; only {', '.join(CHANGEABLE)} can change"
             )
-    return {**tree, "model": {**theirs, **given}, "tokenizer": tokenizer}
+    return {**tree, "start": str(path), "model": {**theirs, **given}, "tokenizer": tokenizer}
 
 
 def _resolve(recipe: Recipe) -> Recipe:
     """Fill in what follows from something else, and check what concerns two sections."""
-    if recipe.tokenizer.kind == "start" and not recipe.start:
-        raise InputError("tokenizer.kind=start: there is no model to take it from; set start, or another kind")
     train, model = recipe.train, _with_vocabulary(recipe.model, recipe.tokenizer)
     if recipe.shards.block_tokens % train.seq_len:
         raise InputError(

@@ -4,21 +4,30 @@ Large files are redirected to a storage address of another origin ("localhost" a
 does. `requests` holds what was asked, in order. At the end, the processes that pull from it.
 """
 
+import contextlib
 import hashlib
+import io
 import json
+import multiprocessing
 import os
+import random
+import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from gristmill.cli import _exit_code
 
 
 @dataclass
@@ -226,37 +235,92 @@ class _Answer:
             self.handler.wfile.write(body)
 
 
+# ---- what it holds --------------------------------------------------------------------------------------
+
+MB = 1 << 20
+
+
+def random_bytes(seed: int, size: int) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def model(seed: int = 1, size: int = 3 * MB, **extra: Any) -> Repository:
+    """A qwen3_moe repository of two shards, and beside them all that should stay where it is."""
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    files = {
+        "config.json": b'{"model_type": "qwen3_moe"}',
+        "generation_config.json": b"{}",
+        "tokenizer.json": random_bytes(seed + 7, 1000),
+        "tokenizer_config.json": b"{}",
+        "README.md": b"---\nlicense: apache-2.0\n---\n# A model\n",
+        "LICENSE": b"You may.",
+        "license-model.md": b"You may.",
+        "model.safetensors.index.json": json.dumps(
+            {"weight_map": dict(zip("abc", (*shards, shards[0]), strict=True))}
+        ).encode(),
+        shards[0]: random_bytes(seed, size),
+        shards[1]: random_bytes(seed + 1, size + 5),
+        "consolidated.safetensors": b"duplicate",
+        "model.safetensors": b"duplicate",
+        "pytorch_model.bin": b"pickle",
+        "modeling_own.py": b"raise SystemExit",
+        "LICENSE.py": b"raise SystemExit",
+        "NOTICE.pkl": b"pickle",
+        "vocab.json": b"{}",
+        "merges.txt": b"",
+        "special_tokens_map.json": b"{}",
+        "added_tokens.json": b"{}",
+        "model.gguf": b"GGUF",
+        "original/config.json": b"{}",
+        "original/LICENSE": b"other",
+        "onnx/model.onnx": b"onnx",
+        ".gitattributes": b"",
+    }
+    return Repository(files=files, large=("tokenizer.json", *shards), card={"license": "apache-2.0"}, **extra)
+
+
+WANTED = {
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE"),
+    "license-model.md",
+    *("model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+}
+SHARD = "model-00002-of-00002.safetensors"
+
+
 # ---- clients -------------------------------------------------------------------------------------------
 
 TOKEN = "hf_thisIsTheSecretOfTheTests"
 
-# For each line of jobs, pulls them one after another and prints their exit codes and what they said. The package's own
-# __init__ opens torch, which a pull does not need and which would take most of the time here.
-CLIENT = """
-import contextlib, importlib.util, io, json, pathlib, sys, traceback, types
-package = types.ModuleType("gristmill.hub")
-package.__path__ = [str(pathlib.Path(importlib.util.find_spec("gristmill").origin).parent / "hub")]
-sys.modules["gristmill.hub"] = package
-from gristmill.cli import _exit_code
-from gristmill.hub import pull
-pull.WAITS_S = (0.0,) * 5
+Jobs = list[tuple[str, str | None, Path | None]]  # name, revision, out
+FORKS = multiprocessing.get_context("forkserver")  # with torch in memory, which takes longest to open
+FORKS.set_forkserver_preload(["gristmill.cli", "gristmill.hub.importing"])
 
-def one(repository, revision, out):
+
+def serve(connection: Connection, home: Path, env: dict[str, str]) -> None:
+    """Pulls the jobs that arrive, one after another, and answers with their exit codes and what they said."""
+    assert "huggingface_hub" not in sys.modules, "it reads the environment when it is opened"
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(home)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    while jobs := connection.recv():
+        connection.send([attempt(*job) for job in jobs])
+
+
+def attempt(repository: str, revision: str | None, out: Path | None) -> tuple[int, str]:
+    def call() -> None:
+        from gristmill.hub import pull
+
+        pull.WAITS_S = (0.0,) * 5
+        pull.pull(repository, revision, out)
+
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            code = _exit_code(lambda: pull.pull(repository, revision, out and pathlib.Path(out)) and None)
+            code = _exit_code(call)
         except BaseException:
             traceback.print_exc()
             code = -1
-    return {"code": code, "said": said.getvalue()}
-
-for line in sys.stdin:
-    print(json.dumps([one(*job) for job in json.loads(line)]), flush=True)
-    assert "torch" not in sys.modules
-"""
-
-
-Jobs = list[tuple[str, str | None, Path | None]]  # name, revision, out
+    return code, said.getvalue()
 
 
 @dataclass
@@ -274,31 +338,32 @@ class Client:
     """A process that pulls. `extra`: of its environment."""
 
     def __init__(self, endpoint: str, home: Path, **extra: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", CLIENT],
-            env=environment(endpoint, home) | extra,
-            cwd=home,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self.connection, theirs = FORKS.Pipe()
+        env = environment(endpoint, home) | extra
+        self.process = FORKS.Process(target=serve, args=(theirs, home, env), daemon=True)
+        self.process.start()
+        theirs.close()
 
     def send(self, jobs: Jobs) -> None:
-        assert self.process.stdin
-        self.process.stdin.write(
-            json.dumps([(name, revision, out and str(out)) for name, revision, out in jobs]) + "\n"
-        )
-        self.process.stdin.flush()
+        self.connection.send(jobs)
+
+    def receive(self) -> list[Outcome]:
+        """Raises EOFError when the process has ended."""
+        outcomes = [Outcome(*outcome) for outcome in self.connection.recv()]
+        assert not [outcome for outcome in outcomes if TOKEN in outcome.said]
+        return outcomes
 
     def pull(self, *jobs: tuple[str, str | None, Path | None]) -> list[Outcome]:
         self.send(list(jobs))
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        assert TOKEN not in line
-        return [Outcome(**outcome) for outcome in json.loads(line)]
+        return self.receive()
+
+    def kill(self, sent: signal.Signals) -> None:
+        assert self.process.pid
+        os.kill(self.process.pid, sent)
 
     def close(self) -> None:
-        self.process.communicate(timeout=20)
+        self.connection.send([])
+        self.process.join(20)
 
     def __enter__(self) -> "Client":
         return self

@@ -42,7 +42,6 @@ def test_export_then_import_is_bit_identical(tiny: Tiny, tmp_path: Path, max_sha
     back = loaded(tensors)
     assert back.keys() == model.state_dict().keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
-    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_shards_stay_within_their_size_and_the_index_names_each_tensor(tiny: Tiny, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from gristmill.errors import Failure, InputError
 from gristmill.hub import Weight, in_memory
-from gristmill.hub.gguf import QWEN_SPLIT, parts_of, write_gguf
+from gristmill.hub.gguf import QWEN_SPLIT, layout, write_gguf
+from gristmill.hub.layout import from_published, to_published
 from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.tokenizer import Tokenizer, hugging_face_config
 from gristmill.tokenizer.layout import CHAT_TEMPLATE, SPECIAL_TOKENS, SPLIT_PATTERN, byte_of_symbol
@@ -215,8 +216,18 @@ def test_one_of_our_tensors_is_alive_at_a_time(tiny: Tiny, tokenizer_dir: Path, 
     assert len(loaded) >= len(weights)
 
 
+@pytest.mark.parametrize("name", ["dbrx", "qwen3moe", "qwen3moe_tied"])
+def test_the_table_reads_back_what_it_writes(tiny: Tiny, name: str) -> None:
+    model = tiny(**SHAPES[name])
+    table = layout(model.cfg)
+    back = from_published(model.cfg, table, to_published(table, in_memory(model.state_dict())))
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(back[key].load(), tensor), key
+
+
 def test_the_published_dbrx_has_the_shapes_that_llama_cpp_asks_for() -> None:
-    parts = {part.name: shape[::-1] for part, shape in parts_of(ModelConfig(vocab_size=100352)).items()}
+    table = layout(ModelConfig(vocab_size=100352))
+    parts = {piece.name: piece.shape[::-1] for pieces in table.values() for piece in pieces}
     assert len(parts) == 3 + 40 * 8
     assert parts["token_embd.weight"] == parts["output.weight"] == (6144, 100352)
     assert parts["blk.39.attn_qkv.weight"] == (6144, 8192)
@@ -252,7 +263,7 @@ def test_a_shape_that_llama_cpp_does_not_compute_is_refused(
 def test_values_beyond_float16_are_refused_and_leave_no_file(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:
     model = tiny()
     model.lm_head.weight.data[3, 4] = 70000.0
-    with pytest.raises(InputError, match=r"lm_head\.weight holds values that float16 cannot"):
+    with pytest.raises(InputError, match="holds values that float16 cannot"):
         write(model, tokenizer_dir, tmp_path / "tiny.gguf", torch.float16)
     with pytest.raises(InputError, match="float64 is not written to GGUF"):
         write(model, tokenizer_dir, tmp_path / "tiny.gguf", torch.float64)
@@ -282,6 +293,12 @@ def edit(source: Path, out: Path, change: Callable[[dict[str, Any]], None]) -> P
         (lambda t: t["model"].update(end_of_word_suffix="</w>"), Failure, "where words begin or end"),
         (lambda t: t["model"].pop("merges"), Failure, "not a byte-level BPE"),
         (lambda t: t["model"].update(vocab=None), Failure, "not a byte-level BPE"),
+        (lambda t: t["model"]["vocab"].update(a=-1), Failure, "not a byte-level BPE: .* id -1"),
+        (lambda t: t["model"]["vocab"].update(a=1.5), Failure, "not a byte-level BPE"),
+        (lambda t: t["model"]["merges"].append([1, 2]), Failure, "not a byte-level BPE"),
+        (lambda t: t["added_tokens"][0].pop("special"), Failure, "not a byte-level BPE: KeyError.'special'"),
+        (lambda t: t["added_tokens"][1].update(content=5), Failure, "not a byte-level BPE"),
+        (lambda t: t["added_tokens"][1].update(content="\ud800"), Failure, "not a byte-level BPE"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_would_misread_is_refused(
@@ -290,6 +307,49 @@ def test_a_tokenizer_that_llama_cpp_would_misread_is_refused(
     with pytest.raises(error, match=said):
         write(tiny(), edit(tokenizer_dir, tmp_path / "tokenizer", change), tmp_path / "tiny.gguf")
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token": {"special": True}},
+        {"bos_token": ["<|endoftext|>"]},
+        {"chat_template": 5},
+        {"chat_template": ["{{ messages }}"]},
+        {"chat_template": [{"name": "default", "template": 5}]},
+        {"chat_template": [{"name": 5, "template": "{{ messages }}"}]},
+        {"chat_template": "\udc00"},
+    ],
+)
+def test_damaged_settings_of_a_tokenizer_are_one_line_and_leave_no_file(
+    tiny: Tiny, tokenizer_dir: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = edit(tokenizer_dir, tmp_path / "tokenizer", lambda t: None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(hugging_face_config() | settings))
+    with pytest.raises(Failure, match=r"^[^\n]*tokenizer is not a byte-level BPE: [^\n]*; fetch or build it again$"):
+        write(tiny(), folder, tmp_path / "tiny.gguf")
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_several_chat_templates_are_kept(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:
+    folder = edit(tokenizer_dir, tmp_path / "tokenizer", lambda t: None)
+    several = [{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": "{{ tools }}"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(hugging_face_config() | {"chat_template": several}))
+    found = fields(write(tiny(), folder, tmp_path / "tiny.gguf"))
+    assert found["tokenizer.chat_template"] == "{{ messages }}"
+    assert found["tokenizer.chat_template.tool_use"] == "{{ tools }}"
+
+
+def test_files_beside_it_stay_and_others_may_read_it_as_any_new_file(
+    tiny: Tiny, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    beside = [tmp_path / "tiny.gguf.partial", tmp_path / ".tiny.gguf.partial"]
+    for file in beside:
+        file.write_text("mine")
+    written = write(tiny(), tokenizer_dir, tmp_path / "tiny.gguf")
+    assert written.stat().st_mode == beside[0].stat().st_mode
+    assert sorted(tmp_path.iterdir()) == sorted([*beside, written])
+    assert {file.read_text() for file in beside} == {"mine"}
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tiny: Tiny, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -151,17 +152,18 @@ def test_settings_license_and_card_travel_and_code_does_not(
     assert json.loads((ours / "generation.json").read_text()) == settings
     assert "evil" not in (ours / "tokenizer" / "tokenizer_config.json").read_text()
     (source,) = artifact.lineage(ours).inputs
-    assert (source.name, source.detail["license"]) == ("published", "some-open-license")
+    assert (source.name, source.detail["license_name"]) == ("published", "some-open-license")
 
     again = export_model(ours, tmp_path / "again", torch.float16).path
     assert json.loads((again / "generation_config.json").read_text()) == settings | {
         "bos_token_id": 292,
-        "eos_token_id": [292, 299],
+        "eos_token_id": [1, 2, 292, 299],
         "pad_token_id": 297,
     }
     assert (again / "LICENSE").read_text() == "terms"
     assert "# Card" in (again / "ORIGINAL_README.md").read_text()
-    assert "some-open-license" in (again / "README.md").read_text()
+    card = ModelCard.load(again / "README.md")
+    assert (card.data.license, card.data.license_name) == ("other", "some-open-license")
     assert {tensor.dtype for tensor in stored(again).values()} == {torch.float16}
     back = import_model(again, tmp_path / "back").path  # our own directory tells its origin itself
     assert source.content in {node.content for node in every(artifact.lineage(back))}
@@ -169,6 +171,49 @@ def test_settings_license_and_card_travel_and_code_does_not(
 
 def every(origin: artifact.Origin) -> list[artifact.Origin]:
     return [origin, *(node for parent in origin.inputs for node in every(parent))]
+
+
+def test_a_published_directory_leaves_as_if_it_had_been_imported(
+    publish: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    folder = publish()
+    shutil.copyfile(tokenizer_dir / "tokenizer.json", folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": "evil.Evil"}, "eos_token": "<|im_end|>"}'
+    )
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "README.md").write_text('---\nlicense: "apache-2.0" # quoted\n---\n# Card\n')
+    (folder / "licence.txt").write_text("terms")
+    (folder / "manifest.json").write_text('{"name": "a web application\'s"}')
+    straight = export_model(folder, tmp_path / "straight").path
+    around = export_model(import_model(folder, tmp_path / "ours").path, tmp_path / "around").path
+    different = {"manifest.json", "README.md"}
+    assert {f.name for f in straight.iterdir()} == {f.name for f in around.iterdir()} >= {"licence.txt"}
+    for file in straight.iterdir():
+        assert file.name in different or file.read_bytes() == (around / file.name).read_bytes()
+    for out in (straight, around):
+        assert ModelCard.load(out / "README.md").data.license == "apache-2.0"
+        config = json.loads((out / "tokenizer_config.json").read_text())
+        assert config["chat_template"] == "{{ messages }}"
+        assert "auto_map" not in config
+
+
+def test_papers_cannot_take_the_place_of_the_model(publish: Callable[..., Path], tmp_path: Path) -> None:
+    ours = import_model(publish(), tmp_path / "ours").path
+    (ours / "documents").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (ours / "documents" / name).write_text("evil")
+    (ours / "documents" / "LICENSE").mkdir()
+    out = export_model(ours, tmp_path / "out").path
+    assert same_bits(stored(out), stored(tmp_path / "published"))
+
+
+def test_what_float16_cannot_hold_is_refused(publish: Callable[..., Path], tmp_path: Path) -> None:
+    folder = publish(dtype=torch.float32, shard=10**9)
+    a_tensor(folder, lambda t: t[NORM].fill_(1e6))
+    with pytest.raises(InputError, match="values that float16 cannot"):
+        export_model(folder, tmp_path / "out", torch.float16)
+    assert not (tmp_path / "out").exists()
 
 
 def test_dbrx_without_a_tokenizer_file_gets_gpt4s_and_its_published_prompt(
@@ -255,6 +300,52 @@ WRONG = {
         InputError,
         "lacks 'kv_n_heads'",
     ),
+    "scaled rotation": (
+        lambda f: edit(f / "config.json", lambda c: c.update(rope_scaling={"rope_type": "linear", "factor": 8})),
+        InputError,
+        "rope_scaling=",
+    ),
+    "scaled rotation, older": (
+        lambda f: edit(f / "config.json", lambda c: c.update(rope_parameters={"type": "linear", "factor": 8})),
+        InputError,
+        "type='linear'",
+    ),
+    "a list for a section": (
+        lambda f: edit(f / "config.json", lambda c: c.update(attn_config=[1])),
+        InputError,
+        r"config.json does not describe a dbrx model",
+    ),
+    "a fraction of a layer": (
+        lambda f: edit(f / "config.json", lambda c: c.update(n_layers=2.5)),
+        InputError,
+        r"n_layers=2.5 must be a whole number",
+    ),
+    "a billion layers": (
+        lambda f: edit(f / "config.json", lambda c: c.update(n_layers=10**9)),
+        InputError,
+        r"1,000,000,000 layers, and the weights are \d+ tensors",
+    ),
+    "infinite base": (
+        lambda f: edit(f / "config.json", lambda c: c["attn_config"].update(rope_theta=10**400)),
+        InputError,
+        r"config.json does not describe a dbrx model",
+    ),
+    "no number": (
+        lambda f: edit(f / "config.json", lambda c: c.update(rope_parameters={"rope_theta": float("nan")})),
+        InputError,
+        r"two rotary bases|rope_theta=nan",
+    ),
+    "deep": (lambda f: (f / "config.json").write_text("[" * 100_000), Failure, r"config.json is not JSON"),
+    "a folder for a file": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        Failure,
+        r"config.json cannot be read",
+    ),
+    "another program's manifest": (
+        lambda f: ((f / "manifest.json").write_text('{"content": "x"}'),),
+        Failure,
+        r"manifest.json is damaged",
+    ),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), Failure, r"tokenizer.json is not"),
 }
 
@@ -292,9 +383,10 @@ def test_a_flipped_bit_is_found_wherever_it_is_when_hashes_came_along(
     chance = random.Random(0)
     for folder in (whole, hub, cache):
         import_model(folder, tmp_path / f"from-{folder.name}")
-        files = sorted(folder.glob("*.safetensors"))
+        weights = sorted(folder.glob("*.safetensors"))
+        others = [folder / "config.json", folder / "generation_config.json"] if folder != cache else weights
         for trial in range(8):
-            file = chance.choice(files)
+            file = chance.choice(weights if trial % 2 else others)
             data = bytearray(file.read_bytes())
             bit = chance.randrange(8 * len(data))
             data[bit // 8] ^= 1 << bit % 8
@@ -304,6 +396,54 @@ def test_a_flipped_bit_is_found_wherever_it_is_when_hashes_came_along(
                 import_model(folder, tmp_path / f"damaged-{folder.name}-{trial}")
             assert file.name in str(raised.value)
             file.resolve().write_bytes(good)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(
+    publish: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    folder = publish()
+    shutil.copyfile(tokenizer_dir / "tokenizer.json", folder / "tokenizer.json")
+    edit(folder / "tokenizer.json", lambda t: t["added_tokens"][0].update(id=5000))
+    with pytest.raises(InputError, match="has ids up to 5000, and the model 384 rows"):
+        import_model(folder, tmp_path / "ours")
+    edit(folder / "tokenizer.json", lambda t: t["added_tokens"][0].update(id=10**12))
+    with pytest.raises(Failure, match=r"tokenizer.json is not"):
+        import_model(folder, tmp_path / "ours")
+
+
+def test_two_builds_of_one_place_do_not_meet_and_nobodys_folder_is_cleared(
+    publish: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, own = publish(), tmp_path / ".other.partial"
+    own.mkdir()
+    (own / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is in the way; move it"):
+        import_model(folder, tmp_path / "other")
+    assert (own / "thesis.txt").exists()
+    with artifact.building(tmp_path / "ours", 0) as first:
+        with pytest.raises(Failure, match="another process is building"):
+            import_model(folder, tmp_path / "ours")
+        (first / "left").write_text("by a kill")
+        killed = tmp_path / "killed"
+        shutil.copytree(first, killed)
+    shutil.copytree(killed, tmp_path / ".ours2.partial")
+    assert not (import_model(folder, tmp_path / "ours2").path / "left").exists()
+
+
+def test_any_spelling_of_a_new_place_will_do(
+    publish: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = publish().resolve()
+    here = tmp_path / "here"
+    here.mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "meant")
+    assert import_model(folder, tmp_path / "link").path.resolve() == (tmp_path / "meant").resolve()
+    monkeypatch.chdir(here)
+    import_model(folder, Path("new"))
+    assert (tmp_path / "here" / "new" / "model.json").exists()
+    for wrong in (folder / "config.json" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="cannot be a directory"):
+            import_model(folder, wrong)
 
 
 def test_an_existing_place_is_never_written_over(publish: Callable[..., Path], tmp_path: Path) -> None:

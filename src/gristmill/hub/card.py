@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from gristmill.artifact import Artifact, Origin
+from gristmill.hub.folder import ModelFolder
 from gristmill.hub.published import model_type_of
 from gristmill.model import ModelConfig
 from gristmill.model.counts import count_params
@@ -16,17 +17,19 @@ BASELINES = {"trigram": "token trigram", "xz": "xz -9e, all of it", "xz_document
 
 def model_card(
     name: str,
-    license: str,
-    cfg: ModelConfig,
+    license: Mapping[str, str],
+    model: ModelFolder,
     artifact: Artifact | None,
     origin: Origin | None,
     evaluation: Mapping[str, Any] | None,
 ) -> str:
     """README.md with the hub's front matter.
 
+    license: `license`, and `license_name` where that is "other", as the hub spells them.
     artifact, origin: the model's own and its lineage; None for a directory that Gristmill did not make.
     evaluation: of a model that was trained here, when there is one.
     """
+    cfg = model.cfg
     sources = sorted(_sources(origin), key=lambda source: source.name) if origin else []
     read = [source for source in sources if "documents" in source.detail]  # text that it was trained on here
     started_from = [source for source in sources if "license" in source.detail]  # published models
@@ -34,8 +37,9 @@ def model_card(
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n",
         f"# {name}\n\n{_summary(cfg, bool(read), started_from)}\n",
-        f"## Use\n\n{_USAGE}\n",
     ]
+    if model.tokenizer:
+        parts.append(f"## Use\n\n{_USAGE}{_BEGINNING if read else ''}\n")
     if evaluation:
         parts.append(f"## Figures\n\n{_figures(evaluation)}\n")
     if started_from or not read:
@@ -53,10 +57,12 @@ def model_card(
     return "\n".join(parts)
 
 
-def _front_matter(name: str, license: str, cfg: ModelConfig, evaluation: Mapping[str, Any] | None) -> dict[str, Any]:
-    known = {"license": license}
-    if license in ("other", "unknown"):
-        known = {"license": "other", "license_name": "see-this-card", "license_link": "README.md"}
+def _front_matter(
+    name: str, license: Mapping[str, str], cfg: ModelConfig, evaluation: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    known = dict(license)
+    if license["license"] in ("other", "unknown"):
+        known = {"license_name": "see-this-card", "license_link": "README.md", **known, "license": "other"}
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -94,6 +100,10 @@ def _summary(cfg: ModelConfig, trained: bool, started_from: list[Origin]) -> str
     )
 
 
+def _license(source: Origin) -> str:
+    return str(source.detail.get("license_name") or source.detail["license"])
+
+
 def _origin(started_from: list[Origin]) -> str:
     if not started_from:
         return (
@@ -101,7 +111,7 @@ def _origin(started_from: list[Origin]) -> str:
             "what it was trained on, what it is good for and under which license it stands."
         )
     rows = [
-        [source.name, str(source.detail.get("revision") or ""), source.detail["license"], source.detail["fingerprint"]]
+        [source.name, str(source.detail.get("revision") or ""), _license(source), source.detail["fingerprint"]]
         for source in started_from
     ]
     return (
@@ -120,9 +130,11 @@ ids = tokenizer("<|endoftext|>def fibonacci(", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=64, do_sample=False)[0], skip_special_tokens=True))
 ```
 
-`gristmill generate . 'def fibonacci(' --max-tokens 64 --temperature 0` prints the same. It computes in float32
-and begins a document by itself: in training every document follows `<|endoftext|>`. Without `dtype`, transformers
-computes in the precision in which the weights are stored."""
+`gristmill generate . 'def fibonacci(' --max-tokens 64 --temperature 0` prints the same: it computes in
+float32 and puts `<|endoftext|>` before a text. Without `dtype`, transformers computes in the precision in which the
+weights are stored."""
+
+_BEGINNING = " In training every document followed `<|endoftext|>`: begin a text with it, not a conversation."
 
 
 def _figures(evaluation: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gristmill.errors import Failure, InputError
 from gristmill.hub.layout import shapes
-from gristmill.hub.published import read_json
+from gristmill.hub.settings import read_json
 from gristmill.hub.tensors import Weights, check_names, open_weights
 from gristmill.model import ModelConfig
 
@@ -23,5 +23,10 @@ def read_checkpoint(path: Path) -> tuple[ModelConfig, Weights]:
     except (ValueError, TypeError) as problem:
         raise Failure(f"{file} does not describe a model: {problem}") from None
     weights = open_weights(path)
-    check_names(shapes(cfg), weights)
-    return cfg, weights
+    if cfg.vocab_size is None or cfg.n_layers > len(weights):
+        raise Failure(
+            f"{file} does not describe the weights beside it: vocab_size={cfg.vocab_size}, {cfg.n_layers} layers"
+        )
+    expected = shapes(cfg)
+    check_names(expected, weights)
+    return cfg, {name: weights[name] for name in expected}

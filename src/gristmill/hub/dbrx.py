@@ -7,7 +7,7 @@ import torch
 
 from gristmill.errors import InputError
 from gristmill.hub.layout import Layout, Piece
-from gristmill.hub.settings import SpecialIds, describe, require
+from gristmill.hub.settings import SpecialIds, describe, require, require_plain_rotation
 from gristmill.model import ModelConfig
 
 NO_CLIP = 1e30  # transformers and vLLM want a number; no finite activation of a working model comes near this one
@@ -82,12 +82,13 @@ def from_json(config: Mapping[str, Any]) -> ModelConfig:
 
     Raises InputError when it asks for what this model does not have.
     """
-    attn, ffn = config.get("attn_config") or {}, config.get("ffn_config") or {}
-    require(config, "tie_word_embeddings", False)
-    require(ffn.get("ffn_act_fn") or {}, "name", "silu")
-    for name, dropout in (("resid_pdrop", config), ("emb_pdrop", config), ("attn_pdrop", attn)):
-        require(dropout, name, 0)
     with describe("dbrx"):
+        attn, ffn = config.get("attn_config") or {}, config.get("ffn_config") or {}
+        require(config, "tie_word_embeddings", False)
+        require(ffn.get("ffn_act_fn") or {}, "name", "silu")
+        for name, dropout in (("resid_pdrop", config), ("emb_pdrop", config), ("attn_pdrop", attn)):
+            require(dropout, name, 0)
+        require_plain_rotation(config)
         clip = attn.get("clip_qkv")
         norm = ffn.get("moe_normalize_expert_weights", 1.0)
         return ModelConfig(
@@ -111,7 +112,6 @@ def from_json(config: Mapping[str, Any]) -> ModelConfig:
 
 def _theta(attn: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
     """The rotary base. Where the two places differ, one of them is the 10000 that transformers 5 fills in by itself."""
-    require(rope, "rope_type", "default")
     given = {float(place["rope_theta"]) for place in (attn, rope) if "rope_theta" in place}
     meant = given - {SILENT_THETA} or given
     if not meant:

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 
 from gristmill import artifact
-from gristmill.artifact import MANIFEST, Artifact, Built, Origin
+from gristmill.artifact import Artifact, Built, Origin
 from gristmill.errors import Failure, InputError
 from gristmill.hub.agreement import compare, compare_tokenizers
 from gristmill.hub.card import model_card
-from gristmill.hub.folder import DOCUMENTS, ModelFolder, open_model
+from gristmill.hub.folder import CARD, ModelFolder, open_model
+from gristmill.hub.importing import card_license, copy_tokenizer
 from gristmill.hub.published import model_type_of, write_published
 from gristmill.hub.settings import SpecialIds
 from gristmill.hub.tensors import MAX_SHARD_BYTES, assemble
@@ -24,7 +25,6 @@ from gristmill.progress import bar, console
 from gristmill.tokenizer import Tokenizer
 
 MAX_CHECKED_TOKENS = 256  # of each held-out sequence
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 ORIGINAL_CARD = "ORIGINAL_README.md"  # the card of the model that this one descends from
 FORMAT = 1
 
@@ -40,7 +40,7 @@ class ExportConfig:
     name: str = "gristmill-dbrx"
     license: str = "other"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: int = MAX_SHARD_BYTES
     checked_sequences: int = 8
     checked_greedy: int = 4
 
@@ -67,9 +67,8 @@ def build_export(cfg: ExportConfig, checkpoint: Path, evaluation: Path, out: Pat
         raise InputError(f"{checkpoint} has no tokenizer; a recipe's export needs one")
     write_directory(out, model, dtype, cfg.max_shard_bytes)
     figures = _read_evaluation(evaluation)
-    card = model_card(
-        cfg.name, cfg.license, model.cfg, artifact.load(checkpoint), artifact.lineage(checkpoint), figures
-    )
+    licensed = {"license": cfg.license}
+    card = model_card(cfg.name, licensed, model, artifact.load(checkpoint), artifact.lineage(checkpoint), figures)
     (out / "README.md").write_text(card, encoding="utf-8")
 
     console.print("  checking the export against transformers")
@@ -97,18 +96,16 @@ def export_model(
     model = open_model(src)
     if layout not in (None, fitting := model_type_of(model.cfg)):
         raise InputError(f"{src} cannot leave as {layout}: its norms and attention are those of {fitting}")
-    origin = artifact.load(src) if (src / MANIFEST).is_file() else None
+    ours = artifact.load_ours(src)
+    origin = artifact.lineage(src) if ours else None
     num_bytes = sum(weight.to(dtype or weight.dtype).nbytes for weight in model.weights.values())
     with artifact.building(out, num_bytes) as folder:
         with bar("exporting", num_bytes) as advance:
             write_directory(folder, model, dtype, MAX_SHARD_BYTES, advance)
-        license = license_of(artifact.lineage(src)) if origin else None
-        card = model_card(
-            out.resolve().name, license or "other", model.cfg, origin, artifact.lineage(src) if origin else None, None
-        )
+        card = model_card(out.resolve().name, license_of(src, origin), model, ours, origin, None)
         (folder / "README.md").write_text(card, encoding="utf-8")
         config = {"dtype": str(dtype or "as stored")}
-        inputs = {} if origin is None else {"model": origin}
+        inputs = {} if ours is None else {"model": ours}
         key = artifact.stage_key("export", FORMAT, config, {name: a.content for name, a in inputs.items()})
         artifact.commit(folder, kind="export", key=key, config=config, inputs=inputs, built=Built())
     return artifact.load(out)
@@ -131,7 +128,8 @@ def export_gguf(src: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     num_bytes = sum(weight.to(dtype or weight.dtype).nbytes for weight in model.weights.values())
     artifact.require_room(out, num_bytes)
-    license = license_of(artifact.lineage(src)) if (src / MANIFEST).is_file() else None
+    licensed = license_of(src, artifact.lineage(src) if artifact.load_ours(src) else None)
+    license = licensed.get("license_name", licensed["license"])
     write_gguf(out, model.cfg, model.weights, model.tokenizer, name=out.stem, license=license, dtype=dtype)
     return out
 
@@ -144,13 +142,13 @@ def write_directory(
     advance: Callable[[float], None] = lambda num_bytes: None,
 ) -> None:
     """Weights, configuration, tokenizer and the papers that travel with them; not the card."""
+    for paper in model.papers:
+        shutil.copyfile(paper, out / (ORIGINAL_CARD if paper.name == CARD else paper.name))
     ids = None
     if model.tokenizer:
         tokenizer = Tokenizer.load(model.tokenizer)
         ids = SpecialIds(eot_id=tokenizer.eot_id, pad_id=tokenizer.pad_id, im_end_id=tokenizer.im_end_id)
-        for name in TOKENIZER_FILES:
-            if (model.tokenizer / name).is_file():
-                shutil.copyfile(model.tokenizer / name, out / name)
+        copy_tokenizer(model.tokenizer, model.cfg, out)
     write_published(
         out,
         model.cfg,
@@ -161,16 +159,17 @@ def write_directory(
         max_shard_bytes=max_shard_bytes,
         advance=advance,
     )
-    if (model.path / DOCUMENTS).is_dir():
-        for file in (model.path / DOCUMENTS).iterdir():
-            shutil.copyfile(file, out / (ORIGINAL_CARD if file.name == "README.md" else file.name))
 
 
-def license_of(origin: Origin) -> str | None:
-    """The license of the published model that this one descends from, if it does."""
-    if origin.kind == "source" and "license" in origin.detail:
-        return str(origin.detail["license"])
-    return next((found for parent in origin.inputs if (found := license_of(parent))), None)
+def license_of(src: Path, origin: Origin | None) -> dict[str, str]:
+    """What a card says of a published model that is given out unchanged; "other" for one that was trained here."""
+    if origin is None:
+        return card_license(src) or {"license": "other"}
+    while origin.kind in ("model", "export"):
+        origin = origin.inputs[0]
+    return {key: str(origin.detail[key]) for key in ("license", "license_name") if key in origin.detail} or {
+        "license": "other"
+    }
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:

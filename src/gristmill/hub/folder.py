@@ -1,30 +1,38 @@
 """A model wherever it stands: a checkpoint, an imported model, or a Hugging Face directory of a known layout."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gristmill.errors import InputError
 from gristmill.hub.checkpoint import CONFIG, TOKENIZER, read_checkpoint
-from gristmill.hub.published import CONFIG_JSON, GENERATION_JSON, read_json, read_published
+from gristmill.hub.published import CONFIG_JSON, GENERATION_JSON, read_published
+from gristmill.hub.settings import read_json
 from gristmill.hub.tensors import Weights
 from gristmill.model import ModelConfig
 
 GENERATION = "generation.json"  # in our own directories: the settings that the model was published with
 DOCUMENTS = "documents"  # directory of an imported model: its makers' license, notices and card
-LICENSES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+PULLED = "pulled.json"  # what `gristmill pull` says of the directory that it fetched
+CARD = "README.md"
+LICENSES = r"(?i:licen[sc]e|notice|use_policy)[^/]*"  # names of the papers that a license asks to be kept
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """`tokenizer`: the directory that holds its tokenizer.json; None when it came without one."""
+    """`tokenizer`: the directory that holds its tokenizer.json; None when it came without one.
+
+    `papers`: its makers' license, notices and card.
+    """
 
     path: Path
     cfg: ModelConfig
     weights: Weights
     tokenizer: Path | None
     generation: Mapping[str, Any]
+    papers: Sequence[Path]
 
 
 def open_model(path: Path) -> ModelFolder:
@@ -34,10 +42,10 @@ def open_model(path: Path) -> ModelFolder:
     """
     if (path / CONFIG).is_file():
         cfg, weights = read_checkpoint(path)
-        tokenizer, generation = path / TOKENIZER, path / GENERATION
+        tokenizer, generation, documents = path / TOKENIZER, path / GENERATION, path / DOCUMENTS
     elif (path / CONFIG_JSON).is_file():
         cfg, weights = read_published(path)
-        tokenizer, generation = path, path / GENERATION_JSON
+        tokenizer, generation, documents = path, path / GENERATION_JSON, path
     else:
         raise InputError(f"{path} holds no model: it has neither {CONFIG} nor {CONFIG_JSON}")
     return ModelFolder(
@@ -46,4 +54,12 @@ def open_model(path: Path) -> ModelFolder:
         weights,
         tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
         read_json(generation) or {},
+        papers(documents),
     )
+
+
+def papers(folder: Path) -> list[Path]:
+    """License, notices and card of a published directory."""
+    wanted = re.compile(rf"{LICENSES}|{re.escape(CARD)}")
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file for file in found if wanted.fullmatch(file.name) and file.is_file()]

@@ -4,20 +4,23 @@ Two of llama.cpp's graphs compute what this model computes, `dbrx` and `qwen3moe
 cannot say, stands in its source (src/models/, src/llama-graph.cpp, src/llama-vocab.cpp); checked with commit 0c1e57098.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import gguf
 import torch
-from gguf.constants import TENSOR_NAMES
 from torch import Tensor
 
 from gristmill.errors import Failure, InputError
 from gristmill.hub.dbrx import NO_CLIP
-from gristmill.hub.layout import as_one_expert, shapes
-from gristmill.hub.published import main_dtype, read_json
+from gristmill.hub.importing import chat_template
+from gristmill.hub.layout import Layout, Piece, as_one_expert, shapes, to_published
+from gristmill.hub.published import main_dtype, model_type_of
+from gristmill.hub.settings import read_json
 from gristmill.hub.tensors import Weights, check_names
 from gristmill.model import ModelConfig
 from gristmill.progress import bar
@@ -61,58 +64,40 @@ def write_gguf(
 
     Raises InputError for what llama.cpp cannot say, Failure when the tokenizer is damaged.
     """
-    assert cfg.vocab_size is not None
     cfg, weights = as_one_expert(cfg, weights)
-    architecture = architecture_of(cfg)
     check_names(shapes(cfg), weights)
-    vocabulary = read_vocabulary(tokenizer, cfg.vocab_size or 0)
+    if cfg.tie_word_embeddings and cfg.norm == "layer_norm":  # llama.cpp's dbrx wants the matrix twice
+        cfg, weights = replace(cfg, tie_word_embeddings=False), {**weights, "lm_head.weight": weights["wte.weight"]}
+    architecture = architecture_of(cfg)
     if dtype is None:
         dtype = main_dtype(weights)
         dtype = torch.float32 if dtype == torch.float64 else dtype
     if dtype not in STORED:
         raise InputError(f"dtype={dtype} is not written to GGUF; give float32, float16 or bfloat16")
 
-    parts = parts_of(cfg)
-    partial = file.with_name(f"{file.name}.partial")
-    writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[architecture])
-    for part, shape in parts.items():
-        kept = part.dtype(dtype)
-        writer.add_tensor_info(part.name, shape, None, _num_bytes(shape, kept), raw_dtype=STORED[kept][0])  # type: ignore[arg-type]  # the code stands in its place
-    _describe(writer, cfg, vocabulary, name=name, license=license, dtype=dtype)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        _append_tensors(partial, writer.data_alignment, parts, weights, dtype)
+    table = layout(cfg)
+    exact = {name for name in table if "norm" in name or ".router." in name}
+    tensors = to_published(table, {name: weights[name].to(torch.float32 if name in exact else dtype) for name in table})
+    with TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+        partial = Path(folder) / file.name
+        with closing(gguf.GGUFWriter(partial, architecture)) as writer:
+            for key, tensor in tensors.items():
+                kind = STORED[tensor.dtype][0]
+                writer.add_tensor_info(key, tensor.shape, None, tensor.nbytes, raw_dtype=kind)  # type: ignore[arg-type]  # the code stands in its place
+            _describe(writer, cfg, name, license, dtype)
+            _add_tokenizer(writer, tokenizer, weights["wte.weight"].shape[0])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        _append_tensors(partial, writer.data_alignment, tensors)
         partial.replace(file)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
 
 
 # ---- tensors -------------------------------------------------------------------------------------------
 
 
-class Part(NamedTuple):
-    """A tensor of the file: `rows` of the first dimension of one of ours, transposed or not."""
-
-    name: str
-    source: str
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
-    exact: bool = False
-
-    def cut(self, ours: Tensor) -> Tensor:
-        some = ours if self.rows is None else ours[slice(*self.rows)]
-        return some.transpose(-1, -2) if self.transposed else some
-
-    def dtype(self, wanted: torch.dtype) -> torch.dtype:
-        return torch.float32 if self.exact else wanted
-
-
-def architecture_of(cfg: ModelConfig) -> gguf.MODEL_ARCH:
-    """Raises InputError when no graph of llama.cpp computes what this configuration says."""
+def architecture_of(cfg: ModelConfig) -> str:
+    """llama.cpp's name for what computes this. Raises InputError when none of its graphs does."""
     if cfg.moe_normalize_expert_weights != 1:
         raise InputError(
             f"moe_normalize_expert_weights={cfg.moe_normalize_expert_weights} cannot be said in GGUF: llama.cpp knows "
@@ -123,92 +108,62 @@ def architecture_of(cfg: ModelConfig) -> gguf.MODEL_ARCH:
             f"n_layers={cfg.n_layers} and moe_num_experts={cfg.moe_num_experts} must be at most {MAX_LAYERS} and "
             f"{MAX_EXPERTS} in GGUF: llama.cpp has room for no more; export to the Hugging Face layout instead"
         )
-    match cfg.norm:
-        case "layer_norm" if not cfg.qk_norm and cfg.n_heads * cfg.head_dim == cfg.d_model:
-            return gguf.MODEL_ARCH.DBRX
-        case "rms_norm" if cfg.qk_norm and cfg.clip_qkv is None:
-            return gguf.MODEL_ARCH.QWEN3MOE
-        case _:
-            raise InputError(
-                f"norm={cfg.norm} with qk_norm={cfg.qk_norm}, clip_qkv={cfg.clip_qkv} and head_size={cfg.head_size} "
-                "cannot be said in GGUF: llama.cpp's dbrx has layer_norm, no qk_norm and heads of d_model / n_heads, "
-                "its qwen3moe has rms_norm, qk_norm and no clipping; export to the Hugging Face layout instead"
-            )
+    # Its graphs compute what the published layouts say, and read the epsilon of both.
+    return {"dbrx": "dbrx", "qwen3_moe": "qwen3moe"}[model_type_of(replace(cfg, norm_eps=1e-5))]
 
 
-def parts_of(cfg: ModelConfig) -> dict[Part, tuple[int, ...]]:
-    """Everything in the file, in order, with its shape as torch says it: GGUF lists dimensions the other way round."""
-    ours = shapes(cfg)
-    with torch.device("meta"):
-        return {part: tuple(part.cut(torch.empty(ours[part.source])).shape) for part in _parts(cfg)}
-
-
-def _parts(cfg: ModelConfig) -> Iterator[Part]:
-    kinds, is_dbrx = gguf.MODEL_TENSOR, architecture_of(cfg) == gguf.MODEL_ARCH.DBRX
-
-    def named(kind: gguf.MODEL_TENSOR, layer: int | None = None) -> str:
-        return TENSOR_NAMES[kind].format(bid=layer) + ".weight"
-
-    yield Part(named(kinds.TOKEN_EMBD), "wte.weight")
+def layout(cfg: ModelConfig) -> Layout:
+    """Shapes as torch says them: GGUF lists dimensions the other way round."""
+    D, F, E, V, C = cfg.d_model, cfg.ffn_hidden_size, cfg.moe_num_experts, cfg.vocab_size or 0, cfg.head_dim
+    q, kv = cfg.n_heads * C, cfg.kv_n_heads * C
+    is_dbrx = cfg.norm == "layer_norm"
+    table = {"wte.weight": [Piece("token_embd.weight", (V, D))]}
     for i in range(cfg.n_layers):
-        block = f"blocks.{i}."
-        yield Part(named(kinds.ATTN_NORM, i), f"{block}norm_1.weight", exact=True)
+        ours, theirs = f"blocks.{i}.", f"blk.{i}."
+        table[f"{ours}norm_1.weight"] = [Piece(f"{theirs}attn_norm.weight", (D,))]
         if is_dbrx:
-            yield Part(named(kinds.ATTN_QKV, i), f"{block}attn.Wqkv.weight")
+            table[f"{ours}attn.Wqkv.weight"] = [Piece(f"{theirs}attn_qkv.weight", (q + 2 * kv, D))]
         else:
-            q, kv = cfg.n_heads * cfg.head_dim, cfg.kv_n_heads * cfg.head_dim
-            yield Part(named(kinds.ATTN_Q, i), f"{block}attn.Wqkv.weight", rows=(0, q))
-            yield Part(named(kinds.ATTN_K, i), f"{block}attn.Wqkv.weight", rows=(q, q + kv))
-            yield Part(named(kinds.ATTN_V, i), f"{block}attn.Wqkv.weight", rows=(q + kv, q + 2 * kv))
-            yield Part(named(kinds.ATTN_Q_NORM, i), f"{block}attn.q_norm.weight", exact=True)
-            yield Part(named(kinds.ATTN_K_NORM, i), f"{block}attn.k_norm.weight", exact=True)
-        yield Part(named(kinds.ATTN_OUT, i), f"{block}attn.out_proj.weight")
-        second_norm = kinds.ATTN_OUT_NORM if is_dbrx else kinds.FFN_NORM
-        yield Part(named(second_norm, i), f"{block}norm_2.weight", exact=True)
-        yield Part(named(kinds.FFN_GATE_INP, i), f"{block}ffn.router.weight", exact=True)
-        yield Part(named(kinds.FFN_GATE_EXP, i), f"{block}ffn.experts.w1")
-        yield Part(named(kinds.FFN_UP_EXP, i), f"{block}ffn.experts.v1")
-        # ggml multiplies by a matrix's rows, and ours maps [F] to [D] by its columns
-        yield Part(named(kinds.FFN_DOWN_EXP, i), f"{block}ffn.experts.w2", transposed=True)
-    yield Part(named(kinds.OUTPUT_NORM), "norm_f.weight", exact=True)
+            table[f"{ours}attn.Wqkv.weight"] = [
+                Piece(f"{theirs}attn_q.weight", (q, D)),
+                Piece(f"{theirs}attn_k.weight", (kv, D)),
+                Piece(f"{theirs}attn_v.weight", (kv, D)),
+            ]
+            table[f"{ours}attn.q_norm.weight"] = [Piece(f"{theirs}attn_q_norm.weight", (C,))]
+            table[f"{ours}attn.k_norm.weight"] = [Piece(f"{theirs}attn_k_norm.weight", (C,))]
+        table |= {
+            f"{ours}attn.out_proj.weight": [Piece(f"{theirs}attn_output.weight", (D, q))],
+            f"{ours}norm_2.weight": [Piece(f"{theirs}{'attn_output_norm' if is_dbrx else 'ffn_norm'}.weight", (D,))],
+            f"{ours}ffn.router.weight": [Piece(f"{theirs}ffn_gate_inp.weight", (E, D))],
+            f"{ours}ffn.experts.w1": [Piece(f"{theirs}ffn_gate_exps.weight", (E, F, D))],
+            f"{ours}ffn.experts.v1": [Piece(f"{theirs}ffn_up_exps.weight", (E, F, D))],
+            # ggml multiplies by a matrix's rows, and ours maps [F] to [D] by its columns
+            f"{ours}ffn.experts.w2": [Piece(f"{theirs}ffn_down_exps.weight", (E, D, F), transposed=True)],
+        }
+    table["norm_f.weight"] = [Piece("output_norm.weight", (D,))]
     if not cfg.tie_word_embeddings:
-        yield Part(named(kinds.OUTPUT), "lm_head.weight")
-    elif is_dbrx:  # its graph wants this tensor; qwen3moe's does without
-        yield Part(named(kinds.OUTPUT), "wte.weight")
+        table["lm_head.weight"] = [Piece("output.weight", (V, D))]
+    return table
 
 
-def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return torch.Size(shape).numel() * dtype.itemsize
-
-
-def _append_tensors(
-    file: Path, alignment: int, parts: Mapping[Part, tuple[int, ...]], weights: Weights, dtype: torch.dtype
-) -> None:
-    total = sum(_num_bytes(shape, part.dtype(dtype)) for part, shape in parts.items())
+def _append_tensors(file: Path, alignment: int, tensors: Weights) -> None:
+    total = sum(tensor.nbytes for tensor in tensors.values())
     with file.open("ab") as out, bar(f"writing {file.stem}", total) as advance:
         out.write(bytes(-out.tell() % alignment))
-        for part, shape in parts.items():
-            stored = torch.empty(shape, dtype=part.dtype(dtype))  # cast and transposed in one go, without a third copy
-            stored.copy_(part.cut(weights[part.source].load().detach()))
-            if stored.dtype == torch.float16 and not all(edge.isfinite() for edge in stored.aminmax()):
-                raise InputError(f"{part.source} holds values that float16 cannot; give bfloat16 or float32")
-            out.write(stored.view(-1).view(torch.uint8).numpy().data)
+        for tensor in tensors.values():
+            out.write(_bytes(tensor.load()))  # no name holds it: it is gone before the next one is there
             out.write(bytes(-out.tell() % alignment))
-            advance(stored.nbytes)
+            advance(tensor.nbytes)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 # ---- metadata ------------------------------------------------------------------------------------------
 
 
-def _describe(
-    writer: gguf.GGUFWriter,
-    cfg: ModelConfig,
-    vocabulary: "Vocabulary",
-    *,
-    name: str,
-    license: str | None,
-    dtype: torch.dtype,
-) -> None:
+def _describe(writer: gguf.GGUFWriter, cfg: ModelConfig, name: str, license: str | None, dtype: torch.dtype) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     if license is not None:
@@ -225,7 +180,7 @@ def _describe(
     writer.add_expert_count(cfg.moe_num_experts)
     writer.add_expert_used_count(cfg.moe_top_k)
     writer.add_feed_forward_length(cfg.ffn_hidden_size)
-    if architecture_of(cfg) == gguf.MODEL_ARCH.DBRX:
+    if cfg.norm == "layer_norm":
         writer.add_layer_norm_eps(cfg.norm_eps)
         # The key must be there. Newer versions take 0 for "none", older ones would clamp everything to 0.
         writer.add_clamp_kqv(NO_CLIP if cfg.clip_qkv is None else cfg.clip_qkv)
@@ -235,41 +190,11 @@ def _describe(
         writer.add_value_length(cfg.head_dim)
         writer.add_expert_feed_forward_length(cfg.ffn_hidden_size)
 
-    writer.add_tokenizer_model("gpt2")  # any byte-level BPE
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types([int(kind) for kind in vocabulary.types])
-    writer.add_token_merges(vocabulary.merges)
-    writer.add_bos_token_id(vocabulary.bos_id)
-    writer.add_eos_token_id(vocabulary.eos_id)
-    if vocabulary.pad_id is not None:
-        writer.add_pad_token_id(vocabulary.pad_id)
-    if vocabulary.eot_id is not None:
-        writer.add_eot_token_id(vocabulary.eot_id)
-    writer.add_add_bos_token(False)
-    if vocabulary.chat_template is not None:
-        writer.add_chat_template(vocabulary.chat_template)
-
 
 # ---- the tokenizer -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Vocabulary:
-    """A tokenizer in llama.cpp's words. `pre`: how it names the split. `eos_id` ends a text, `eot_id` a chat turn."""
-
-    pre: str
-    tokens: list[str]
-    types: list[gguf.TokenType]
-    merges: list[str]
-    bos_id: int
-    eos_id: int
-    pad_id: int | None
-    eot_id: int | None
-    chat_template: str | list[dict[str, str]] | None
-
-
-def read_vocabulary(folder: Path, num_rows: int) -> Vocabulary:
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, num_rows: int) -> None:
     """A tokenizer directory for a model with `num_rows` ids; those that no token has are filled up.
 
     llama.cpp then gives the ids that `Tokenizer.encode` gives, except for text with an apostrophe before U+017F (the
@@ -283,19 +208,37 @@ def read_vocabulary(folder: Path, num_rows: int) -> Vocabulary:
     if parsed is None:
         raise InputError(f"{folder} is not a tokenizer: it has no {file.name}")
     try:
-        pre = _pre_tokenizer(file, parsed)
-        added = {int(token["id"]): token for token in parsed["added_tokens"]}
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parsed["model"]["merges"]]
-        vocab: dict[str, int] = parsed["model"]["vocab"] | {token["content"]: id for id, token in added.items()}
-        if not {*"".join(token for token, id in vocab.items() if id not in added)} <= byte_of_symbol().keys():
-            raise ValueError("its tokens are not byte-level")
-        if parsed["model"].get("continuing_subword_prefix") or parsed["model"].get("end_of_word_suffix"):
-            raise ValueError("it marks where words begin or end")
-        largest = max(vocab.values())
+        writer.add_tokenizer_model("gpt2")  # any byte-level BPE
+        writer.add_tokenizer_pre(_pre_tokenizer(file, parsed))
+        vocab = _add_vocabulary(writer, file, parsed, num_rows)
+        # What is not named would be 11 in llama.cpp, whatever that token is here.
+        writer.add_bos_token_id(_named(folder, "bos_token", config.get("bos_token") or EOT, vocab))
+        writer.add_eos_token_id(_named(folder, "eos_token", config.get("eos_token") or EOT, vocab))
+        if config.get("pad_token"):
+            writer.add_pad_token_id(_named(folder, "pad_token", config["pad_token"], vocab))
+        if IM_END in vocab:
+            writer.add_eot_token_id(vocab[IM_END])
+        writer.add_add_bos_token(False)
+        if template := chat_template(folder) or config.get("chat_template"):
+            _require_text([template] if isinstance(template, str) else [choice["template"] for choice in template])
+            writer.add_chat_template(template)
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise Failure(f"{file} is not a byte-level BPE: {problem!r}; fetch or build it again") from None
+        raise Failure(f"{folder} is not a byte-level BPE: {problem!r}; fetch or build it again") from None
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, file: Path, parsed: dict[str, Any], num_rows: int) -> dict[str, int]:
+    added = {int(token["id"]): token for token in parsed["added_tokens"]}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parsed["model"]["merges"]]
+    vocab: dict[str, int] = parsed["model"]["vocab"] | {token["content"]: id for id, token in added.items()}
+    if not {*"".join(token for token, id in vocab.items() if id not in added)} <= byte_of_symbol().keys():
+        raise ValueError("its tokens are not byte-level")
+    if parsed["model"].get("continuing_subword_prefix") or parsed["model"].get("end_of_word_suffix"):
+        raise ValueError("it marks where words begin or end")
+    smallest, largest = min(vocab.values()), max(vocab.values())
+    if smallest < 0:
+        raise ValueError(f"it has the id {smallest}")
     if largest >= num_rows:
         raise InputError(f"{file} has ids up to {largest}; the model has vocab_size={num_rows}: take its own tokenizer")
 
@@ -307,18 +250,16 @@ def read_vocabulary(folder: Path, num_rows: int) -> Vocabulary:
     if len(set(tokens)) < num_rows:
         twice = next(token for token in tokens if tokens.count(token) > 1)
         raise InputError(f"{file} has a token {twice!r}, which names an unused id in GGUF; give it another name")
-    return Vocabulary(
-        pre=pre,
-        tokens=tokens,
-        types=types,
-        merges=merges,
-        # What is not named would be 11 in llama.cpp, whatever that token is here.
-        bos_id=_named(folder, config, "bos_token", vocab, otherwise=EOT),
-        eos_id=_named(folder, config, "eos_token", vocab, otherwise=EOT),
-        pad_id=_named(folder, config, "pad_token", vocab) if config.get("pad_token") else None,
-        eot_id=vocab.get(IM_END),
-        chat_template=_chat_template(folder, config),
-    )
+    _require_text([*tokens, *merges])
+    writer.add_token_list(tokens)
+    writer.add_token_types([int(kind) for kind in types])
+    writer.add_token_merges(merges)
+    return vocab
+
+
+def _require_text(texts: list[str]) -> None:
+    """Raises TypeError or ValueError (half of a surrogate pair) now, and not when the file is written."""
+    "".join(texts).encode()
 
 
 def _pre_tokenizer(file: Path, parsed: Mapping[str, Any]) -> str:
@@ -342,20 +283,11 @@ def _pre_tokenizer(file: Path, parsed: Mapping[str, Any]) -> str:
     )
 
 
-def _named(
-    folder: Path, config: Mapping[str, Any], key: str, vocab: Mapping[str, int], otherwise: str | None = None
-) -> int:
-    token = config.get(key) or otherwise
-    content = str(token["content"] if isinstance(token, dict) else token)
+def _named(folder: Path, key: str, token: Any, vocab: Mapping[str, int]) -> int:
+    content = token["content"] if isinstance(token, dict) else token
     if content not in vocab:
         raise InputError(
             f"{folder}: {key} would be {content!r}, which the vocabulary does not have; name one that it has as {key} "
             "in tokenizer_config.json"
         )
     return vocab[content]
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> Any:
-    """One template, or several as [{"name", "template"}]; newer directories keep theirs in a file of its own."""
-    file = folder / "chat_template.jinja"
-    return file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")

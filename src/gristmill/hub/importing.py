@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from gristmill import artifact
-from gristmill.artifact import MANIFEST, Artifact, Built
+from gristmill.artifact import Artifact, Built
 from gristmill.errors import Failure, InputError
 from gristmill.hub.checkpoint import CONFIG, TOKENIZER
-from gristmill.hub.folder import DOCUMENTS, GENERATION, LICENSES
-from gristmill.hub.published import CONFIG_JSON, GENERATION_JSON, read_json, read_published
+from gristmill.hub.folder import CARD, DOCUMENTS, GENERATION, PULLED, papers
+from gristmill.hub.published import CONFIG_JSON, GENERATION_JSON, model_type_of, read_published
+from gristmill.hub.settings import read_json
 from gristmill.hub.tensors import INDEX, Weight, Weights, write_weights
 from gristmill.model import ModelConfig
 from gristmill.progress import bar, console
@@ -34,17 +36,8 @@ from gristmill.tokenizer.gpt4 import write_gpt4
 
 FORMAT = 1
 DBRX_VOCAB_SIZE = 100_352  # GPT-4's table and DBRX's special tokens, rounded up
-PULLED = "pulled.json"  # what `gristmill pull` says of the directory that it fetched
-SETTINGS = (
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "repetition_penalty",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
+# What is read beside the weights.
+READ = (CONFIG_JSON, INDEX, GENERATION_JSON, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def import_model(src: Path, out: Path) -> Artifact:
@@ -62,24 +55,32 @@ def import_model(src: Path, out: Path) -> Artifact:
         if known:
             check_files(src, known)  # a damaged file says more than what its damage looks like
         raise
-    if not any(name.endswith(".safetensors") for name in known):
-        console.print(
-            "  no checksums came with these weights: damage inside them shows only as NaN, infinity or a wrong header"
-        )
     num_bytes = sum(weight.nbytes for weight in weights.values())
-    source = describe_source(src, check_files(src, known))
-    inputs = {"export": artifact.load(src)} if (src / MANIFEST).is_file() else {}  # it tells its origin itself
     with artifact.building(out, num_bytes) as folder:
         (folder / CONFIG).write_bytes(artifact.canonical(asdict(cfg)))
+        import_tokenizer(src, cfg, folder / TOKENIZER)
+        import_settings(src, folder)
+        for paper in papers(src):
+            (folder / DOCUMENTS).mkdir(exist_ok=True)
+            shutil.copyfile(paper, folder / DOCUMENTS / paper.name)
+        hashes = check_files(src, known)
+        if not any(name.endswith(".safetensors") for name in known):
+            console.print(
+                "  no checksums came with these weights: damage inside them shows only as NaN, infinity or a bad header"
+            )
         with bar("converting", num_bytes) as advance:
             write_weights(folder, finite(weights), advance=advance)
-        import_tokenizer(src, cfg, folder / TOKENIZER)
-        import_documents(src, folder)
+        ours = artifact.load_ours(src)  # a directory that we exported tells its origin itself
+        source = describe_source(src, hashes)
         config = {"model": asdict(cfg)}
-        key = artifact.stage_key("model", FORMAT, config, {"source": source["fingerprint"]})
-        sources = {} if inputs else {source["name"]: source}
-        built = Built(metrics={"weight_bytes": num_bytes}, sources=sources)
-        artifact.commit(folder, kind="model", key=key, config=config, inputs=inputs, built=built)
+        artifact.commit(
+            folder,
+            kind="model",
+            key=artifact.stage_key("model", FORMAT, config, {"source": source["fingerprint"]}),
+            config=config,
+            inputs={"export": ours} if ours else {},
+            built=Built(metrics={"weight_bytes": num_bytes}, sources={} if ours else {source["name"]: source}),
+        )
     return artifact.load(out)
 
 
@@ -87,8 +88,8 @@ def import_model(src: Path, out: Path) -> Artifact:
 
 
 def check_files(src: Path, known: Mapping[str, str]) -> dict[str, str]:
-    """The SHA-256 of each file of the model. Raises Failure for one that differs from the hash that came with it."""
-    files = [file for file in (src / CONFIG_JSON, src / INDEX, *sorted(src.glob("*.safetensors"))) if file.is_file()]
+    """The SHA-256 of each file that is read. Raises Failure for one that differs from the hash that came with it."""
+    files = [file for file in (*(src / name for name in READ), *sorted(src.glob("*.safetensors"))) if file.is_file()]
     hashes: dict[str, str] = {}
     with bar("checking", sum(file.stat().st_size for file in files)) as advance:
         for file in files:
@@ -105,11 +106,10 @@ def check_files(src: Path, known: Mapping[str, str]) -> dict[str, str]:
 def describe_source(src: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
     """What the manifest says of where the model came from."""
     pulled = read_json(src / PULLED) or {}
-    license = str(pulled.get("license") or card_license(src) or "unknown")
     return {
         "name": str(pulled.get("repository") or src.resolve().name),
         "revision": pulled.get("commit"),
-        "license": license,
+        **(card_license(src) or {"license": str(pulled.get("license") or "unknown")}),
         "licenses": {},
         "fingerprint": artifact.content_hash({name: {"sha256": digest} for name, digest in hashes.items()}),
     }
@@ -118,10 +118,10 @@ def describe_source(src: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
 def known_hashes(src: Path) -> dict[str, str]:
     """File name -> SHA-256: from our own manifest, the hub client's notes, or the hub cache's file names."""
     known: dict[str, str] = {}
-    if (src / MANIFEST).is_file():
-        known |= {name: entry["sha256"] for name, entry in artifact.load(src).manifest["files"].items()}
+    if ours := artifact.load_ours(src):
+        known |= {name: entry["sha256"] for name, entry in ours.manifest["files"].items()}
     for note in (src / ".cache/huggingface/download").glob("*.metadata"):
-        lines = note.read_text(errors="replace").splitlines()
+        lines = note.read_text(errors="replace").splitlines() if note.is_file() else []
         if len(lines) > 1 and is_sha256(lines[1]):  # the commit, then the file's tag: SHA-256 where Git LFS keeps it
             known[note.name.removesuffix(".metadata")] = lines[1]
     for file in src.glob("*.safetensors"):
@@ -145,14 +145,21 @@ def _load_finite(name: str, weight: Weight) -> Tensor:
     return tensor
 
 
-def card_license(src: Path) -> str | None:
-    """The license that the card's front matter names."""
-    card = src / "README.md"
+def card_license(src: Path) -> dict[str, str] | None:
+    """`license`, and `license_name` where the hub knows it as "other", from the card's front matter."""
+    card = src / CARD
     if not card.is_file():
         return None
     head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    said = dict(re.findall(r"^(license|license_name):\s*([\w.+-]+)\s*$", head[1], re.MULTILINE)) if head else {}
-    return said.get("license_name") or said.get("license")
+    try:
+        said = yaml.safe_load(head[1]) if head else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    if not isinstance(said, dict) or not said.get("license"):
+        return None
+    given = said["license"]
+    license = " AND ".join(map(str, given)) if isinstance(given, list) else str(given)
+    return {"license": license} | ({"license_name": str(said["license_name"])} if said.get("license_name") else {})
 
 
 # ---- what comes with the weights -----------------------------------------------------------------------
@@ -163,41 +170,51 @@ def import_tokenizer(src: Path, cfg: ModelConfig, out: Path) -> None:
 
     The original DBRX came with a wrapper in Python, which is not run: its vocabulary is GPT-4's, and is made from that.
     """
-    config = read_json(src / "tokenizer_config.json") or {}
-    template = chat_template(src, config)
-    prompt = published_system_prompt(template) if template else None
     if (src / "tokenizer.json").is_file():
-        Tokenizer.load(src)  # refuses what is not one
-        out.mkdir()
-        shutil.copyfile(src / "tokenizer.json", out / "tokenizer.json")
-        kept = {key: value for key, value in config.items() if key not in ("auto_map", "added_tokens_decoder")}
-        if "auto_map" in config or "tokenizer_class" not in config:
-            kept["tokenizer_class"] = "PreTrainedTokenizerFast"
-        kept |= {"chat_template": template} if template else {}
-        kept |= {"default_system_prompt": prompt} if prompt else {}
-        (out / "tokenizer_config.json").write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
-    elif cfg.vocab_size == DBRX_VOCAB_SIZE:
-        out.mkdir()
-        try:
-            write_gpt4(out, default_system_prompt=prompt)
-        except InputError as problem:
-            out.rmdir()
-            console.print(f"  no tokenizer: {problem}", markup=False)
-    else:
+        copy_tokenizer(src, cfg, out)
+        return
+    has_another = any((src / name).is_file() for name in ("vocab.json", "tokenizer.model"))
+    if model_type_of(cfg) != "dbrx" or cfg.vocab_size != DBRX_VOCAB_SIZE or has_another:
         console.print(f"  {src} has no tokenizer.json: the model is imported without a tokenizer", markup=False)
+        return
+    template = chat_template(src)
+    out.mkdir()
+    try:
+        write_gpt4(out, default_system_prompt=published_system_prompt(template) if template else None)
+    except InputError as problem:
+        out.rmdir()
+        console.print(f"  no tokenizer: {problem}", markup=False)
 
 
-def chat_template(src: Path, config: Mapping[str, Any]) -> str | None:
+def copy_tokenizer(src: Path, cfg: ModelConfig, out: Path) -> None:
+    """tokenizer.json, and its settings without anything that would run; a wrong one raises Failure or InputError."""
+    size = Tokenizer.load(src).vocab_size
+    if size > (cfg.vocab_size or 0):
+        raise InputError(f"{src / 'tokenizer.json'} has ids up to {size - 1}, and the model {cfg.vocab_size} rows")
+    config, template = read_json(src / "tokenizer_config.json") or {}, chat_template(src)
+    kept = {key: value for key, value in config.items() if key not in ("auto_map", "added_tokens_decoder")}
+    if "auto_map" in config or "tokenizer_class" not in config:
+        kept["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if template:
+        kept["chat_template"] = template
+        if prompt := published_system_prompt(template):
+            kept["default_system_prompt"] = prompt
+    out.mkdir(exist_ok=True)
+    shutil.copyfile(src / "tokenizer.json", out / "tokenizer.json")
+    (out / "tokenizer_config.json").write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+
+
+def chat_template(src: Path) -> str | None:
     file = src / "chat_template.jinja"
-    given = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    if file.is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    given = (read_json(src / "tokenizer_config.json") or {}).get("chat_template")
     return given if isinstance(given, str) else None
 
 
-def import_documents(src: Path, out: Path) -> None:
+def import_settings(src: Path, out: Path) -> None:
+    """The published settings for generation; what is not applied here is kept too, so that it can be said."""
     published = read_json(src / GENERATION_JSON) or {}
-    if kept := {key: published[key] for key in SETTINGS if published.get(key) is not None}:
-        (out / GENERATION).write_bytes(artifact.canonical(kept))
-    documents = [file for pattern in (*LICENSES, "README.md") for file in src.glob(pattern) if file.is_file()]
-    for file in documents:
-        (out / DOCUMENTS).mkdir(exist_ok=True)
-        shutil.copyfile(file, out / DOCUMENTS / file.name)
+    kept = {key: value for key, value in published.items() if key != "transformers_version" and key[:1] != "_"}
+    if kept:
+        (out / GENERATION).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")

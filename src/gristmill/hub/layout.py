@@ -1,7 +1,7 @@
-"""A published layout as a table: which published tensors, one below the other, are one of ours.
+"""A published layout as a table: which published tensors, one after the other, are one of ours.
 
-Our tensor, seen as rows of its last dimension, is the pieces' rows in order: q, k and v projections are the rows of
-Wqkv, one expert's matrix is a slice of the stacked ones. A piece may be published transposed.
+The elements of our tensor are the pieces' elements in order: q, k and v projections are the rows of Wqkv, one expert's
+matrix is a slice of the stacked ones. A piece may be published transposed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +17,19 @@ from gristmill.model import ModelConfig, Transformer
 
 
 class Piece(NamedTuple):
-    """`shape` as published."""
+    """`shape` as published. `transposed`: the last two dimensions are swapped against ours."""
 
     name: str
     shape: tuple[int, ...]
     transposed: bool = False
+
+    def of(self, ours: Tensor, start: int) -> Tensor:
+        """A view, in the published shape, of those elements of ours that begin with number `start`."""
+        elements = ours.reshape(-1)[start : start + torch.Size(self.shape).numel()]
+        if not self.transposed:
+            return elements.view(self.shape)
+        *outer, rows, columns = self.shape
+        return elements.view(*outer, columns, rows).mT
 
 
 Layout: TypeAlias = Mapping[str, Sequence[Piece]]  # our name -> its pieces
@@ -50,9 +58,8 @@ def to_published(layout: Layout, ours: Weights) -> Weights:
         load = partial(last, weight.load)
         start = 0
         for piece in layout[name]:
-            rows = piece.shape[1] if piece.transposed else torch.Size(piece.shape[:-1]).numel()
-            pieces[piece.name] = Weight(piece.shape, weight.dtype, partial(_cut, load, piece, start, rows))
-            start += rows
+            pieces[piece.name] = Weight(piece.shape, weight.dtype, partial(_cut, load, piece, start))
+            start += torch.Size(piece.shape).numel()
     return pieces
 
 
@@ -66,22 +73,17 @@ def _joined(shape: tuple[int, ...], pieces: Sequence[Piece], published: Weights)
         if len(pieces) == 1 and not pieces[0].transposed:
             return parts[0].load().view(shape)
         whole = torch.empty(shape, dtype=dtype)
-        rows = whole.view(-1, shape[-1])
         start = 0
         for piece, part in zip(pieces, parts, strict=True):
-            tensor = part.load()
-            block = tensor.T if piece.transposed else tensor.view(-1, shape[-1])
-            rows[start : start + len(block)] = block
-            start += len(block)
+            piece.of(whole, start).copy_(part.load())
+            start += torch.Size(piece.shape).numel()
         return whole
 
     return Weight(shape, dtype, load)
 
 
-def _cut(load: Callable[[], Tensor], piece: Piece, start: int, rows: int) -> Tensor:
-    whole = load()
-    block = whole.view(-1, whole.shape[-1])[start : start + rows]
-    return block.T if piece.transposed else block.view(piece.shape)
+def _cut(load: Callable[[], Tensor], piece: Piece, start: int) -> Tensor:
+    return piece.of(load(), start)
 
 
 class _Last:

@@ -3,14 +3,15 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from gristmill.errors import Failure, InputError
+from gristmill.errors import InputError
 from gristmill.hub import dbrx, qwen3_moe
 from gristmill.hub.layout import Layout, as_one_expert, from_published, to_published
-from gristmill.hub.settings import SpecialIds
+from gristmill.hub.settings import SpecialIds, read_json
 from gristmill.hub.tensors import MAX_SHARD_BYTES, Weights, open_weights, write_weights
 from gristmill.model import ModelConfig
 
@@ -35,24 +36,15 @@ def read_published(folder: Path) -> tuple[ModelConfig, Weights]:
         raise InputError(
             f"{folder / CONFIG_JSON} says model_type={model_type!r}; the known layouts are {', '.join(MODEL_TYPES)}"
         )
-    cfg = dbrx.from_json(config) if model_type == "dbrx" else qwen3_moe.from_json(config)
+    cfg = module_of(model_type).from_json(config)
     published = open_weights(folder)
+    if cfg.n_layers > len(published):
+        raise InputError(
+            f"config.json says {cfg.n_layers:,} layers, and the weights are {len(published):,} tensors in all"
+        )
     if cfg.tie_word_embeddings:
         published = _without_copy_of_embedding(published)
     return cfg, from_published(cfg, layout_of(cfg), published)
-
-
-def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None when there is no file. Raises Failure when it holds something else."""
-    try:
-        parsed = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, RecursionError) as problem:
-        raise Failure(f"{file} is not JSON: {problem}") from None
-    if not isinstance(parsed, dict):
-        raise Failure(f"{file} is damaged: it holds no JSON object")
-    return parsed
 
 
 def _without_copy_of_embedding(published: Weights) -> Weights:
@@ -91,20 +83,20 @@ def write_published(
     published = to_published(layout_of(cfg), weights)
     if dtype is not None:
         published = {name: weight.to(dtype) for name, weight in published.items()}
-    config = config_of(cfg, ids, dtype or main_dtype(published))
+    config = module_of(model_type_of(cfg)).to_json(cfg, ids, dtype or main_dtype(published))
     _write_json(folder / CONFIG_JSON, config)
-    settings = {**(generation or {}), **(ids.for_generation() if ids else {})}
-    if settings:
+    if settings := ids.for_generation(generation or {}) if ids else generation:
         _write_json(folder / GENERATION_JSON, settings)
     write_weights(folder, published, max_shard_bytes, advance)
 
 
+def module_of(model_type: str) -> ModuleType:
+    """What knows a layout: `from_json`, `to_json`, `layout`."""
+    return {"dbrx": dbrx, "qwen3_moe": qwen3_moe}[model_type]
+
+
 def layout_of(cfg: ModelConfig) -> Layout:
-    return dbrx.layout(cfg) if model_type_of(cfg) == "dbrx" else qwen3_moe.layout(cfg)
-
-
-def config_of(cfg: ModelConfig, ids: SpecialIds | None, dtype: torch.dtype) -> dict[str, Any]:
-    return dbrx.to_json(cfg, ids, dtype) if model_type_of(cfg) == "dbrx" else qwen3_moe.to_json(cfg, ids, dtype)
+    return module_of(model_type_of(cfg)).layout(cfg)
 
 
 def model_type_of(cfg: ModelConfig) -> str:

@@ -1,66 +1,65 @@
-"""Pull a published model from the hub: only the files that an import reads, resumed at the byte, each one hashed.
+"""Pull a published model from the hub: what an import reads and the license, resumed at the byte, each file hashed.
 
 huggingface_hub finds the repository, signs in, and speaks both transfers: Xet, where the hub keeps a file there, and
 HTTP. The files are written here, because the client (2.4) begins an interrupted file again and compares sizes alone.
-Beside them lies the client's own record, `.cache/huggingface/download/NAME.metadata` (commit, ETag), so that
-`hf download --local-dir` and an import know each file. Nothing is executed: no Python file and no pickle is fetched.
+Beside them lies the client's own record, `.cache/huggingface/download/NAME.metadata` (commit, ETag, time), so that
+`hf download --local-dir` and an import know each file; a fourth line of ours says which file was hashed (`_stamp`).
+Nothing is executed: no Python file and no pickle is fetched.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-
-from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, get_token, hf_hub_url
-from huggingface_hub import utils as client
-from huggingface_hub._local_folder import read_download_metadata, write_download_metadata
-from huggingface_hub.hf_api import RepoSibling
-from huggingface_hub.utils import _xet as xet
-from huggingface_hub.utils._runtime import is_xet_available
+from typing import Any, BinaryIO
 
 from gristmill.artifact import canonical, sync, write_atomically
 from gristmill.errors import Failure, InputError
+from gristmill.hub.folder import CARD, LICENSES, PULLED
+from gristmill.hub.importing import READ
+from gristmill.hub.published import CONFIG_JSON, MODEL_TYPES
+from gristmill.hub.settings import read_json
+from gristmill.hub.tensors import INDEX, PICKLES, SINGLE
 from gristmill.progress import bar, console
 
-RECORD = "pulled.json"  # written last: a directory without it is not complete
-LAYOUTS = ("dbrx", "qwen3_moe")
-CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
-NEEDED = re.compile(
-    r"config\.json|generation_config\.json|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json"
-    r"|added_tokens\.json|chat_template\.jinja|vocab\.json|merges\.txt|README\.md"
-    r"|(?i:(LICEN[CS]E|NOTICE|USE_POLICY)[\w-]*(\.(txt|md|rst|pdf))?)"
-)
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+try:  # parts of it are not public, and each minor version moves some
+    from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, get_token, hf_hub_url
+    from huggingface_hub import utils as client
+    from huggingface_hub.hf_api import RepoSibling
+    from huggingface_hub.utils import _xet as xet
+    from huggingface_hub.utils._runtime import is_xet_available
+except ImportError as problem:
+    raise InputError(
+        f"pull works with huggingface-hub 2.4, and what is installed differs ({problem}); "
+        "pip install 'huggingface-hub>=2.4,<2.5'"
+    ) from None
+
+PAPER_SUFFIX = re.compile(r"^[^.]*$|\.(txt|md|rst|pdf)$", re.IGNORECASE)  # no LICENSE.py
 WORKERS = 4  # files at a time; Xet fetches many pieces of each at once by itself
 CHUNK_BYTES = 1 << 20
 WAITS_S = (1.0, 2.0, 4.0, 8.0, 8.0)  # before trying again; the first of them again once bytes have arrived
 LONGEST_WAIT_S = 300.0  # the hub counts its rate limit over five minutes
 TRANSIENT = (408, 429, 500, 502, 503, 504)
-T = TypeVar("T")
+_say = partial(console.print, markup=False)  # names come from the hub: their brackets are no markup
+SHA256 = 64  # digits
 
 
 @dataclass(frozen=True, kw_only=True)
 class _File:
-    """`etag`: SHA-256 of a file in large-file storage (`large`), else git's blob id."""
+    """`etag`: SHA-256 of a file in large-file storage, else git's blob id (SHA-1)."""
 
     name: str
     num_bytes: int
     etag: str
-    large: bool
-
-    def new_digest(self) -> "hashlib._Hash":
-        blob = b"blob %d\0" % self.num_bytes
-        return hashlib.sha256() if self.large else hashlib.sha1(blob, usedforsecurity=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,40 +77,35 @@ def pull(repository: str, revision: str | None = None, out: Path | None = None) 
 
     What an interrupted pull left is continued; what stands is not fetched again. The endpoint and the token are
     huggingface_hub's: HF_ENDPOINT, HF_TOKEN or `hf auth login`. Raises InputError where the name, the revision or the
-    kind of repository is wrong, Failure where the hub, the network, the disk or the right to read is in the way.
+    kind of repository is wrong, Failure where the hub, the network, the room or the right to read is in the way, and
+    OSError where the disk is; what has arrived is kept.
     """
-    _check_name(repository)
     with _explained(repository, revision or "main"):
+        client.validate_repo_id(repository if "/" in repository else "")
         model = _look_up(repository, revision)
         source = _Source(model)
         files = _needed(model, source)
         out = out or Path("models") / model.name.replace("/", "--")
         with _locked(out):
-            _check_owner(out, model)
+            owner = (read_json(out / PULLED) or {}).get("repository", model.name)
+            if owner != model.name:
+                raise InputError(f"{out} holds {owner}; choose another --out for {model.name}")
             wanted = [file for file in files if not _stands(out, file, model)]
             num_bytes = sum(file.num_bytes - _arrived(out, file) for file in wanted)
             origin = f"{model.name} at {model.sha[:12]} (license: {model.license or 'none named'})"
-            console.print(f"{origin}: {len(files)} files, {_gb(num_bytes)} to fetch into {out}")
-            _check_room(out, model, num_bytes)
+            _say(f"{origin}: {len(files)} files, {_gb(num_bytes)} to fetch into {out}")
+            if num_bytes > (free := shutil.disk_usage(out).free):
+                lack = f"{model.name} needs {_gb(num_bytes)} more, {out} has {_gb(free)} free"
+                raise Failure(f"{lack}; free some room or choose --out on a larger disk")
             if wanted:
-                (out / RECORD).unlink(missing_ok=True)
+                (out / PULLED).unlink(missing_ok=True)  # without it the directory is not complete
             source.fetch(wanted, out, num_bytes)
             record = {"repository": model.name, "revision": revision or "main", "commit": model.sha}
-            write_atomically(out / RECORD, canonical(record | {"license": model.license}))
+            write_atomically(out / PULLED, canonical(record | {"license": model.license}))
     return out
 
 
 # ---- what to fetch -------------------------------------------------------------------------------------
-
-
-def _check_name(repository: str) -> None:
-    try:
-        client.validate_repo_id(repository)
-        if "/" not in repository:
-            raise errors.HFValidationError
-    except errors.HFValidationError:
-        given = f"{repository!r} is no repository"
-        raise InputError(f"{given}: give ORG/NAME, the two parts after {constants.ENDPOINT}/") from None
 
 
 def _look_up(repository: str, revision: str | None) -> _Model:
@@ -125,33 +119,36 @@ def _look_up(repository: str, revision: str | None) -> _Model:
     except (json.JSONDecodeError, KeyError, TypeError):
         raise Failure(f"{constants.ENDPOINT} does not answer as a hub does; check HF_ENDPOINT and the proxy") from None
     if info.id.lower() != repository.lower():
-        console.print(f"{repository} has been renamed to {info.id}: pulling that; use the new name from now on")
+        _say(f"{repository} has been renamed to {info.id}: pulling that; use the new name from now on")
     card: Any = info.card_data or {}
     license = card.get("license")
     if license == "other":
         license = card.get("license_name", license)
+    if license is not None:
+        license = ", ".join(map(str, license)) if isinstance(license, list) else str(license)
     return _Model(name=info.id, sha=info.sha, license=license, files=files)
 
 
 def _file(entry: RepoSibling) -> _File:
     """Raises KeyError where the hub does not say size and hash; the hash becomes part of a path."""
     num_bytes, etag = (entry.lfs.size, entry.lfs.sha256) if entry.lfs else (entry.size, entry.blob_id)
-    if num_bytes is None or etag is None or not re.fullmatch(r"[0-9a-f]{40,64}", etag):
+    if num_bytes is None or etag is None or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", etag):
         raise KeyError(entry.rfilename)
-    return _File(name=entry.rfilename, num_bytes=num_bytes, etag=etag, large=entry.lfs is not None)
+    return _File(name=entry.rfilename, num_bytes=num_bytes, etag=etag)
 
 
 def _needed(model: _Model, source: "_Source") -> list[_File]:
     """The files to have, small ones first. Refuses what an import cannot read before any weight is fetched."""
-    if CONFIG not in model.files:
-        raise InputError(f"{model.name} holds no {CONFIG}: it is not a model in the transformers layout")
-    kind = source.read_json(model.files[CONFIG]).get("model_type")
-    if kind not in LAYOUTS:
-        what = f"{model.name} is of model_type {kind!r}, an import reads {' and '.join(LAYOUTS)}"
+    if CONFIG_JSON not in model.files:
+        raise InputError(f"{model.name} holds no {CONFIG_JSON}: it is not a model in the transformers layout")
+    kind = source.read_json(model.files[CONFIG_JSON]).get("model_type")
+    if kind not in MODEL_TYPES:
+        what = f"{model.name} is of model_type {kind!r}, an import reads {' and '.join(MODEL_TYPES)}"
         raise InputError(f"{what}; choose such a model (no weights were fetched)")
     weights = _weights(model, source)
-    small = [file for name, file in sorted(model.files.items()) if NEEDED.fullmatch(name)]
-    return small + [model.files[name] for name in weights]
+    papers = {name for name in model.files if re.fullmatch(LICENSES, name) and PAPER_SUFFIX.search(name)}
+    small = sorted(papers | {CARD, *READ} & model.files.keys())
+    return [model.files[name] for name in (*small, *weights)]
 
 
 def _weights(model: _Model, source: "_Source") -> list[str]:
@@ -162,14 +159,14 @@ def _weights(model: _Model, source: "_Source") -> list[str]:
         if absent or not names:
             what = f"names {absent[0]}, which is not there" if absent else "names no weights"
             raise InputError(f"{INDEX} of {model.name} {what}; choose another revision or copy")
-        return [INDEX, *names]
-    if WEIGHTS in model.files:
-        return [WEIGHTS]
+        return names
+    if SINGLE in model.files:
+        return [SINGLE]
     pickle = next((name for name in sorted(model.files) if name.endswith(PICKLES)), None)
     if pickle:
         what = f"{model.name} keeps its weights in pickles ({pickle}), which can execute code when they are read"
         raise InputError(f"{what}; choose a revision or copy with safetensors")
-    raise InputError(f"{model.name} holds no weights: neither {WEIGHTS} nor {INDEX}; choose a repository that does")
+    raise InputError(f"{model.name} holds no weights: neither {SINGLE} nor {INDEX}; choose a repository that does")
 
 
 # ---- the directory -------------------------------------------------------------------------------------
@@ -204,64 +201,63 @@ def _arrived(out: Path, file: _File) -> int:
 
 
 def _stands(out: Path, file: _File, model: _Model) -> bool:
-    """Is the file here as the hub has it? By the client's record, or else by its hash.
+    """Is the file here as the hub has it? By its hash, which is not taken again of the very file that was hashed.
 
-    Raises InputError for a file of that name that came from elsewhere: it is not ours to replace.
+    Raises InputError for one that did not come from here, or was edited since: it is not ours to replace. Weights
+    that have changed are damaged and are fetched again.
     """
     path = out / file.name
     if not path.exists():
         return False
-    same = path.stat().st_size == file.num_bytes
-    known = read_download_metadata(out, file.name)  # None where the file was written after its record, or has none
-    if known is not None:
-        same = same and known.etag == file.etag
-    elif same:
-        same = _hash_of(path, file) == file.etag
-    if same:
-        write_download_metadata(out, file.name, model.sha, file.etag)
-    elif not (_cache(out) / f"{file.name}.metadata").exists():
-        raise InputError(f"{path} is not the file of {model.name} and would be replaced; choose another --out")
-    return same
+    note = _cache(out) / f"{file.name}.metadata"
+    lines = note.read_text(errors="replace").splitlines() if note.exists() else []
+    known, known_stamp = [*lines, *[""] * 4][1:4:2]
+    here, stamp = {known}, _stamp(path)
+    if stamp != known_stamp:
+        lengths = {len(file.etag), len(known or file.etag)} if path.is_file() else ()
+        here = {_etag_of(path, length) for length in lengths}
+    if file.etag in here:
+        _record(out, file, model, stamp)
+        return True
+    if known not in here:
+        if not (known and file.name.endswith(".safetensors")):
+            what = f"{path} is not the file of {model.name}, or was edited here, and would be replaced"
+            raise InputError(f"{what}; move it away or choose another --out")
+        _say(f"{path} has changed since it was pulled: fetching it again")
+    return False
 
 
-def _hash_of(path: Path, file: _File) -> str:
-    digest = file.new_digest()
-    with path.open("rb") as data, bar(f"check {file.name}", file.num_bytes) as advance:
+def _record(out: Path, file: _File, model: _Model, stamp: str) -> None:
+    note = f"{model.sha}\n{file.etag}\n{time.time()}\n{stamp}\n"
+    write_atomically(_cache(out) / f"{file.name}.metadata", note.encode())
+
+
+def _stamp(path: Path) -> str:
+    """Changes with the file: the time of an inode's last change cannot be set back as mtime can."""
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+
+def _etag_of(path: Path, length: int) -> str:
+    num_bytes = path.stat().st_size
+    digest = _new_digest(length, num_bytes)
+    with path.open("rb") as data, bar(f"check {path.name}", num_bytes) as advance:
         while chunk := data.read(CHUNK_BYTES):
             digest.update(chunk)
             advance(len(chunk))
     return digest.hexdigest()
 
 
+def _new_digest(length: int, num_bytes: int) -> "hashlib._Hash":
+    """For an ETag of so many digits."""
+    return hashlib.sha256() if length == SHA256 else hashlib.sha1(b"blob %d\0" % num_bytes, usedforsecurity=False)
+
+
 def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 5e7 else f"{num_bytes / 1e6:,.1f} MB"
 
 
-def _check_room(out: Path, model: _Model, num_bytes: int) -> None:
-    free = shutil.disk_usage(out).free
-    if num_bytes > free:
-        lack = f"{model.name} needs {_gb(num_bytes)} more, {out} has {_gb(free)} free"
-        raise Failure(f"{lack}; free some room or choose --out on a larger disk")
-
-
-def _check_owner(out: Path, model: _Model) -> None:
-    try:
-        owner = json.loads((out / RECORD).read_bytes())["repository"]
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return
-    if owner != model.name:
-        raise InputError(f"{out} holds {owner}; choose another --out for {model.name}")
-
-
 # ---- the transfer --------------------------------------------------------------------------------------
-
-
-class _Broken(Exception):
-    """The bytes stopped before the end of the file; what has arrived is good."""
-
-
-class _Stopped(Exception):
-    """Another file failed, or the user pressed Ctrl-C."""
 
 
 class _Source:
@@ -286,7 +282,7 @@ class _Source:
 
             def advance(amount: float) -> None:
                 if self.stop.is_set():
-                    raise _Stopped
+                    raise CancelledError
                 count(amount)
 
             jobs = [pool.submit(self._fetch, file, out, advance) for file in files]
@@ -301,36 +297,29 @@ class _Source:
 
     def _fetch(self, file: _File, out: Path, advance: Callable[[float], None]) -> None:
         path = _incomplete(out, file)
-        try:
-            with path.open("a+b") as sink:
-                if sink.tell() > file.num_bytes:
-                    sink.truncate(0)
-                digest = self._append(file, sink, advance)
-            if digest != file.etag:
-                path.unlink()
-                what = f"{file.name} of {self.model.name} arrived damaged: its {'SHA-256' if file.large else 'hash'}"
-                raise Failure(f"{what} is not what the hub says; run the same command: it alone is fetched again")
-            sync(path)
-        except OSError as problem:
-            if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise Failure(
-                f"the disk of {out} filled up at {_gb(_arrived(out, file))} of {file.name} ({_gb(file.num_bytes)}); "
-                "free some room, then run the same command: what has arrived is kept"
-            ) from None
+        with path.open("a+b") as sink:
+            if sink.tell() > file.num_bytes:
+                sink.truncate(0)
+            digest = self._append(file, sink, advance)
+        if digest != file.etag:
+            path.unlink()
+            kind = "SHA-256" if len(file.etag) == SHA256 else "hash"
+            what = f"{file.name} of {self.model.name} arrived damaged: its {kind} is not what the hub says"
+            raise Failure(f"{what}; run the same command: it alone is fetched again")
+        sync(path)
         path.replace(out / file.name)
-        write_download_metadata(out, file.name, self.model.sha, file.etag)
+        _record(out, file, self.model, _stamp(out / file.name))
         for left_over in _cache(out).glob(f"{file.name}.*.incomplete"):
             left_over.unlink()  # of another commit
 
     def _append(self, file: _File, sink: BinaryIO, advance: Callable[[float], None]) -> str:
         """Bring the file to its full size; returns the hash of all of it."""
-        digest, arrived = file.new_digest(), sink.tell()
+        digest, arrived = _new_digest(len(file.etag), file.num_bytes), sink.tell()
         sink.seek(0)
         while sink.tell() < arrived:
             digest.update(sink.read(CHUNK_BYTES))
             advance(0)
-        patience = _Patience(self.stop)
+        waits = list(WAITS_S)
         while arrived < file.num_bytes:
             try:
                 for chunk in self._chunks(file, arrived):
@@ -338,17 +327,17 @@ class _Source:
                     digest.update(chunk)
                     arrived += len(chunk)
                     advance(len(chunk))
-                    patience.renew()
+                    waits = list(WAITS_S)
                     if arrived > file.num_bytes:
                         break  # its hash will say so
                 if arrived < file.num_bytes:
-                    raise _Broken(f"{file.name} ended at {arrived:,} of {file.num_bytes:,} bytes")
-            except (_Broken, errors.HfHubHTTPError, client.httpx.TransportError) as problem:
-                patience.after(problem)
+                    raise client.httpx.ReadError(f"{file.name} ended at {arrived:,} of {file.num_bytes:,} bytes")
+            except (errors.HfHubHTTPError, client.httpx.TransportError) as problem:
+                _wait(problem, waits, self.stop)
         return digest.hexdigest()
 
     def _chunks(self, file: _File, start: int) -> Iterator[bytes]:
-        if file.large and self.use_xet:
+        if len(file.etag) == SHA256 and self.use_xet:
             url = hf_hub_url(self.model.name, file.name, revision=self.model.sha)
             known = get_hf_file_metadata(url, headers=self.headers, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             if known.xet_file_data is not None:
@@ -390,43 +379,33 @@ class _Source:
                 raise ConnectionError("the stream ended early")
         except Exception as problem:  # of any class: ConnectionError, RuntimeError, ValueError
             if self.use_xet and not self.stop.is_set():
-                console.print(f"  Xet storage fails ({_reason(problem)}): going on over plain HTTP")
+                _say(f"  Xet storage fails ({_reason(problem)}): going on over plain HTTP")
             self.use_xet = False
-            raise _Broken(_reason(problem)) from None
+            raise client.httpx.ReadError(_reason(problem)) from None
 
 
-class _Patience:
-    """How often to try again, and how long to wait before. The hub's own wish goes first."""
-
-    def __init__(self, stop: threading.Event) -> None:
-        self.stop = stop
-        self.renew()
-
-    def renew(self) -> None:
-        self.waits = list(WAITS_S)
-
-    def after(self, problem: Exception) -> None:
-        """Wait, or raise the problem itself where another try is of no use."""
-        asked = _asked_wait_s(problem)
-        passing = not isinstance(problem, errors.HfHubHTTPError) or problem.response.status_code in TRANSIENT
-        if not passing or not self.waits or (asked or 0) > LONGEST_WAIT_S:
-            raise problem
-        backoff_s = self.waits.pop(0)
-        wait_s = backoff_s if asked is None else asked + 1
-        if wait_s >= 5:
-            console.print(f"  {_reason(problem)}; trying again in {wait_s:.0f} s")
-        if self.stop.wait(wait_s):
-            raise _Stopped
+def _wait(problem: Exception, waits: list[float], stop: threading.Event) -> None:
+    """Before another try, or raise the problem itself where that is of no use. The hub's own wish goes first."""
+    asked = _asked_wait_s(problem)
+    passing = not isinstance(problem, errors.HfHubHTTPError) or problem.response.status_code in TRANSIENT
+    if not passing or not waits or (asked or 0) > LONGEST_WAIT_S:
+        raise problem
+    backoff_s = waits.pop(0)
+    wait_s = backoff_s if asked is None else asked + 1
+    if wait_s >= 5:
+        _say(f"  {_reason(problem)}; trying again in {wait_s:.0f} s")
+    if stop.wait(wait_s):
+        raise CancelledError
 
 
-def _patiently(ask: Callable[[], T]) -> T:
+def _patiently(ask: Callable[[], Any]) -> Any:
     """For single questions: a busy hub is asked again, an unreachable one is not."""
-    patience = _Patience(threading.Event())
+    waits = list(WAITS_S)
     while True:
         try:
             return ask()
         except errors.HfHubHTTPError as problem:
-            patience.after(problem)
+            _wait(problem, waits, threading.Event())
 
 
 def _asked_wait_s(problem: Exception) -> float | None:
@@ -448,18 +427,17 @@ def _explained(repository: str, revision: str) -> Iterator[None]:
     """One line for each way in which the hub, the network and the right to read can fail."""
     try:
         yield
+    except errors.HFValidationError:
+        given = f"{repository!r} is no repository"
+        raise InputError(f"{given}: give ORG/NAME, the two parts after {constants.ENDPOINT}/") from None
     except errors.OfflineModeIsEnabled:
-        raise Failure(
-            f"HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so {repository} cannot be pulled; unset it, "
-            "or import a directory that is already here"
-        ) from None
+        given = f"HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so {repository} cannot be pulled"
+        raise Failure(f"{given}; unset it, or import a directory that is already here") from None
     except errors.HfHubHTTPError as problem:
         raise _refused(problem, repository, revision) from None
-    except (_Broken, client.httpx.TransportError, client.httpx.InvalidURL, client.httpx.TooManyRedirects) as problem:
-        raise Failure(
-            f"no connection to {constants.ENDPOINT} ({_reason(problem)}); check the network, the proxy and HF_ENDPOINT "
-            "and run the same command: what has arrived is kept"
-        ) from None
+    except (client.httpx.TransportError, client.httpx.InvalidURL, client.httpx.TooManyRedirects) as problem:
+        fix = "check the network, the proxy and HF_ENDPOINT and run the same command: what has arrived is kept"
+        raise Failure(f"no connection to {constants.ENDPOINT} ({_reason(problem)}); {fix}") from None
 
 
 def _refused(problem: errors.HfHubHTTPError, repository: str, revision: str) -> InputError | Failure:
@@ -475,11 +453,10 @@ def _refused(problem: errors.HfHubHTTPError, repository: str, revision: str) -> 
     if status == 401 and "invalid credentials" in (problem.server_message or "").lower():
         return Failure("the hub does not accept the token; correct or unset HF_TOKEN, or run `hf auth login`")
     if status in (401, 404):
+        what = f"{repository} is missing or private, which the hub does not tell apart; check the name at {page}, "
         hint = ", or import a copy or a local directory: the published DBRX weights were withdrawn"
-        return InputError(
-            f"{repository} is missing or private, which the hub does not tell apart; check the name at {page}, "
-            f"and if it is private {log_in}{hint if repository.lower().startswith('databricks/dbrx') else ''}"
-        )
+        hint = hint if repository.lower().startswith("databricks/dbrx") else ""
+        return InputError(f"{what}and if it is private {log_in}{hint}")
     if status == 403:
         return Failure(f"the hub does not let you read {repository} ({_reason(problem)}); choose a copy or {log_in}")
     if status == 429:

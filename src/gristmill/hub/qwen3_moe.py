@@ -10,7 +10,7 @@ import torch
 
 from gristmill.errors import InputError
 from gristmill.hub.layout import Layout, Piece
-from gristmill.hub.settings import SpecialIds, describe, require
+from gristmill.hub.settings import SpecialIds, describe, require, require_plain_rotation
 from gristmill.model import ModelConfig
 
 
@@ -88,17 +88,15 @@ def to_json(cfg: ModelConfig, ids: SpecialIds | None, dtype: torch.dtype) -> dic
 
 def from_json(config: Mapping[str, Any]) -> ModelConfig:
     """Our configuration for a published `config.json`. Raises InputError when it asks for what this model lacks."""
-    rope = config.get("rope_parameters") or {}
-    if config.get("rope_scaling"):
-        raise InputError(f"config.json says rope_scaling={config['rope_scaling']!r}; this model knows only null")
-    require(rope, "rope_type", "default")
-    require(config, "hidden_act", "silu")
-    require(config, "attention_bias", False)
-    require(config, "attention_dropout", 0)
-    require(config, "use_sliding_window", False)
-    require(config, "decoder_sparse_step", 1)
-    require(config, "mlp_only_layers", [])
     with describe("qwen3_moe"):
+        require(config, "hidden_act", "silu")
+        require(config, "attention_bias", False)
+        require(config, "attention_dropout", 0)
+        require(config, "use_sliding_window", False)
+        require(config, "decoder_sparse_step", 1)
+        require(config, "mlp_only_layers", [])
+        require_plain_rotation(config)
+        rope = config.get("rope_parameters") or {}
         head_dim, heads = config.get("head_dim"), config["num_attention_heads"]
         return ModelConfig(
             d_model=config["hidden_size"],

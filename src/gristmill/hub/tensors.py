@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gristmill.errors import Failure, InputError
+from gristmill.hub.settings import read_json
 from gristmill.model import ModelConfig, Transformer
 
 SINGLE = "model.safetensors"
@@ -46,7 +47,15 @@ class Weight:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def to(self, dtype: torch.dtype) -> "Weight":
-        return self if dtype == self.dtype else Weight(self.shape, dtype, lambda: self.load().to(dtype))
+        """Raises InputError, when it is loaded, for values that float16 cannot hold."""
+        return self if dtype == self.dtype else Weight(self.shape, dtype, lambda: _cast(self.load(), dtype))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and cast.numel() and not all(map(torch.isfinite, torch.aminmax(cast))):
+        raise InputError("the model holds values that float16 cannot; give bfloat16 or float32")
+    return cast
 
 
 Weights: TypeAlias = Mapping[str, Weight]
@@ -90,8 +99,10 @@ def _open_file(file: Path) -> Iterator[tuple[str, Weight]]:
 
 
 def _why(file: Path, problem: Exception) -> str:
-    if isinstance(problem, FileNotFoundError):
+    if not file.exists():
         return "it is named in the index and is not there"
+    if isinstance(problem, OSError):
+        return problem.strerror or str(problem)
     with file.open("rb") as start:
         is_pointer = start.read(len(LFS_POINTER)) == LFS_POINTER
     if is_pointer:
@@ -104,10 +115,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        try:
-            names = {str(name) for name in json.loads((folder / INDEX).read_text())["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise Failure(f"{folder / INDEX} is damaged: it has no weight_map; fetch or build it again") from None
+        weight_map = (read_json(folder / INDEX) or {}).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise Failure(f"{folder / INDEX} is damaged: it has no weight_map; fetch or build it again")
+        names = {str(name) for name in weight_map.values()}
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise InputError(f"{folder / INDEX} names {name!r}; weights must be .safetensors files beside it")

@@ -10,7 +10,8 @@ from typing import Any
 
 from gristmill.errors import InputError
 from gristmill.hub.folder import GENERATION
-from gristmill.hub.published import GENERATION_JSON, read_json
+from gristmill.hub.published import GENERATION_JSON
+from gristmill.hub.settings import read_json
 from gristmill.inference.sampler import Sampling
 
 OURS = Sampling(temperature=0.8, top_p=0.95)  # for a model that publishes nothing

@@ -37,6 +37,12 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
+        for name, kind in self.__annotations__.items():
+            value = getattr(self, name)
+            if value is not None and kind in (int, int | None) and type(value) is not int:
+                raise ValueError(f"{name}={value!r} must be a whole number")
+        if self.norm not in ("layer_norm", "rms_norm") or self.ffn not in ("moe", "dense"):
+            raise ValueError(f"norm={self.norm!r} must be layer_norm or rms_norm, and ffn={self.ffn!r} moe or dense")
         for name in ("d_model", "n_layers", "n_heads", "kv_n_heads", "max_seq_len", "ffn_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -51,13 +57,13 @@ class ModelConfig:
             raise ValueError(f"moe_top_k={self.moe_top_k} must be from 1 to moe_num_experts={self.moe_num_experts}")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 1")
-        if self.clip_qkv is not None and self.clip_qkv <= 0:
-            raise ValueError(f"clip_qkv={self.clip_qkv} must be positive, or null for no clipping")
+        if self.clip_qkv is not None and not 0 < self.clip_qkv < float("inf"):
+            raise ValueError(f"clip_qkv={self.clip_qkv} must be positive and finite, or null for no clipping")
         for name in ("rope_theta", "norm_eps", "initializer_range"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.moe_loss_weight < 0:
-            raise ValueError(f"moe_loss_weight={self.moe_loss_weight} must not be negative")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
+        if not 0 <= self.moe_loss_weight < float("inf"):
+            raise ValueError(f"moe_loss_weight={self.moe_loss_weight} must be finite and not negative")
         if not 0 <= self.moe_jitter_eps < 1:
             raise ValueError(f"moe_jitter_eps={self.moe_jitter_eps} must be from 0 to below 1")
 

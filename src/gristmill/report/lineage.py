@@ -72,7 +72,11 @@ def _source_lines(name: str, said: Mapping) -> list[tuple[str, str]]:  # type: i
     if "documents" in said:
         lines = [("title", name), ("detail", f"{short(said['documents'])} docs, {size(said['bytes'])}")]
     else:
-        lines = [("title", _cut(name, 18)), ("detail", "published model"), ("detail", _cut(said["license"], 20))]
+        lines = [
+            ("title", _cut(name, 18)),
+            ("detail", "published model"),
+            ("detail", _cut(said.get("license_name") or said["license"], 20)),
+        ]
     shown = ranked if len(ranked) <= 4 else ranked[:3]
     lines += [("detail", f"{_cut(license, 14)} {percent(held / total)}") for license, held in shown]
     if len(ranked) > len(shown):

@@ -21,6 +21,7 @@ from gristmill.tokenizer.layout import (
     byte_of_symbol,
 )
 
+MAX_VOCAB_SIZE = 1 << 24  # more is a damaged file
 NO_TEXT = "\N{REPLACEMENT CHARACTER}".encode()  # an id that no token has: a model may have spare rows
 
 
@@ -44,6 +45,8 @@ class Tokenizer:
         ranks = {bytes(symbols[c] for c in token): id for token, id in parsed["model"]["vocab"].items()}
         pieces = {id: token for token, id in ranks.items()} | {id: name.encode() for name, id in added.items()}
         self.vocab_size = max(pieces) + 1
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(f"an id is {self.vocab_size - 1}")
         self._bytes = [pieces.get(i, NO_TEXT) for i in range(self.vocab_size)]
         self.eot_id = added[EOT]
         self.pad_id = added.get(PAD, self.eot_id)
@@ -68,7 +71,7 @@ class Tokenizer:
             return cls(file.read_text(encoding="utf-8"), prompt)
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{path} is not a tokenizer: it has no tokenizer.json") from None
-        except (ValueError, KeyError, TypeError) as problem:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
             raise Failure(f"{file} is not a byte-level BPE with DBRX's special tokens: {problem!r}") from None
 
     def encode(self, text: str) -> list[int]:
