@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from gristmill import artifact
 from gristmill.errors import Failure, InputError
 from gristmill.hub import SpecialIds, assemble, importing, in_memory, read_published, write_published
-from gristmill.hub.export import export_model
+from gristmill.hub.export import export_gguf, export_model
 from gristmill.hub.folder import open_model
 from gristmill.hub.importing import import_model
 from gristmill.hub.tensors import INDEX, SINGLE, Weights
@@ -396,6 +396,23 @@ def test_a_flipped_bit_is_found_wherever_it_is_when_hashes_came_along(
                 import_model(folder, tmp_path / f"damaged-{folder.name}-{trial}")
             assert file.name in str(raised.value)
             file.resolve().write_bytes(good)
+
+
+def test_a_damaged_import_does_not_leave(publish: Callable[..., Path], tokenizer_dir: Path, tmp_path: Path) -> None:
+    folder = publish(shard=10**9)
+    shutil.copyfile(tokenizer_dir / "tokenizer.json", folder / "tokenizer.json")
+    ours = import_model(folder, tmp_path / "ours").path
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="lies below a file"):
+        export_gguf(ours, tmp_path / "file" / "out.gguf")
+    for name in (SINGLE, "tokenizer/tokenizer.json"):
+        good = (ours / name).read_bytes()
+        (ours / name).write_bytes(good[:-9] + b"\x01" + good[-8:])
+        for give_out in (export_model, export_gguf):
+            with pytest.raises(Failure, match=f"{name} is damaged"):
+                give_out(ours, tmp_path / "out.gguf")
+        (ours / name).write_bytes(good)
+    assert export_gguf(ours, tmp_path / "out.gguf").is_file()
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(

@@ -17,7 +17,7 @@ from gristmill.errors import Failure, InputError
 from gristmill.hub.agreement import compare, compare_tokenizers
 from gristmill.hub.card import model_card
 from gristmill.hub.folder import CARD, ModelFolder, open_model
-from gristmill.hub.importing import card_license, copy_tokenizer
+from gristmill.hub.importing import card_license, check_files, copy_tokenizer, known_hashes
 from gristmill.hub.published import model_type_of, write_published
 from gristmill.hub.settings import SpecialIds
 from gristmill.hub.tensors import MAX_SHARD_BYTES, assemble
@@ -96,6 +96,8 @@ def export_model(
     model = open_model(src)
     if layout not in (None, fitting := model_type_of(model.cfg)):
         raise InputError(f"{src} cannot leave as {layout}: its norms and attention are those of {fitting}")
+    if known := known_hashes(src):
+        check_files(src, known)
     ours = artifact.load_ours(src)
     origin = artifact.lineage(src) if ours else None
     num_bytes = sum(weight.to(dtype or weight.dtype).nbytes for weight in model.weights.values())
@@ -125,7 +127,12 @@ def export_gguf(src: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
         raise InputError(f"{out} is there already; give a new name, or remove it")
     if model.tokenizer is None:
         raise InputError(f"{src} has no tokenizer, which a GGUF file holds; put the one there that it was trained with")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{out} lies below a file; choose another place") from None
+    if known := known_hashes(src):
+        check_files(src, known)
     num_bytes = sum(weight.to(dtype or weight.dtype).nbytes for weight in model.weights.values())
     artifact.require_room(out, num_bytes)
     licensed = license_of(src, artifact.lineage(src) if artifact.load_ours(src) else None)

@@ -36,8 +36,9 @@ from gristmill.tokenizer.gpt4 import write_gpt4
 
 FORMAT = 1
 DBRX_VOCAB_SIZE = 100_352  # GPT-4's table and DBRX's special tokens, rounded up
-# What is read beside the weights.
-READ = (CONFIG_JSON, INDEX, GENERATION_JSON, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+READ = (CONFIG_JSON, INDEX, GENERATION_JSON, *TOKENIZER_FILES)  # of a published directory, beside the weights
+READ_OF_OURS = (CONFIG, GENERATION, *(f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES))
 
 
 def import_model(src: Path, out: Path) -> Artifact:
@@ -89,17 +90,18 @@ def import_model(src: Path, out: Path) -> Artifact:
 
 def check_files(src: Path, known: Mapping[str, str]) -> dict[str, str]:
     """The SHA-256 of each file that is read. Raises Failure for one that differs from the hash that came with it."""
-    files = [file for file in (*(src / name for name in READ), *sorted(src.glob("*.safetensors"))) if file.is_file()]
+    weights = sorted(file.name for file in src.glob("*.safetensors"))
+    files = [src / name for name in (*READ, *READ_OF_OURS, *weights) if (src / name).is_file()]
     hashes: dict[str, str] = {}
     with bar("checking", sum(file.stat().st_size for file in files)) as advance:
         for file in files:
-            found = artifact.sha256_file(file, advance)
-            if found != known.get(file.name, found):
+            found, name = artifact.sha256_file(file, advance), file.relative_to(src).as_posix()
+            if found != known.get(name, found):
                 raise Failure(
-                    f"{file} is damaged: its SHA-256 is {found[:12]}…, and {known[file.name][:12]}… came with it; "
-                    "fetch it again"
+                    f"{file} is damaged: its SHA-256 is {found[:12]}…, and {known[name][:12]}… came with it; "
+                    "fetch or build it again"
                 )
-            hashes[file.name] = found
+            hashes[name] = found
     return hashes
 
 

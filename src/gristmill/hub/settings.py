@@ -45,8 +45,8 @@ class SpecialIds:
 
 
 def require(config: Mapping[str, Any], key: str, wanted: Any) -> None:
-    """Raises InputError when the configuration asks for something else."""
-    if (given := config.get(key, wanted)) != wanted:
+    """Raises InputError when the configuration asks for something else; null asks for nothing."""
+    if (given := config.get(key)) is not None and given != wanted:
         raise InputError(f"config.json says {key}={given!r}; this model knows only {wanted!r}")
 
 
