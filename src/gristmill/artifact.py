@@ -139,7 +139,7 @@ def building(out: Path, num_bytes: int) -> Iterator[Path]:
             raise InputError(f"{partial} is in the way; move it")
         state.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        if problem.errno not in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        if problem.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise
         raise InputError(f"{out} cannot be a directory: {problem.strerror}; choose another place") from None
     with (state / "lock").open("w") as lock:
