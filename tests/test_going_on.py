@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from gristmill import artifact
-from gristmill.errors import InputError
+from gristmill.errors import Failure, InputError
 from gristmill.hub.export import export_model
 from gristmill.hub.folder import open_model
 from gristmill.hub.importing import import_model
@@ -72,6 +73,16 @@ def test_a_model_goes_on_and_leaves_with_its_origin(
     changed = dataclasses.replace(recipe, start=str(import_model(other, tmp_path / "in").path))
     run(changed, folder)
     assert artifact.load(folder).metrics["stages"]["train"] != made["train"]
+
+
+def test_damaged_weights_are_not_trained_on(imported: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(imported, copy)
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    with pytest.raises(Failure, match=r"model.safetensors is damaged.*import it again"):
+        run(tiny_recipe(*GO_ON, f"start={copy}"), tmp_path / "run")
 
 
 def walk(origin: artifact.Origin) -> list[artifact.Origin]:

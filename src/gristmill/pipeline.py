@@ -30,6 +30,7 @@ from gristmill.artifact import (
     prepare,
     stage_key,
     standing,
+    verify,
     write_atomically,
 )
 from gristmill.corpus.build import build_corpus, fingerprint
@@ -221,6 +222,9 @@ class _Run:
 
     def train(self, folder: Path, identity: Identity) -> Artifact:
         r = self.recipe
+        for start in self.start.values():
+            if problems := verify(start.path).problems:
+                raise Failure(f"{problems[0]}; import it again before training goes on from it")
         folder.mkdir(parents=True, exist_ok=True)
         log = MetricsLog(folder / METRICS)
         link_metrics(self.folder, folder)

@@ -46,6 +46,7 @@ def model_card(
         parts.append(f"## Origin\n\n{_origin(started_from)}\n")
     if read and artifact:
         parts.append(f"## Data and licenses\n\n{_data(artifact, read)}\n")
+    if read and not started_from:  # else its makers' card speaks of both
         parts += [f"## Intended use\n\n{_INTENDED}\n", f"## Limits\n\n{_limits(cfg)}\n"]
     parts.append(f"## Shape\n\n{_shape(cfg)}\n")
     if artifact:
@@ -95,8 +96,8 @@ def _summary(cfg: ModelConfig, trained: bool, started_from: list[Origin]) -> str
     if trained:
         made = ", trained on the data listed below, from " + ("the model named below" if started_from else "nothing")
     return (
-        f"A {'base ' if trained else ''}language model of the {architecture} architecture with {ffn}: "
-        f"{counts.total_params:,} parameters, {counts.active_params:,} active for a token{made}."
+        f"A {'base ' if trained and not started_from else ''}language model of the {architecture} architecture with "
+        f"{ffn}: {counts.total_params:,} parameters, {counts.active_params:,} active for a token{made}."
     )
 
 
