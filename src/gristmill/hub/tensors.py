@@ -47,14 +47,15 @@ class Weight:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     def to(self, dtype: torch.dtype) -> "Weight":
-        """Raises InputError, when it is loaded, for values that float16 cannot hold."""
+        """Raises InputError, when it is loaded, for values that a narrower type cannot hold."""
         return self if dtype == self.dtype else Weight(self.shape, dtype, lambda: _cast(self.load(), dtype))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
-    if dtype == torch.float16 and cast.numel() and not all(map(torch.isfinite, torch.aminmax(cast))):
-        raise InputError("the model holds values that float16 cannot; give bfloat16 or float32")
+    if dtype in (torch.float16, torch.bfloat16) and cast.numel() and not all(map(torch.isfinite, torch.aminmax(cast))):
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(f"the model holds values that {name} cannot; give a wider --dtype, or leave it out")
     return cast
 
 
