@@ -1,0 +1,206 @@
+"""Training steps beside transformers': tokens a second, share of the GEMM rate, peak memory.
+
+    python benchmarks/training.py [SHAPE ...]
+
+Each side is a process of its own (training_worker.py) with the same weights and the same tokens, new ones at every
+step, so that each meets a routing never seen before: fixed ones flatter a CPU, whose matrix library prepares a kernel
+for each shape. Their steps alternate. A step is forward, backward, clipping and AdamW. transformers trains bf16
+weights, ours fp32 masters; the losses of the first step stand beside each other. Results go to
+results/training.json, where shapes that were not run keep their last figures.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gristmill.hub import in_memory, write_published
+from gristmill.kernels.experts import experts
+from gristmill.kernels.memory import keep_freed_memory
+from gristmill.model import ModelConfig, Transformer
+from gristmill.model.counts import train_flops_per_token
+from gristmill.train.machine import best_dtype, describe_machine, gemm_flops
+
+RESULTS = Path(__file__).with_name("results") / "training.json"
+ROUNDS = 5
+WARM_UP = 2
+
+S = ModelConfig(
+    d_model=512, n_layers=8, n_heads=8, kv_n_heads=2, ffn_hidden_size=512, moe_num_experts=16, moe_top_k=4,
+    vocab_size=8192, max_seq_len=512, moe_loss_weight=0.0,
+)  # fmt: skip
+QUICKSTART = replace(S, d_model=256, n_layers=3, n_heads=4, ffn_hidden_size=128, vocab_size=4096)
+QWEN3 = replace(S, norm="rms_norm", norm_eps=1e-6, qk_norm=True, clip_qkv=None)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`skew` makes some experts popular. `env` is what both sides' processes start with, `ours_env` ours alone."""
+
+    model: ModelConfig
+    batch: int = 16
+    skew: float = 0.0
+    dtype: str = str(best_dtype()).removeprefix("torch.")
+    env: dict[str, str] = field(default_factory=dict)
+    ours_env: dict[str, str] = field(default_factory=dict)
+
+
+SHAPES = {
+    "S": Shape(S),
+    "quickstart": Shape(QUICKSTART),
+    "vocab100k": Shape(replace(S, vocab_size=100352), batch=8),
+    "seq4096": Shape(replace(S, max_seq_len=4096), batch=2),
+    "unbalanced": Shape(S, skew=1.0),
+    "S_qwen3_moe": Shape(QWEN3),
+    "S_no_compiler": Shape(S, ours_env={"CXX": "none", "GRISTMILL_NATIVE": "off"}),
+    "S_avx2_fp32": Shape(
+        S, dtype="float32", env={"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, ours_env={"GRISTMILL_NATIVE": "avx2"}
+    ),
+}
+
+
+class Side:
+    """One worker process and what it measured."""
+
+    def __init__(self, name: str, folder: Path, shape: Shape, env: dict[str, str]) -> None:
+        worker = Path(__file__).with_name("training_worker.py")
+        sizes = [str(shape.batch), str(shape.model.max_seq_len), shape.dtype]
+        self.process = subprocess.Popen(
+            [sys.executable, str(worker), name, str(folder), *sizes],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env,
+        )  # fmt: skip
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.peak_bytes = 0
+
+    def step(self, seed: int) -> None:
+        assert self.process.stdin and self.process.stdout and self.process.stderr
+        self.process.stdin.write(f"{seed}\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(self.process.stderr.read()[-2000:])
+        figures = json.loads(line)
+        self.seconds.append(figures["seconds"])
+        self.losses.append(figures["loss"])
+        self.peak_bytes = figures["peak_bytes"]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def skewed(model: Transformer, skew: float) -> None:
+    """Give every token a common direction that the routers prefer to different degrees: some experts get most tokens."""
+    common = torch.randn(model.cfg.d_model) * model.cfg.initializer_range * 2
+    with torch.no_grad():
+        model.wte.weight += common
+        for block in model.blocks:
+            router = block.ffn.router.weight
+            slope = skew * torch.randn(len(router), 1) / model.cfg.d_model**0.5
+            router += slope * common / common.norm()
+
+
+def measure(shape: Shape) -> dict[str, Any]:
+    torch.manual_seed(0)
+    dtype = getattr(torch, shape.dtype)
+    model = Transformer(shape.model)
+    if shape.skew:
+        skewed(model, shape.skew)
+    with tempfile.TemporaryDirectory() as temporary:
+        write_published(Path(temporary), shape.model, in_memory(model.state_dict()), None)
+        del model
+        ours = Side("gristmill", Path(temporary), shape, shape.env | shape.ours_env)
+        theirs = Side("transformers", Path(temporary), shape, shape.env)
+        rates = []
+        try:
+            for seed in range(WARM_UP + ROUNDS):
+                ours.step(seed)
+                theirs.step(seed)
+                if seed >= WARM_UP:
+                    rates.append(gemm_flops(dtype))
+        finally:
+            ours.close()
+            theirs.close()
+    tokens = shape.batch * shape.model.max_seq_len
+    first, second = ours.seconds[:2]
+    mine, other = (statistics.median(side.seconds[WARM_UP:]) for side in (ours, theirs))
+    pairs = zip(ours.seconds[WARM_UP:], theirs.seconds[WARM_UP:], strict=True)
+    peak = statistics.median(rates)
+    return {
+        "ours_tokens_per_s": round(tokens / mine),
+        "transformers_tokens_per_s": round(tokens / other),
+        "ratio": round(statistics.median(b / a for a, b in pairs), 2),
+        "gemm_peak_share": round(tokens / mine * train_flops_per_token(shape.model, shape.model.max_seq_len) / peak, 3),
+        "gemm_peak_gflops": round(peak / 1e9),
+        "memory_ratio": round(ours.peak_bytes / theirs.peak_bytes, 3),
+        "ours_peak_gb": round(ours.peak_bytes / 1e9, 2),
+        "first_step_over_second_s": round(first - second, 1),
+        "losses": [round(ours.losses[0], 5), round(theirs.losses[0], 5)],
+        "machine": machine(shape.dtype),
+    }
+
+
+def machine(dtype: str) -> str:
+    about = describe_machine()
+    simd = about["simd"][-1] if about["simd"] else "no SIMD"
+    load = os.getloadavg()[0]
+    return f"{about['cpu']} ({simd}), {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}, load {load:.1f}"
+
+
+def moe_layer(T: int = 8192, D: int = 512, F: int = 512, E: int = 16, K: int = 4) -> dict[str, Any]:
+    """The layer's forward and backward over its six GEMMs, were they dense: the floor that routing stands on."""
+    keep_freed_memory()
+    torch.manual_seed(0)
+    dtype = best_dtype()
+    w1, v1, w2 = (torch.nn.Parameter(torch.randn(E, F, D) * 0.02) for _ in range(3))
+    x, grad = (torch.randn(T, D).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    rows, hidden, act = (torch.randn(T * K, width).to(dtype) for width in (D, 2 * F, F))
+    up, down = torch.randn(2 * F, D).to(dtype), torch.randn(F, D).to(dtype)
+
+    def ours() -> None:
+        weights, ids = torch.randn(T, E).softmax(-1).topk(K, dim=-1)
+        experts(x, weights.requires_grad_(), ids, w1, v1, w2).backward(grad)
+        for leaf in (x, w1, v1, w2):
+            leaf.grad = None
+
+    def dense() -> None:
+        rows @ up.T, act @ down, rows @ down.T, act.T @ rows, hidden.T @ rows, hidden @ up
+
+    times: dict[Callable[[], None], list[float]] = {ours: [], dense: []}
+    for round_ in range(WARM_UP + 4 * ROUNDS):
+        for way, seconds in times.items():
+            started = time.perf_counter()
+            way()
+            if round_ >= WARM_UP:
+                seconds.append(time.perf_counter() - started)
+    return {
+        "ours_ms": round(statistics.median(times[ours]) * 1e3, 1),
+        "dense_ms": round(statistics.median(times[dense]) * 1e3, 1),
+        "ratio_to_dense": round(statistics.median(a / b for a, b in zip(*times.values(), strict=True)), 3),
+        "machine": machine(str(dtype)),
+    }
+
+
+def main(names: list[str]) -> None:
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in names or ["moe_layer", *SHAPES]:
+        results[name] = moe_layer() if name == "moe_layer" else measure(SHAPES[name])
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        print(name, *(f"{key} {value}" for key, value in results[name].items()), sep="\n  ", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
