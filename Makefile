@@ -4,12 +4,13 @@
 # make bench        speed figures (benchmarks/)
 # make exact        300 random models against transformers and a naive NumPy forward
 # make stress       longer randomised tests
+# make sanitize     the native kernels under the address and undefined-behaviour sanitizers
 # All of them set up .venv from the lock first, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench exact stress clean
+.PHONY: quickstart test check bench exact stress sanitize clean
 
 quickstart: .venv/locked
 	$(BIN)/gristmill run quickstart
@@ -23,7 +24,7 @@ check: .venv/locked
 	$(BIN)/mypy
 
 bench: .venv/locked
-	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/tokenizer.py
 
@@ -34,8 +35,14 @@ stress: .venv/locked
 	GRISTMILL_KILLS=40 $(BIN)/python -m pytest tests/test_kill.py
 	$(BIN)/python -m pytest --hypothesis-profile=stress
 
+SANITIZED := build/sanitized/native.so
+sanitize: .venv/locked
+	$(BIN)/python setup.py -q sanitize --library $(SANITIZED)
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	GRISTMILL_TEST_LIBRARY=$(SANITIZED) $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native_kernels.py
+
 # Made again when the lock or the package's own settings change; a failed install leaves no stamp.
-.venv/locked: requirements.lock pyproject.toml
+.venv/locked: requirements.lock pyproject.toml setup.py $(wildcard src/gristmill/kernels/native/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .

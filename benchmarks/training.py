@@ -64,7 +64,10 @@ SHAPES = {
     "S_qwen3_moe": Shape(QWEN3),
     "S_no_compiler": Shape(S, ours_env={"CXX": "none", "GRISTMILL_NATIVE": "off"}),
     "S_avx2_fp32": Shape(
-        S, dtype="float32", env={"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, ours_env={"GRISTMILL_NATIVE": "avx2"}
+        S,
+        dtype="float32",
+        env={"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        ours_env={"GRISTMILL_NATIVE": "avx2"},
     ),
 }
 

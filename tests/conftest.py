@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-from gristmill.kernels.compiled import use_compiled
 from gristmill.recipe import Recipe, load_recipe
 
 settings.register_profile("default", deadline=None)
@@ -34,9 +33,8 @@ export: {{checked_sequences: 2, checked_greedy: 1}}
 
 
 @pytest.fixture(autouse=True)
-def eager_kernels_on_one_thread() -> None:
+def one_thread() -> None:
     torch.set_num_threads(1)
-    use_compiled(False)
 
 
 def write_texts(folder: Path, seed: int, num_files: int = 30) -> Path:
@@ -71,5 +69,4 @@ def tiny_run(tiny_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPa
     from gristmill.pipeline import run
 
     torch.set_num_threads(1)
-    use_compiled(False)
     return run(tiny_recipe(), tmp_path_factory.mktemp("runs") / "tiny")

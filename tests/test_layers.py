@@ -73,10 +73,9 @@ STANDARD = {
     "ctypes",
     "dataclasses",
     "functools",
+    "importlib",
     "os",
     "pathlib",
-    "shutil",
     "sys",
-    "sysconfig",
     "typing",
 }

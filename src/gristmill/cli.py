@@ -111,11 +111,9 @@ def generate(
     """Continue a text, or answer it, streaming. The prompt is text only: control tokens in it stay characters."""
     from gristmill.inference import find_model, load_model, stream
     from gristmill.inference.settings import published_sampling
-    from gristmill.kernels.compiled import use_compiled
 
     if system is not None and not chat:
         raise InputError("--system speaks to a conversation; add --chat")
-    use_compiled(False)  # for a short text compiling takes longer than it saves
     published = published_sampling(find_model(model))
     for setting in published.not_applied:
         print(f"note: the model is published with {setting}, which is not applied", file=sys.stderr)

@@ -42,7 +42,6 @@ from gristmill.hub.checkpoint import TOKENIZER
 from gristmill.hub.export import build_export
 from gristmill.inference.load import load_model
 from gristmill.inference.scorer import ModelScorer
-from gristmill.kernels.compiled import compiler
 from gristmill.model.counts import count_params, train_flops_per_token
 from gristmill.progress import console
 from gristmill.recipe import Recipe, curriculum_of, keyed, plain
@@ -302,18 +301,17 @@ class _Run:
     def say_started(self, started: Started) -> None:
         for line in started.damage:
             console.print(f"  {line}; going on from an older checkpoint", style="red", markup=False)
-        if started.compute["compiled"]:
-            first = "; the first one compiles the kernels, up to a minute"
-        else:
-            first = ""
-            why = "this training began without" if compiler() else "there is no C++ compiler, or no Python headers, for"
-            console.print(f"  eager kernels: {why} fused ones; with them training is about 1.4 times as fast")
+        if started.compute["kernels"] == "torch":
+            console.print(
+                "  PyTorch's own kernels: the native ones were not built or not asked for; with them training is faster "
+                "(install g++, then gristmill again)"
+            )
         going_on = f"going on at step {started.step:,}; " if started.step else ""
         left = self.recipe.train.steps - started.step
         counts, compute = count_params(self.recipe.model), started.compute
         console.print(
             f"  {going_on}{left:,} steps; {counts.total_params / 1e6:.1f}M parameters, "
-            f"{counts.active_params / 1e6:.1f}M active; {compute['dtype']} on {compute['threads']} threads{first}"
+            f"{counts.active_params / 1e6:.1f}M active; {compute['dtype']} on {compute['threads']} threads, {compute['kernels']} kernels"
         )
 
     def finish(self) -> None:

@@ -7,14 +7,11 @@ import both
 import pytest
 import torch
 
-from gristmill.kernels.compiled import use_compiled
-
 
 @pytest.fixture(scope="module", autouse=True)
-def quiet_reference_and_eager_kernels() -> Iterator[None]:
+def quiet_reference_on_one_thread() -> Iterator[None]:
     """For the whole module, because its fixtures compute too, before those of a single test."""
     torch.set_num_threads(1)
-    use_compiled(False)
     with both.quiet():
         yield
 

@@ -20,6 +20,7 @@ from test_exact_against_transformers import GRADIENT, LOGITS, our_gradients, the
 from torch import Tensor
 
 import gristmill.model.transformer as ours
+from gristmill.kernels import native
 from gristmill.kernels.experts import experts
 from gristmill.model import Attend, ModelConfig, Transformer, packed
 
@@ -99,10 +100,19 @@ def norms_of_kind(kind: type[ours.LayerNorm]) -> Mistake:
 # ---- in the code ---------------------------------------------------------------------------------------
 
 
-def turned_as_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def unturned(x: Tensor, cos: Tensor, sin: Tensor, turned: int | None = None, clip: float | None = None) -> Tensor:
+    return x if clip is None else x.clamp(-clip, clip)
+
+
+def turned_as_neighbours(
+    x: Tensor, cos: Tensor, sin: Tensor, turned: int | None = None, clip: float | None = None
+) -> Tensor:
     """The other rotary layout: elements 2c and 2c + 1 turn together."""
+    x, values = unturned(x, cos, sin, turned, clip).split(
+        (turned or x.shape[2], x.shape[2] - (turned or x.shape[2])), 2
+    )
     a, b = x[..., ::2], x[..., 1::2]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2), values], 2)
 
 
 def attention(*, clips: str = "qkv", clips_last: bool = False, norms_last: bool = False) -> Any:
@@ -167,7 +177,7 @@ BOTH: dict[str, Mistake] = {
     "weights normalised by their squares": built_with(moe_normalize_expert_weights=2.0),
     "eps 10 times as large": built_with(norm_eps=1e-4),
     "neighbours turn together": lambda model, patch: patch.setattr(ours, "rotate", turned_as_neighbours),
-    "no rotation": lambda model, patch: patch.setattr(ours, "rotate", lambda x, cos, sin: x),
+    "no rotation": lambda model, patch: patch.setattr(ours, "rotate", unturned),
     "attention and experts side by side": lambda model, patch: patch.setattr(ours.Block, "forward", parallel_block),
     "norms on the residual": lambda model, patch: patch.setattr(ours.Block, "forward", post_norm_block),
     "no last norm": lambda model, patch: setattr(model, "norm_f", torch.nn.Identity()),
@@ -257,6 +267,11 @@ GRADIENTS_ONE: dict[Layout, dict[str, Mistake]] = {
         )
     },
 }
+
+
+@pytest.fixture(autouse=True)
+def kernels_in_which_mistakes_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_in_use", "torch")
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

@@ -24,7 +24,7 @@ def gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Ten
 def assert_same(fast: list[Tensor], reference: list[Tensor], tolerance: float = 1e-5) -> None:
     assert len(fast) == len(reference)
     for a, b in zip(fast, reference, strict=True):
-        scale = max(float(b.abs().max()), 1e-6)
+        scale = max(float(b.abs().max()), 0.1)  # sums of numbers near 1 that cancel are rounding errors of 1
         assert float((a - b).abs().max()) / scale < tolerance
 
 
@@ -80,7 +80,7 @@ def test_attention_never_crosses_a_document() -> None:
     assert torch.equal(before[:, 100:], packed_attention(q, k, v, starts)[:, 100:])
 
 
-@pytest.mark.parametrize("T", [1, 5, 1500])
+@pytest.mark.parametrize("T", [1, 5, 3000])
 def test_chunked_cross_entropy_matches_the_reference(T: int) -> None:
     torch.manual_seed(0)
     targets = torch.randint(0, 61, (T,))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from gristmill.inference.cache import Cache
+from gristmill.kernels import native
 from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.model.counts import (
     TRAINING_BYTES,
@@ -80,6 +81,7 @@ def test_forward_operations_are_those_that_torch_counts(
     whole square of a short sequence and masks half of it, and the experts' rows are padded to tiles (here: of one).
     """
     monkeypatch.setattr(importlib.import_module("gristmill.kernels.experts"), "tile_rows", lambda *_: 1)
+    monkeypatch.setattr(native, "_in_use", "torch")  # it sees into PyTorch's products only
     model = Transformer(ModelConfig(**{**SHAPE, **changes}))  # type: ignore[arg-type]
     tokens = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -51,7 +51,7 @@ MACHINE: dict[str, Any] = {
     "memory_gib": 15.4,
     "gemm_tflops": 1.87,
     "dtype": "bfloat16",
-    "compiler": True,
+    "kernels": "avx2",
     "load_at_start": 0.4,
 }
 SECONDS = {"corpus": 41.2, "tokenizer": 6.4, "shards": 9.8, "train": 391.5, "evaluate": 38.9, "export": 4.2}

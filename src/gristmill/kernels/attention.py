@@ -3,16 +3,17 @@
 Shapes: B sequences, S positions, H query heads, G key/value heads, C head size.
 
 A document is a contiguous run, so the keys that query i may see are the range from its document's start to i.
-The fast path walks tiles of queries and multiplies each with the keys from the earliest start to the tile's end:
-half of the square that a masked attention computes, and less where documents are short. The softmax is recomputed in
-the backward pass from its log-sum-exp (FlashAttention, Dao et al., 2022, arXiv:2205.14135).
+The fast paths walk tiles of queries and multiply each with the keys from the earliest start to the tile's end: half of
+the square that a masked attention computes, and less where documents are short. The softmax is recomputed in the
+backward pass from its log-sum-exp (FlashAttention, Dao et al., 2022, arXiv:2205.14135). native/attention.h keeps a
+tile's scores in the cache; here they go through matrix products of PyTorch.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.kernels.compiled import fused
+from gristmill.kernels import native
 from gristmill.kernels.precision import upcast
 
 TILE_QUERIES = 128
@@ -38,10 +39,23 @@ def packed_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, starts_BS: 
     """The same function, tiled, on the CPU; elsewhere torch's own kernels are already fused."""
     if q_BSHC.device.type != "cpu":
         return packed_attention_reference(q_BSHC, k_BSGC, v_BSGC, starts_BS)
+    if native.serves(q_BSHC):
+        return _NativeAttention.apply(q_BSHC, k_BSGC, v_BSGC, starts_BS)
     return _PackedAttention.apply(q_BSHC, k_BSGC, v_BSGC, starts_BS)
 
 
-@fused
+class _NativeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BSHC, k_BSGC, v_BSGC, starts_BS):  # type: ignore[no-untyped-def]
+        out_BSHC, lse_BHS = torch.ops.gristmill.attention(q_BSHC, k_BSGC, v_BSGC, starts_BS)
+        ctx.save_for_backward(q_BSHC, k_BSGC, v_BSGC, starts_BS, out_BSHC, lse_BHS)
+        return out_BSHC
+
+    @staticmethod
+    def backward(ctx, grad_BSHC):  # type: ignore[no-untyped-def]
+        return *torch.ops.gristmill.attention_backward(*ctx.saved_tensors, grad_BSHC), None
+
+
 def _softmax(scores: Tensor, starts: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """scores [B, G, R, T, L] of T queries against L keys; returns probabilities and log-sum-exp [B, G, R, T]."""
     visible = (key <= query[:, None]) & (key >= starts[:, :, None])
@@ -50,7 +64,6 @@ def _softmax(scores: Tensor, starts: Tensor, query: Tensor, key: Tensor) -> tupl
     return (s - lse[..., None]).exp().to(scores.dtype), lse
 
 
-@fused
 def _softmax_backward(
     scores: Tensor, grad_probs: Tensor, lse: Tensor, delta: Tensor, starts: Tensor, query: Tensor, key: Tensor
 ) -> tuple[Tensor, Tensor]:

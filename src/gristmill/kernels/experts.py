@@ -4,17 +4,21 @@ Shapes: T tokens, D model, E experts, K experts a token, F expert hidden, P rows
 
 After MegaBlocks (Gale et al., 2022, arXiv:2211.15841), which sorts tokens by expert and multiplies blocks. Here
 each expert's rows are rounded up to a tile with rows of weight zero, because a GEMM library prepares a kernel for
-each shape that it has not met, and routing makes new row counts at every step. The padding adds exact zeros.
+each shape that it has not met, and routing makes new row counts at every step. The padding adds exact zeros. A block of
+rows goes through all of its expert's products before the next begins, so that it stays in the cache.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.kernels.compiled import fused
+from gristmill.kernels import native
 from gristmill.kernels.precision import upcast
+
+BLOCK_ROWS = 4096
 
 
 def experts_reference(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w1: Tensor, v1: Tensor, w2: Tensor) -> Tensor:
@@ -49,11 +53,15 @@ class Plan:
     token_P: Tensor  # the token that a row reads; padding reads token 0
     slot_TK: Tensor  # the row that an assignment fills
     bounds: list[int]  # E + 1 offsets into P
+    tile: int  # what an expert's rows are rounded up to
 
-    def rows(self) -> list[tuple[int, slice]]:
-        """(expert, its rows) for each expert that got any."""
-        pairs = zip(self.bounds, self.bounds[1:], strict=False)
-        return [(expert, slice(start, end)) for expert, (start, end) in enumerate(pairs) if end > start]
+    def blocks(self) -> Iterator[tuple[int, slice, bool]]:
+        """(expert, rows, whether they are its first): each expert's rows in even pieces of at most BLOCK_ROWS."""
+        for expert, (first, end) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
+            tiles, pieces = (end - first) // self.tile, -(-(end - first) // BLOCK_ROWS)
+            cuts = [first + tiles * i // pieces * self.tile for i in range(pieces)] + [end]
+            for start, stop in zip(cuts, cuts[1:], strict=False):
+                yield expert, slice(start, stop), start == first
 
 
 def tile_rows(num_assignments: int, num_experts: int) -> int:
@@ -75,29 +83,33 @@ def make_plan(ids_TK: Tensor, num_experts: int) -> Plan:
     token_P[slot_A] = order_A // K
     slot_TK = torch.empty_like(order_A)
     slot_TK[order_A] = slot_A
-    return Plan(token_P, slot_TK.view(T, K), bounds)
+    return Plan(token_P, slot_TK.view(T, K), bounds, tile)
 
 
-@fused
-def _glu(h_PG: Tensor, weight_P: Tensor) -> Tensor:
-    """h = [gate, up]: weight * silu(gate) * up. The weight scales here so that an expert's output is never stored."""
+def _glu(h_PG: Tensor, weight_P: Tensor, act_PF: Tensor) -> None:
+    """act = weight * silu(gate) * up of h = [gate, up]. The weight scales here: an expert's output is never stored."""
+    if native.serves(h_PG):
+        return torch.ops.gristmill.glu(h_PG, weight_P, act_PF)
     gate, up = upcast(h_PG).chunk(2, dim=1)
-    return (F.silu(gate) * up * weight_P[:, None]).to(h_PG.dtype)
+    act_PF.copy_(F.silu(gate).mul_(up).mul_(weight_P[:, None]))
 
 
-@fused
-def _glu_backward(h_PG: Tensor, weight_P: Tensor, grad_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the recomputed activation [P, F], the gradient of h [P, 2F] and of the weight [P]."""
+def _glu_backward(
+    h_PG: Tensor, weight_P: Tensor, grad_PF: Tensor, act_PF: Tensor, dh_PG: Tensor, dweight_P: Tensor
+) -> None:
+    """Fills the activation again, the gradient of h and that of the weight."""
+    if native.serves(h_PG):
+        return torch.ops.gristmill.glu_backward(h_PG, weight_P, grad_PF, act_PF, dh_PG, dweight_P)
     gate, up = upcast(h_PG).chunk(2, dim=1)
-    grad = upcast(grad_PF)
+    grad, weight = upcast(grad_PF), weight_P[:, None]
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     act = silu * up
-    weight = weight_P[:, None]
-    grad_act = grad * weight
-    grad_gate = grad_act * up * (sigmoid + silu * (1 - sigmoid))
-    grad_h = torch.cat([grad_gate, grad_act * silu], dim=1).to(h_PG.dtype)
-    return (act * weight).to(h_PG.dtype), grad_h, (grad * act).sum(1)
+    dweight_P.copy_((grad * act).sum(1))
+    act_PF.copy_(act.mul_(weight))
+    dact, (dgate, dup) = grad * weight, dh_PG.chunk(2, dim=1)
+    dup.copy_(dact * silu)
+    dgate.copy_(sigmoid.addcmul_(silu, 1 - sigmoid).mul_(up).mul_(dact))
 
 
 def _sum_slots(rows_PD: Tensor, slot_TK: Tensor) -> Tensor:
@@ -106,46 +118,67 @@ def _sum_slots(rows_PD: Tensor, slot_TK: Tensor) -> Tensor:
 
 
 class _Experts(torch.autograd.Function):
+    """Saves x, h = [gate, up] and the plan; the activation is made again in the backward pass.
+
+    The masters are cast to x's dtype an expert at a time, and weight gradients go straight into the stacked ones.
+    """
+
     @staticmethod
     def forward(ctx, x_TD, weights_TK, ids_TK, w1, v1, w2):  # type: ignore[no-untyped-def]
-        E, F_, _D = w1.shape
+        E, F_, D = w1.shape
         plan = make_plan(ids_TK, E)
-        gate_up = torch.cat([w1, v1], dim=1).to(x_TD.dtype)  # [E, 2F, D]: one GEMM reads x once
-        down = w2.to(x_TD.dtype)
-        P = plan.bounds[-1]
-        weights = upcast(weights_TK)
-        weight_P = weights.new_zeros(P)
-        weight_P[plan.slot_TK.flatten()] = weights.flatten()
-        x_PD = x_TD.index_select(0, plan.token_P)
-        h_PG = x_TD.new_empty(P, 2 * F_)
-        for expert, rows in plan.rows():
-            torch.mm(x_PD[rows], gate_up[expert].T, out=h_PG[rows])
-        act_PF = _glu(h_PG, weight_P)
-        y_PD = x_PD  # reuse: the gathered input is not needed any more
-        for expert, rows in plan.rows():
-            torch.mm(act_PF[rows], down[expert], out=y_PD[rows])
-        ctx.save_for_backward(x_TD, h_PG, weight_P, gate_up, down)
+        weight_P = _spread(upcast(weights_TK), plan)
+        h_PG, y_PD = (x_TD.new_empty(plan.bounds[-1], width) for width in (2 * F_, D))
+        for expert, rows, first in plan.blocks():
+            if first:
+                gate_up, down = _cast(x_TD.dtype, w1[expert], v1[expert]), _cast(x_TD.dtype, w2[expert])
+            x, h = x_TD.index_select(0, plan.token_P[rows]), h_PG[rows]
+            torch.mm(x, gate_up.T, out=h)
+            act = h.new_empty(len(h), F_)
+            _glu(h, weight_P[rows], act)
+            torch.mm(act, down, out=y_PD[rows])
+        ctx.save_for_backward(x_TD, h_PG, weight_P, w1, v1, w2)
         ctx.plan = plan
         return _sum_slots(y_PD, plan.slot_TK)
 
     @staticmethod
     def backward(ctx, grad_TD):  # type: ignore[no-untyped-def]
-        x_TD, h_PG, weight_P, gate_up, down = ctx.saved_tensors
+        x_TD, h_PG, weight_P, w1, v1, w2 = ctx.saved_tensors
         plan: Plan = ctx.plan
-        F_ = down.shape[1]
-        dy_PD = grad_TD.index_select(0, plan.token_P)
-        da_PF = h_PG.new_empty(len(weight_P), F_)
-        for expert, rows in plan.rows():
-            torch.mm(dy_PD[rows], down[expert].T, out=da_PF[rows])
-        act_PF, dh_PG, dweight_P = _glu_backward(h_PG, weight_P, da_PF)
-        x_PD = x_TD.index_select(0, plan.token_P)
-        dgate_up, ddown = torch.zeros_like(gate_up), torch.zeros_like(down)
-        for expert, rows in plan.rows():
-            torch.mm(act_PF[rows].T, dy_PD[rows], out=ddown[expert])
-            torch.mm(dh_PG[rows].T, x_PD[rows], out=dgate_up[expert])
-        dx_PD = dy_PD  # reuse
-        for expert, rows in plan.rows():
-            torch.mm(dh_PG[rows], gate_up[expert], out=dx_PD[rows])
+        E, F_, D = w1.shape
+        dw1, dv1, dw2 = (torch.empty_like(w) for w in (w1, v1, w2))
+        dweight_P, dx_PD = torch.empty_like(weight_P), x_TD.new_empty(len(h_PG), D)
+        dgate_up, ddown = x_TD.new_empty(2 * F_, D), x_TD.new_empty(F_, D)
+        for expert in range(E):
+            if plan.bounds[expert] == plan.bounds[expert + 1]:
+                dw1[expert], dv1[expert], dw2[expert] = 0, 0, 0
+        for expert, rows, first in plan.blocks():
+            if first:
+                gate_up, down = _cast(x_TD.dtype, w1[expert], v1[expert]), _cast(x_TD.dtype, w2[expert])
+            token, h = plan.token_P[rows], h_PG[rows]
+            x, dy = x_TD.index_select(0, token), grad_TD.index_select(0, token)
+            da, dh = dy @ down.T, torch.empty_like(h)
+            act = torch.empty_like(da)
+            _glu_backward(h, weight_P[rows], da, act, dh, dweight_P[rows])
+            torch.mm(act.T, dy, out=ddown)
+            torch.mm(dh.T, x, out=dgate_up)
+            for whole, part in ((dw1, dgate_up[:F_]), (dv1, dgate_up[F_:]), (dw2, ddown)):
+                whole[expert].copy_(part) if first else whole[expert].add_(part)
+            torch.mm(dh, gate_up, out=dx_PD[rows])
         dx_TD = _sum_slots(dx_PD, plan.slot_TK)
-        dw1, dv1 = upcast(dgate_up[:, :F_]), upcast(dgate_up[:, F_:])
-        return dx_TD, dweight_P[plan.slot_TK], None, dw1, dv1, upcast(ddown)
+        return dx_TD, dweight_P[plan.slot_TK], None, dw1, dv1, dw2
+
+
+def _spread(weights_TK: Tensor, plan: Plan) -> Tensor:
+    """[P]: each row's weight, 0 where it is padding."""
+    weight_P = weights_TK.new_zeros(plan.bounds[-1])
+    weight_P[plan.slot_TK.flatten()] = weights_TK.flatten()
+    return weight_P
+
+
+def _cast(dtype: torch.dtype, *matrices: Tensor) -> Tensor:
+    """The matrices below one another."""
+    if len(matrices) == 1:
+        return matrices[0].to(dtype)
+    out = matrices[0].new_empty(sum(len(m) for m in matrices), matrices[0].shape[1], dtype=dtype)
+    return torch.cat(matrices, out=out)

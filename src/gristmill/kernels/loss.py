@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.kernels.compiled import fused
+from gristmill.kernels import native
 from gristmill.kernels.precision import upcast
 
-CHUNK_TOKENS = 1024
+CHUNK_LOGITS = 2**26  # at once; below a few hundred tokens adding up the weight's gradient would cost more
 
 
 def cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -23,15 +23,16 @@ def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tu
     return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T)
 
 
-@fused
 def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    logits = upcast(logits_CV)
-    highest = logits.amax(1, keepdim=True)
-    exp = (logits - highest).exp()
-    total = exp.sum(1, keepdim=True)
-    hit = torch.arange(logits.shape[1], device=logits.device)[None] == targets_C[:, None]
-    nll = (total.log() + highest).squeeze(1) - torch.where(hit, logits, 0.0).sum(1)
-    return nll, (exp / total - hit.to(logits.dtype)).to(logits_CV.dtype)
+    """Returns the losses [C] and the gradient, which may take the place of the logits."""
+    if native.serves(logits_CV):
+        return torch.ops.gristmill.cross_entropy(logits_CV, targets_C), logits_CV
+    logits, row = upcast(logits_CV), torch.arange(len(targets_C), device=targets_C.device)
+    lse = logits.logsumexp(1)
+    nll = lse - logits[row, targets_C]
+    grad = (logits - lse[:, None]).exp_()
+    grad[row, targets_C] -= 1
+    return nll, grad.to(logits_CV.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -41,8 +42,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         sums = torch.promote_types(hidden_TD.dtype, torch.float32)
         nll_T = torch.empty(len(targets_T), dtype=sums, device=hidden_TD.device)
         dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=sums)
-        for start in range(0, len(targets_T), CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
+        chunk = min(max(CHUNK_LOGITS // len(weight), 256), 2048)
+        for start in range(0, len(targets_T), chunk):
+            rows = slice(start, start + chunk)
             nll_T[rows], dlogits_CV = _loss_and_gradient(hidden_TD[rows] @ weight.T, targets_T[rows])
             torch.mm(dlogits_CV, weight, out=dhidden_TD[rows])
             dweight_VD += dlogits_CV.T @ hidden_TD[rows]

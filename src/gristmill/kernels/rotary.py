@@ -1,9 +1,12 @@
-"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864), rotate-half layout, computed in fp32."""
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864), rotate-half layout, computed in fp32.
+
+Shapes: B sequences, S positions, N heads (queries, then keys, then values), C head size.
+"""
 
 import torch
 from torch import Tensor
 
-from gristmill.kernels.compiled import fused
+from gristmill.kernels import native
 from gristmill.kernels.precision import upcast
 
 
@@ -14,8 +17,39 @@ def rotary_angles(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Te
     return angles.cos()[:, :, None], angles.sin()[:, :, None]
 
 
-@fused
-def rotate(x_BSHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (c, c + head_dim / 2) of the last dimension by its position's angle."""
-    a, b = upcast(x_BSHC).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_BSHC.dtype)
+def rotate_reference(x_BSNC: Tensor, cos: Tensor, sin: Tensor, turned: int, clip: float) -> Tensor:
+    """The specification: clamp to ±clip, then turn each pair (c, c + C / 2) of the first `turned` heads by its angle."""
+    x = upcast(x_BSNC.clamp(-clip, clip))
+    a, b = x[:, :, :turned].chunk(2, dim=-1)
+    return torch.cat([torch.cat([a * cos - b * sin, b * cos + a * sin], -1), x[:, :, turned:]], 2).to(x_BSNC.dtype)
+
+
+def rotate(x_BSNC: Tensor, cos: Tensor, sin: Tensor, turned: int | None = None, clip: float | None = None) -> Tensor:
+    """The same in one pass. None: all heads, no clipping."""
+    turned, clip = x_BSNC.shape[2] if turned is None else turned, float("inf") if clip is None else clip
+    if native.serves(x_BSNC):
+        return _NativeRotate.apply(x_BSNC, cos, sin, turned, clip)
+    return rotate_reference(x_BSNC, cos, sin, turned, clip)
+
+
+class _NativeRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BSNC, cos, sin, turned, clip):  # type: ignore[no-untyped-def]
+        x_TNC = _tokens(x_BSNC)
+        cos, sin = cos.reshape(len(x_TNC), -1), sin.reshape(len(x_TNC), -1)
+        ctx.save_for_backward(x_TNC, cos, sin)
+        ctx.turned, ctx.clip = turned, clip
+        return torch.ops.gristmill.rotate(x_TNC, cos, sin, turned, clip).view(x_BSNC.shape)
+
+    @staticmethod
+    def backward(ctx, grad_BSNC):  # type: ignore[no-untyped-def]
+        x_TNC, cos, sin = ctx.saved_tensors
+        grad_TNC = grad_BSNC.reshape(x_TNC.shape)
+        dx_TNC = torch.ops.gristmill.rotate_backward(x_TNC, cos, sin, ctx.turned, ctx.clip, grad_TNC)
+        return dx_TNC.view(grad_BSNC.shape), None, None, None, None
+
+
+def _tokens(x_BSNC: Tensor) -> Tensor:
+    """[T, N, C], where a token's heads lie together."""
+    x_TNC = x_BSNC.flatten(0, 1)
+    return x_TNC if x_TNC.stride()[1:] == (x_TNC.shape[2], 1) else x_TNC.contiguous()

@@ -91,14 +91,18 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         cfg, (B, S, _D) = self.cfg, x_BSD.shape
-        qkv = self.Wqkv(x_BSD)
-        if cfg.clip_qkv is not None:
-            qkv = qkv.clamp(-cfg.clip_qkv, cfg.clip_qkv)
-        q, k, v = qkv.view(B, S, -1, cfg.head_dim).split((cfg.n_heads, cfg.kv_n_heads, cfg.kv_n_heads), dim=2)
+        qkv = self.Wqkv(x_BSD).view(B, S, -1, cfg.head_dim)
+        turned = cfg.n_heads + cfg.kv_n_heads  # all but the values
         if cfg.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        attended = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+            q, k, v = self._split(qkv if cfg.clip_qkv is None else qkv.clamp(-cfg.clip_qkv, cfg.clip_qkv))
+            q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        else:
+            q, k, v = self._split(rotate(qkv, cos, sin, turned, cfg.clip_qkv))
+        attended = attend(layer, q, k, v)
         return self.out_proj(attended.reshape(B, S, -1))
+
+    def _split(self, qkv_BSNC: Tensor) -> tuple[Tensor, ...]:
+        return qkv_BSNC.split((self.cfg.n_heads, self.cfg.kv_n_heads, self.cfg.kv_n_heads), dim=2)
 
 
 class Experts(nn.Module):

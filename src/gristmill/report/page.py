@@ -241,7 +241,7 @@ def machine(report: Report) -> list[tuple[str, str]]:
         ("memory_gib", "Memory", " GiB"),
         ("gemm_tflops", "Matrix products", " TFLOP/s"),
         ("dtype", "Computes in", ""),
-        ("compiler", "C++ compiler", ""),
+        ("kernels", "Kernels", ""),
     ):
         if (value := said.pop(key, None)) is not None:
             rows.append((label, _plainly(value) + unit))

@@ -34,7 +34,7 @@ class Display:
         self._bits = bits_per_byte
 
     def show(self, step: Step) -> None:
-        first = self._first = self._first or step  # it compiled the kernels: its own speed says little
+        first = self._first = self._first or step  # memory is still cold: its own speed says little
         done = step.step - first.step
         left = duration((self.steps - step.step) * (step.seconds - first.seconds) / done) if done else "after two steps"
         rows = {

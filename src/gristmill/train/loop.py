@@ -21,7 +21,7 @@ from torch import Tensor
 from gristmill.artifact import Artifact
 from gristmill.errors import Failure, InputError
 from gristmill.hub.tensors import open_weights
-from gristmill.kernels.compiled import compiler, use_compiled, uses_compiled
+from gristmill.kernels import native
 from gristmill.kernels.loss import cross_entropy
 from gristmill.kernels.memory import keep_freed_memory
 from gristmill.model import ModelConfig, Transformer, packed
@@ -170,27 +170,28 @@ def gradients(model: Transformer, batch: Batch, micro_batch: int, figures: "Figu
 
 def choose_compute(cfg: TrainConfig) -> dict[str, Any]:
     """The settings that decide rounding, from the configuration or else from the machine."""
-    dtype = cfg.dtype or str(best_dtype()).removeprefix("torch.")
+    on_gpu = torch.cuda.is_available()
     return {
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "dtype": dtype,
+        "device": "cuda" if on_gpu else "cpu",
+        "dtype": cfg.dtype or str(best_dtype()).removeprefix("torch."),
         "threads": cfg.threads or torch.get_num_threads(),
-        "compiled": uses_compiled(),
+        "kernels": "gpu" if on_gpu else native.in_use(),
     }
 
 
 def apply_compute(compute: dict[str, Any]) -> dict[str, Any]:
     """Make this process round as the recorded settings do. Raises InputError where it cannot."""
-    if compute["compiled"] and compiler() is None:
-        raise InputError(
-            "this training began with compiled kernels and there is no C++ compiler now: install g++ and its headers "
-            "to go on bit for bit, or begin anew in another --out"
-        )
     if compute["device"] == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "this training began on a GPU and there is none now: go on where one is, or begin anew in another --out"
         )
-    use_compiled(compute["compiled"])
+    if compute["device"] == "cpu" and compute["kernels"] not in (possible := native.available()):
+        raise InputError(
+            f"this training began with {compute['kernels']} kernels, and here are {', '.join(possible)}: go on where they "
+            "are (a C++ compiler and a new installation bring the native ones), or begin anew in another --out"
+        )
+    if compute["device"] == "cpu":
+        native.use(compute["kernels"])
     torch.set_num_threads(compute["threads"])
     return compute
 

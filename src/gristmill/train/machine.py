@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gristmill.kernels.compiled import compiler
+from gristmill.kernels import native
 
 
 def best_dtype() -> torch.dtype:
@@ -42,7 +42,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_gib": round(memory / 2**30, 1),
         "simd": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "compiler": compiler() is not None,
+        "kernels": native.available()[-1],
         "system": f"{platform.system()} {platform.release()}",
     }
 

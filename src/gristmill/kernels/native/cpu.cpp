@@ -1,0 +1,25 @@
+// Which of the instruction sets that the library was compiled for this CPU, and its system, can run.
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+// 0 plain, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx_bf16.
+extern "C" int best_isa() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+        !__builtin_cpu_supports("avx512dq"))
+        return 1;
+    if (!__builtin_cpu_supports("avx512bf16")) return 2;
+    unsigned a, b, c, d = 0;
+    const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // amx_bf16, amx_tile
+    const long request_permission = 0x1023, tile_data = 18;  // of arch_prctl(2): Linux gives tiles to who asks
+    return tiles && syscall(SYS_arch_prctl, request_permission, tile_data) == 0 ? 4 : 3;
+#else
+    return 0;
+#endif
+}

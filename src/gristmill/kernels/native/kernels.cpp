@@ -1,0 +1,40 @@
+// The library's functions for one instruction set, which the build names: `glu_forward_bf16_avx2` and so on.
+#include "attention.h"
+#include "rows.h"
+
+#define JOIN(name, type, isa) name##_##type##_##isa
+#define NAMED(name, type, isa) JOIN(name, type, isa)
+
+#define FOR_TYPE(T, type)                                                                                                \
+    extern "C" void NAMED(glu_forward, type, ISA)(int64_t P, int64_t F, const T* h, const float* weight, T* act) {       \
+        glu_forward(P, F, h, weight, act);                                                                               \
+    }                                                                                                                    \
+    extern "C" void NAMED(glu_backward, type, ISA)(int64_t P, int64_t F, const T* h, const float* weight, const T* grad, \
+                                                   T* act, T* dh, float* dweight) {                                      \
+        glu_backward(P, F, h, weight, grad, act, dh, dweight);                                                           \
+    }                                                                                                                    \
+    extern "C" void NAMED(cross_entropy, type, ISA)(int64_t rows, int64_t V, T* logits, const int64_t* targets,          \
+                                                    float* nll) {                                                        \
+        cross_entropy(rows, V, logits, targets, nll);                                                                    \
+    }                                                                                                                    \
+    extern "C" void NAMED(rotate, type, ISA)(int64_t tokens, int64_t N, int64_t C, int64_t turned, const T* x,           \
+                                             int64_t stride, const float* cos, const float* sin, float clip, T* out) {   \
+        rotate(tokens, N, C, turned, x, stride, cos, sin, clip, out);                                                    \
+    }                                                                                                                    \
+    extern "C" void NAMED(rotate_backward, type, ISA)(int64_t tokens, int64_t N, int64_t C, int64_t turned, const T* x,  \
+                                                      int64_t stride, const float* cos, const float* sin, float clip,    \
+                                                      const T* grad, T* dx) {                                            \
+        rotate_backward(tokens, N, C, turned, x, stride, cos, sin, clip, grad, dx);                                      \
+    }                                                                                                                    \
+    extern "C" void NAMED(attention_forward, type, ISA)(Sizes z, Heads<const T> q, Heads<const T> k, Heads<const T> v,   \
+                                                        T* out, float* lse) {                                            \
+        attention_forward(z, q, k, v, out, lse);                                                                         \
+    }                                                                                                                    \
+    extern "C" void NAMED(attention_backward, type, ISA)(Sizes z, Heads<const T> q, Heads<const T> k, Heads<const T> v,  \
+                                                         Heads<const T> out, Heads<const T> grad, const float* lse,      \
+                                                         T* dq, float* dk, float* dv) {                                  \
+        attention_backward(z, q, k, v, out, grad, lse, dq, dk, dv);                                                      \
+    }
+
+FOR_TYPE(float, f32)
+FOR_TYPE(bf16, bf16)

@@ -1,0 +1,107 @@
+// What is done row by row: the experts' GLU, the loss, rotary embedding, RMS normalisation. Sums are in fp32.
+#pragma once
+#include "simd.h"
+
+namespace {
+
+// h = [gate, up] of F each: weight * silu(gate) * up.
+template <class T> void glu_forward(int64_t P, int64_t F, const T* h, const float* weight, T* act) {
+#pragma omp parallel for
+    for (int64_t p = 0; p < P; p++) {
+        const T *gate = h + p * 2 * F, *up = gate + F;
+        for (int64_t i = 0; i < F; i += W) {
+            vf g = load_some(gate + i, F - i, 0), u = load_some(up + i, F - i, 0);
+            store_some(act + p * F + i, F - i, g * sigmoid(g) * u * weight[p]);
+        }
+    }
+}
+
+// From the gradient of act: act again, the gradients of h and of the weight. dh may be h.
+template <class T>
+void glu_backward(int64_t P, int64_t F, const T* h, const float* weight, const T* grad, T* act, T* dh, float* dweight) {
+#pragma omp parallel for
+    for (int64_t p = 0; p < P; p++) {
+        const T *gate = h + p * 2 * F, *up = gate + F;
+        vf total = {};
+        for (int64_t i = 0; i < F; i += W) {
+            vf g = load_some(gate + i, F - i, 0), u = load_some(up + i, F - i, 0), d = load_some(grad + p * F + i, F - i, 0);
+            vf s = sigmoid(g), silu = g * s, a = silu * u, dact = d * weight[p];
+            total += d * a;
+            store_some(act + p * F + i, F - i, a * weight[p]);
+            store_some(dh + p * 2 * F + i, F - i, dact * u * (s + silu * (1.0f - s)));
+            store_some(dh + p * 2 * F + F + i, F - i, dact * silu);
+        }
+        dweight[p] = sum(total);
+    }
+}
+
+// logits [T, V] become their gradient; nll [T] the negative log-likelihoods.
+template <class T> void cross_entropy(int64_t rows, int64_t V, T* logits, const int64_t* targets, float* nll) {
+#pragma omp parallel for
+    for (int64_t t = 0; t < rows; t++) {
+        T* row = logits + t * V;
+        vf most = splat(-__builtin_inff());
+        for (int64_t i = 0; i < V; i += W) most = larger(most, load_some(row + i, V - i, -__builtin_inff()));
+        const float highest = max(most), hit = to_float(row[targets[t]]);
+        vf total = {};
+        for (int64_t i = 0; i < V; i += W) total += exp(load_some(row + i, V - i, -__builtin_inff()) - highest);
+        const float all = sum(total), inverse = 1.0f / all;
+        for (int64_t i = 0; i < V; i += W) store_some(row + i, V - i, exp(load_some(row + i, V - i, 0) - highest) * inverse);
+        nll[t] = __builtin_logf(all) + highest - hit;
+        assign(row[targets[t]], __builtin_expf(hit - highest) * inverse - 1.0f);
+    }
+}
+
+// x [T, N, C] by rows of `stride`: the first `turned` of N heads turn each pair (c, c + C/2) by their token's angle; what lies beyond
+// ±clip is clipped first. `sin` of the other sign turns back.
+template <class T>
+void rotate(int64_t tokens, int64_t N, int64_t C, int64_t turned, const T* x, int64_t stride, const float* cos, const float* sin,
+            float clip, T* out) {
+    const int64_t half = C / 2;
+#pragma omp parallel for
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t n = 0; n < N; n++) {
+            const T* from = x + t * stride + n * C;
+            T* to = out + (t * N + n) * C;
+            for (int64_t i = 0; i < half; i += W) {
+                vf a = load_some(from + i, half - i, 0), b = load_some(from + half + i, half - i, 0);
+                a = select(a > clip, splat(clip), select(a < -clip, splat(-clip), a));
+                b = select(b > clip, splat(clip), select(b < -clip, splat(-clip), b));
+                if (n < turned) {
+                    vf c = load_some(cos + t * half + i, half - i, 0), s = load_some(sin + t * half + i, half - i, 0);
+                    vf a_turned = a * c - b * s;
+                    b = b * c + a * s;
+                    a = a_turned;
+                }
+                store_some(to + i, half - i, a);
+                store_some(to + half + i, half - i, b);
+            }
+        }
+}
+
+// The gradient of `rotate`: turned back, and 0 where x was clipped.
+template <class T>
+void rotate_backward(int64_t tokens, int64_t N, int64_t C, int64_t turned, const T* x, int64_t stride, const float* cos,
+                     const float* sin, float clip, const T* grad, T* dx) {
+    const int64_t half = C / 2;
+#pragma omp parallel for
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t n = 0; n < N; n++) {
+            const T *from = x + t * stride + n * C, *g = grad + (t * N + n) * C;
+            T* to = dx + (t * N + n) * C;
+            for (int64_t i = 0; i < half; i += W) {
+                vf a = load_some(g + i, half - i, 0), b = load_some(g + half + i, half - i, 0);
+                if (n < turned) {
+                    vf c = load_some(cos + t * half + i, half - i, 0), s = load_some(sin + t * half + i, half - i, 0);
+                    vf a_turned = a * c + b * s;
+                    b = b * c - a * s;
+                    a = a_turned;
+                }
+                vf low = load_some(from + i, half - i, 0), high = load_some(from + half + i, half - i, 0);
+                store_some(to + i, half - i, select((low > clip) | (low < -clip), vf{}, a));
+                store_some(to + half + i, half - i, select((high > clip) | (high < -clip), vf{}, b));
+            }
+        }
+}
+
+}  // namespace

@@ -1,0 +1,221 @@
+"""The C++ kernels, in each instruction set that this machine runs, against float64 references: values and gradients.
+
+fp32 within 1e-5 of the largest number; bf16 within a few roundings of it. AMX is emulated, too.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gristmill.errors import InputError
+from gristmill.kernels import native
+from gristmill.kernels.attention import document_starts, packed_attention, packed_attention_reference
+from gristmill.kernels.experts import experts, experts_reference
+from gristmill.kernels.loss import cross_entropy, cross_entropy_reference
+from gristmill.kernels.rotary import rotary_angles, rotate, rotate_reference
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
+DTYPES = sorted(TOLERANCE, key=str)
+in_every_way = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def not_run(why: str) -> None:
+    """Skips, or fails where the environment says that native kernels must be there."""
+    if "native" in os.environ.get("GRISTMILL_REQUIRE", "").split(","):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The code for AMX over tiles in plain C++."""
+    if (compiler := shutil.which(os.environ.get("CXX", "g++"))) is None:
+        not_run("no C++ compiler")
+    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
+    flags = "-std=c++17 -O1 -fPIC -fopenmp -fno-math-errno -Wno-psabi -shared -DEMULATE_AMX -DISA=amx_bf16"
+    source = ROOT / "src/gristmill/kernels/native/kernels.cpp"
+    subprocess.run([str(compiler), *flags.split(), str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(params=[*native.ISAS, "emulated AMX", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every way of computing on a CPU, one after the other; a way that is not here is reported."""
+    name = request.param
+    if name == "emulated AMX":
+        library = request.getfixturevalue("emulated")
+        monkeypatch.setattr(native, "_library", lambda: library)
+        monkeypatch.setattr(native, "_in_use", "amx_bf16")
+    elif name in native.available():
+        monkeypatch.setattr(native, "_in_use", name)
+    elif name == "plain":
+        not_run("the native kernels were not built")
+    else:
+        pytest.skip(f"this CPU has no {name}")
+    return str(name)
+
+
+def gradients(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The output and each input's gradient, in float64."""
+    leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    out = function(*leaves)
+    torch.manual_seed(1)
+    out.backward(torch.randn(out.shape, dtype=torch.float64).to(out.dtype))
+    return [x.double() for x in (out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None))]
+
+
+def assert_near(
+    fast: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype
+) -> None:
+    """Both see inputs that `dtype` holds exactly."""
+    inputs = [x.to(dtype).double() for x in inputs]
+    given, wanted = gradients(fast, inputs, dtype), gradients(reference, inputs, torch.float64)
+    assert len(given) == len(wanted)
+    for a, b in zip(given, wanted, strict=True):
+        scale = max(float(b.abs().max()), 1.0)  # sums of numbers near 1 that cancel are rounding errors of 1
+        assert float((a - b).abs().max()) / scale < TOLERANCE[dtype]
+
+
+@in_every_way
+@given(
+    S=st.integers(1, 200), G=st.integers(1, 2), R=st.integers(1, 3), half=st.integers(1, 40), seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_attention(kernels: str, S: int, G: int, R: int, half: int, seed: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    starts = document_starts((torch.rand(2, S) < 0.02).cumsum(1))
+    inputs = [torch.randn(2, S, heads, 2 * half) for heads in (G * R, G, G)]
+    assert_near(
+        lambda q, k, v: packed_attention(q, k, v, starts),
+        lambda q, k, v: packed_attention_reference(q, k, v, starts),
+        inputs,
+        dtype,
+    )
+
+
+@in_every_way
+@given(
+    T=st.integers(1, 90), E=st.integers(1, 9), F=st.integers(1, 40), data=st.data(), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+def test_experts(kernels: str, T: int, E: int, F: int, data: st.DataObject, dtype: torch.dtype) -> None:
+    """Among them experts without tokens, all tokens on one expert, one token, each token on all experts."""
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    K, skew = data.draw(st.integers(1, E)), data.draw(st.sampled_from([0.0, 0.5, 50.0]))
+    weights, ids = (torch.randn(T, E) - skew * torch.arange(E)).softmax(-1).topk(K, dim=-1)
+    assert_near(
+        lambda x, w, *p: experts(x, w, ids, *p),
+        lambda x, w, *p: experts_reference(x, w, ids, *p),
+        [torch.randn(T, 12), weights, *(torch.randn(E, F, 12) * 0.3 for _ in range(3))],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_expert_with_more_rows_than_a_block(
+    kernels: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gristmill.kernels.experts as module
+
+    monkeypatch.setattr(module, "BLOCK_ROWS", 128)
+    torch.manual_seed(0)
+    weights, ids = (torch.randn(400, 3) - torch.arange(3)).softmax(-1).topk(2, dim=-1)
+    assert_near(
+        lambda x, w, *p: experts(x, w, ids, *p),
+        lambda x, w, *p: experts_reference(x, w, ids, *p),
+        [torch.randn(400, 12), weights, *(torch.randn(3, 8, 12) * 0.3 for _ in range(3))],
+        dtype,
+    )
+
+
+@in_every_way
+@given(
+    S=st.integers(1, 9), N=st.integers(1, 5), half=st.integers(1, 40), clip=st.sampled_from([None, 0.75]),
+    dtype=st.sampled_from(DTYPES), data=st.data(),
+)  # fmt: skip
+def test_rotation(
+    kernels: str, S: int, N: int, half: int, clip: float | None, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Queries and keys turn, values do not; what is clipped has no gradient."""
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    turned = data.draw(st.integers(1, N))
+    cos, sin = rotary_angles(torch.randint(0, 999, (2, S)), 2 * half, 1e4)
+    bound = float("inf") if clip is None else clip
+    assert_near(
+        lambda x: rotate(x, cos, sin, turned, clip),
+        lambda x: rotate_reference(x, cos, sin, turned, bound),
+        [torch.randn(2, S, N, 2 * half)],
+        dtype,
+    )
+
+
+@in_every_way
+@given(T=st.integers(1, 40), V=st.integers(1, 300), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+def test_cross_entropy(kernels: str, T: int, V: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    targets = torch.randint(0, V, (T,))
+    assert_near(
+        lambda h, w: cross_entropy(h, w, targets)[0],
+        lambda h, w: cross_entropy_reference(h, w, targets).sum(),
+        [torch.randn(T, 16), torch.randn(V, 16)],
+        dtype,
+    )
+
+
+def test_what_is_not_a_number_stays_so(kernels: str) -> None:
+    """A diverged model must be seen: a NaN that is rounded to bf16 may not become a number."""
+    x = torch.full((1, 2, 2, 8), float("nan"), dtype=torch.bfloat16)
+    cos, sin = rotary_angles(torch.arange(2)[None], 8, 1e4)
+    assert rotate(x, cos, sin).isnan().all()
+    assert packed_attention(x, x, x, torch.zeros(1, 2, dtype=torch.long)).isnan().all()
+    assert cross_entropy(x[0, 0], torch.ones(4, 8), torch.zeros(2, dtype=torch.long))[0].isnan()
+
+
+def test_the_operators_know_their_shapes_without_computing() -> None:
+    """What torch.compile and torch.export ask of an operator."""
+    if native.available() == ["torch"]:
+        not_run("the native kernels were not built")
+    q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 1, 8)
+    starts = torch.zeros(1, 4, dtype=torch.long)
+    cos, sin = (x.reshape(4, -1) for x in rotary_angles(torch.arange(4)[None], 8, 1e4))
+    operators, checks = torch.ops.gristmill, ("test_schema", "test_faketensor")
+    out, lse = operators.attention(q, k, k, starts)
+    cases: list[tuple[Any, tuple[Any, ...]]] = [
+        (operators.attention, (q, k, k, starts)),
+        (operators.attention_backward, (q, k, k, starts, out, lse, q)),
+        (operators.rotate, (q[0], cos, sin, 1, 8.0)),
+        (operators.rotate_backward, (q[0], cos, sin, 1, 8.0, q[0])),
+        (operators.cross_entropy, (torch.randn(3, 5), torch.zeros(3, dtype=torch.long))),
+        (operators.glu, (torch.randn(3, 8), torch.ones(3), torch.empty(3, 4))),
+        (operators.glu_backward, (*map(torch.ones, ((3, 8), 3, (3, 4), (3, 4), (3, 8), 3)),)),
+    ]
+    for operator, arguments in cases:
+        torch.library.opcheck(operator.default, arguments, test_utils=checks)
+
+
+def test_kernels_that_are_not_here_are_refused() -> None:
+    with pytest.raises(InputError, match=r"kernels 'fast' cannot run here: .* have torch"):
+        native.use("fast")
+
+
+def test_one_pool_of_threads_serves_torch_and_the_library() -> None:
+    """The library finds OpenMP's functions in the copy that torch brought: a second one would fight for the cores."""
+    if native.available() == ["torch"]:
+        not_run("the native kernels were not built")
+    code = (
+        "import torch; from gristmill.kernels import native; native.available(); "
+        "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split('/')[-1]}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
