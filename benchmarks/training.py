@@ -62,12 +62,12 @@ SHAPES = {
     "seq4096": Shape(replace(S, max_seq_len=4096), batch=2),
     "unbalanced": Shape(S, skew=1.0),
     "S_qwen3_moe": Shape(QWEN3),
-    "S_no_compiler": Shape(S, ours_env={"CXX": "none", "GRISTMILL_NATIVE": "off"}),
+    "S_no_compiler": Shape(S, ours_env={"GRISTMILL_KERNELS": "torch"}),
     "S_avx2_fp32": Shape(
         S,
         dtype="float32",
         env={"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-        ours_env={"GRISTMILL_NATIVE": "avx2"},
+        ours_env={"GRISTMILL_KERNELS": "avx2"},
     ),
 }
 

@@ -74,6 +74,7 @@ STANDARD = {
     "dataclasses",
     "functools",
     "importlib",
+    "itertools",
     "os",
     "pathlib",
     "sys",

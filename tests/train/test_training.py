@@ -17,7 +17,7 @@ from gristmill.model import ModelConfig, Transformer
 from gristmill.streaming import Batches, ShardsConfig, Stage, build_shards
 from gristmill.train.checkpoint import Identity, checkpoint_path, latest_checkpoint, read_state
 from gristmill.train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from gristmill.train.loop import Figures, Saved, Started, Step, gradients, train
+from gristmill.train.loop import Figures, Saved, Started, Step, apply_recompute, gradients, train
 from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
 from gristmill.train.schedule import learning_rate_scale
 
@@ -193,6 +193,20 @@ def test_an_optimizers_state_survives_saving_by_name() -> None:
         its.step(0.01)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_recomputed_blocks_give_the_same_gradients_bit_for_bit(shards: Path) -> None:
+    cfg = replace(MODEL, moe_jitter_eps=0.1)
+    batches = Batches(shards, CFG.seq_len, CFG.sequences_per_batch, CFG.steps, CURRICULUM, CFG.seed)
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        model = Transformer(cfg)
+        if recompute:
+            apply_recompute(model)
+        gradients(model, batches.batch(0), CFG.micro_batch, Figures(CFG, cfg, batches, 1e12))
+        found.append([param.grad for param in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_the_schedule_warms_up_holds_and_decays_to_zero() -> None:

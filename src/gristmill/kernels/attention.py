@@ -56,24 +56,6 @@ class _NativeAttention(torch.autograd.Function):
         return *torch.ops.gristmill.attention_backward(*ctx.saved_tensors, grad_BSHC), None
 
 
-def _softmax(scores: Tensor, starts: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """scores [B, G, R, T, L] of T queries against L keys; returns probabilities and log-sum-exp [B, G, R, T]."""
-    visible = (key <= query[:, None]) & (key >= starts[:, :, None])
-    s = torch.where(visible[:, None, None], upcast(scores), float("-inf"))
-    lse = torch.logsumexp(s, -1)
-    return (s - lse[..., None]).exp().to(scores.dtype), lse
-
-
-def _softmax_backward(
-    scores: Tensor, grad_probs: Tensor, lse: Tensor, delta: Tensor, starts: Tensor, query: Tensor, key: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns the probabilities again and the gradient of the scores."""
-    visible = (key <= query[:, None]) & (key >= starts[:, :, None])
-    probs = torch.where(visible[:, None, None], (upcast(scores) - lse[..., None]).exp(), 0.0)
-    grad = probs * (upcast(grad_probs) - delta[..., None])
-    return probs.to(scores.dtype), grad.to(scores.dtype)
-
-
 class _PackedAttention(torch.autograd.Function):
     """Heads that share a key head lie together as rows of one GEMM: [B*G, R*T, C] x [B*G, C, L], R = H / G."""
 
@@ -85,42 +67,29 @@ class _PackedAttention(torch.autograd.Function):
         k = k_BSGC.permute(0, 2, 1, 3).reshape(B * G, S, C)
         v = v_BSGC.permute(0, 2, 1, 3).reshape(B * G, S, C)
         out = torch.empty_like(q)  # [B, G, R, S, C]
-        lse = torch.empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
         tiles = _tiles(starts_BS)
-        index = torch.arange(S)
         for queries, keys in tiles:
-            scores = _scores(q[:, :, :, queries], k[:, keys])
-            probs, lse[..., queries] = _softmax(scores, starts_BS[:, queries], index[queries], index[keys])
+            probs = _probabilities(q[:, :, :, queries], k[:, keys], starts_BS, queries, keys)
             rows = torch.bmm(probs.flatten(2, 3).flatten(0, 1), v[:, keys])
             out[:, :, :, queries] = rows.view(B, G, H // G, -1, C)
-        ctx.save_for_backward(q, k, v, out, lse, starts_BS)
+        ctx.save_for_backward(q, k, v, starts_BS)
         ctx.tiles = tiles
         return out.permute(0, 3, 1, 2, 4).reshape(B, S, H, C)
 
     @staticmethod
     def backward(ctx, grad_BSHC):  # type: ignore[no-untyped-def]
-        q, k, v, out, lse, starts_BS = ctx.saved_tensors
+        q, k, v, starts_BS = ctx.saved_tensors
         B, G, R, S, C = q.shape
         grad = grad_BSHC.view(B, S, G, R, C).permute(0, 2, 3, 1, 4).contiguous()
-        delta = (upcast(grad) * upcast(out)).sum(-1)
-        dq = torch.empty_like(q)
-        dk, dv = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
-        index = torch.arange(S)
+        dq, sums = torch.empty_like(q), torch.promote_types(q.dtype, torch.float32)
+        dk, dv = torch.zeros_like(k, dtype=sums), torch.zeros_like(v, dtype=sums)
         for queries, keys in ctx.tiles:
             q_tile = q[:, :, :, queries].reshape(B * G, -1, C)
             grad_tile = grad[:, :, :, queries].reshape(B * G, -1, C)
-            scores = _scores(q[:, :, :, queries], k[:, keys])
-            grad_probs = torch.bmm(grad_tile, v[:, keys].transpose(1, 2)).view(scores.shape)
-            probs, dscores = _softmax_backward(
-                scores,
-                grad_probs,
-                lse[..., queries],
-                delta[..., queries],
-                starts_BS[:, queries],
-                index[queries],
-                index[keys],
-            )
-            probs, dscores = probs.view(B * G, -1, probs.shape[-1]), dscores.view(B * G, -1, dscores.shape[-1])
+            probs = _probabilities(q[:, :, :, queries], k[:, keys], starts_BS, queries, keys)
+            probs = probs.view(B * G, -1, probs.shape[-1])
+            dprobs = torch.bmm(grad_tile, v[:, keys].transpose(1, 2))
+            dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
             dv[:, keys] += torch.bmm(probs.transpose(1, 2), grad_tile)
             dq[:, :, :, queries] = torch.bmm(dscores, k[:, keys]).view(B, G, R, -1, C)
             dk[:, keys] += torch.bmm(dscores.transpose(1, 2), q_tile)
@@ -129,9 +98,14 @@ class _PackedAttention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-def _scores(q_tile: Tensor, k_tile: Tensor) -> Tensor:
+def _probabilities(q_tile: Tensor, k_tile: Tensor, starts_BS: Tensor, queries: slice, keys: slice) -> Tensor:
+    """[B, G, R, T, L] of T queries against L keys, in their dtype."""
     B, G, R, T, C = q_tile.shape
-    return torch.bmm(q_tile.reshape(B * G, R * T, C), k_tile.transpose(1, 2)).view(B, G, R, T, -1)
+    scores = torch.bmm(q_tile.reshape(B * G, R * T, C), k_tile.transpose(1, 2)).view(B, G, R, T, -1)
+    key, query = torch.arange(keys.start, keys.stop), torch.arange(queries.start, queries.stop)
+    hidden = (key > query[:, None]) | (key < starts_BS[:, queries, None])
+    bias = scores.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+    return scores.add_(bias[:, None, None]).softmax(-1)
 
 
 def _tiles(starts_BS: Tensor) -> list[tuple[slice, slice]]:

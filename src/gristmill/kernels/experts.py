@@ -10,6 +10,7 @@ rows goes through all of its expert's products before the next begins, so that i
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +58,10 @@ class Plan:
 
     def blocks(self) -> Iterator[tuple[int, slice, bool]]:
         """(expert, rows, whether they are its first): each expert's rows in even pieces of at most BLOCK_ROWS."""
-        for expert, (first, end) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
+        for expert, (first, end) in enumerate(pairwise(self.bounds)):
             tiles, pieces = (end - first) // self.tile, -(-(end - first) // BLOCK_ROWS)
             cuts = [first + tiles * i // pieces * self.tile for i in range(pieces)] + [end]
-            for start, stop in zip(cuts, cuts[1:], strict=False):
+            for start, stop in pairwise(cuts):
                 yield expert, slice(start, stop), start == first
 
 
@@ -90,8 +91,8 @@ def _glu(h_PG: Tensor, weight_P: Tensor, act_PF: Tensor) -> None:
     """act = weight * silu(gate) * up of h = [gate, up]. The weight scales here: an expert's output is never stored."""
     if native.serves(h_PG):
         return torch.ops.gristmill.glu(h_PG, weight_P, act_PF)
-    gate, up = upcast(h_PG).chunk(2, dim=1)
-    act_PF.copy_(F.silu(gate).mul_(up).mul_(weight_P[:, None]))
+    gate, up = h_PG.chunk(2, dim=1)
+    torch.mul(F.silu(gate), up, out=act_PF).mul_(weight_P[:, None].to(act_PF.dtype))
 
 
 def _glu_backward(
@@ -100,16 +101,14 @@ def _glu_backward(
     """Fills the activation again, the gradient of h and that of the weight."""
     if native.serves(h_PG):
         return torch.ops.gristmill.glu_backward(h_PG, weight_P, grad_PF, act_PF, dh_PG, dweight_P)
-    gate, up = upcast(h_PG).chunk(2, dim=1)
-    grad, weight = upcast(grad_PF), weight_P[:, None]
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    act = silu * up
-    dweight_P.copy_((grad * act).sum(1))
-    act_PF.copy_(act.mul_(weight))
-    dact, (dgate, dup) = grad * weight, dh_PG.chunk(2, dim=1)
-    dup.copy_(dact * silu)
-    dgate.copy_(sigmoid.addcmul_(silu, 1 - sigmoid).mul_(up).mul_(dact))
+    (gate, up), (dgate, dup) = h_PG.chunk(2, dim=1), dh_PG.chunk(2, dim=1)
+    weight = weight_P[:, None].to(h_PG.dtype)
+    silu, dact = F.silu(gate), grad_PF * weight
+    torch.mul(silu, up, out=act_PF)
+    dweight_P.copy_((grad_PF * act_PF).sum(1, dtype=weight_P.dtype))
+    act_PF.mul_(weight)
+    torch.mul(dact, silu, out=dup)
+    torch.ops.aten.silu_backward.grad_input(dact.mul_(up), gate, grad_input=dgate)
 
 
 def _sum_slots(rows_PD: Tensor, slot_TK: Tensor) -> Tensor:

@@ -27,10 +27,9 @@ def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Te
     """Returns the losses [C] and the gradient, which may take the place of the logits."""
     if native.serves(logits_CV):
         return torch.ops.gristmill.cross_entropy(logits_CV, targets_C), logits_CV
-    logits, row = upcast(logits_CV), torch.arange(len(targets_C), device=targets_C.device)
-    lse = logits.logsumexp(1)
-    nll = lse - logits[row, targets_C]
-    grad = (logits - lse[:, None]).exp_()
+    log_probs, row = upcast(logits_CV).log_softmax(1), torch.arange(len(targets_C), device=targets_C.device)
+    nll = -log_probs[row, targets_C]
+    grad = log_probs.exp_()
     grad[row, targets_C] -= 1
     return nll, grad.to(logits_CV.dtype)
 

@@ -18,7 +18,7 @@ def rotary_angles(positions_BS: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def rotate_reference(x_BSNC: Tensor, cos: Tensor, sin: Tensor, turned: int, clip: float) -> Tensor:
-    """The specification: clamp to ±clip, then turn each pair (c, c + C / 2) of the first `turned` heads by its angle."""
+    """The specification: clamp to ±clip, then turn each pair (c, c + C / 2) of the first heads by its angle."""
     x = upcast(x_BSNC.clamp(-clip, clip))
     a, b = x[:, :, :turned].chunk(2, dim=-1)
     return torch.cat([torch.cat([a * cos - b * sin, b * cos + a * sin], -1), x[:, :, turned:]], 2).to(x_BSNC.dtype)

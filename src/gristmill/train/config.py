@@ -12,7 +12,7 @@ class OptimizerConfig:
     """`muon`: hidden matrices by Muon, the rest (embeddings, norms, router) by AdamW; `adamw`: all by AdamW.
 
     `lr` is the peak rate. Muon's updates are scaled to AdamW's size, so the hidden matrices use `lr` itself and
-    `embedding_lr_ratio * lr` serves the parameters that AdamW keeps beside it.
+    `embedding_lr_ratio * lr` serves the parameters that AdamW keeps beside it. That ratio and `momentum` are Muon's.
     """
 
     name: Literal["adamw", "muon"] = "muon"
@@ -33,6 +33,12 @@ class OptimizerConfig:
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to below 1")
+        for name in ("embedding_lr_ratio", "momentum"):
+            default = getattr(OptimizerConfig, name)
+            if self.name == "adamw" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} belongs to muon and adamw does not use it: set it to {default}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,8 @@ class TrainConfig:
     """`batch_tokens` a step = sequences of `seq_len`, run `micro_batch` sequences at a time.
 
     `dtype` and `threads` None mean: what the machine does best; what was chosen is recorded in the first checkpoint
-    and enforced when training goes on. `curriculum` None follows the sources' weights (the recipe fills it in).
+    and enforced when training goes on. `recompute` keeps only what enters each block and computes the block again in the
+    backward pass: the same numbers in less memory, a third slower. `curriculum` None follows the sources' weights (the recipe fills it in).
     """
 
     steps: int
@@ -96,6 +103,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     log_every: int = field(default=10, metadata=OPERATIONAL)
+    recompute: bool = field(default=False, metadata=OPERATIONAL)
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "micro_batch", "log_every"):

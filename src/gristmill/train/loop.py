@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gristmill.artifact import Artifact
 from gristmill.errors import Failure, InputError
@@ -108,6 +110,8 @@ def train(
     torch.manual_seed(cfg.seed)
     dtype = getattr(torch, compute["dtype"])
     model = Transformer(model_cfg, dtype).to(compute["device"])
+    if cfg.recompute:
+        apply_recompute(model)
     optimizer = Optimizer(cfg.optimizer, model)
     if begin := resumed.path if resumed else start:
         model.load_state_dict({name: weight.load() for name, weight in open_weights(begin).items()})
@@ -194,6 +198,13 @@ def apply_compute(compute: dict[str, Any]) -> dict[str, Any]:
         native.use(compute["kernels"])
     torch.set_num_threads(compute["threads"])
     return compute
+
+
+def apply_recompute(model: Transformer) -> None:
+    """Each block keeps its input alone and is computed again in the backward pass (Chen et al., 2016,
+    arXiv:1604.06174); the router's jitter is drawn again from the same state."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class Figures:
