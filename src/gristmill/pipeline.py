@@ -303,15 +303,16 @@ class _Run:
             console.print(f"  {line}; going on from an older checkpoint", style="red", markup=False)
         if started.compute["kernels"] == "torch":
             console.print(
-                "  PyTorch's own kernels: the native ones were not built or not asked for; with them training is faster "
-                "(install g++, then gristmill again)"
+                "  PyTorch's own kernels: the native ones were not built or not asked for; with them training is "
+                "faster (install g++, then gristmill again)"
             )
         going_on = f"going on at step {started.step:,}; " if started.step else ""
         left = self.recipe.train.steps - started.step
         counts, compute = count_params(self.recipe.model), started.compute
         console.print(
             f"  {going_on}{left:,} steps; {counts.total_params / 1e6:.1f}M parameters, "
-            f"{counts.active_params / 1e6:.1f}M active; {compute['dtype']} on {compute['threads']} threads, {compute['kernels']} kernels"
+            f"{counts.active_params / 1e6:.1f}M active; {compute['dtype']} on {compute['threads']} threads, "
+            f"{compute['kernels']} kernels"
         )
 
     def finish(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,12 +24,13 @@ from gristmill.kernels import native
 from gristmill.kernels.attention import document_starts, packed_attention, packed_attention_reference
 from gristmill.kernels.experts import experts, experts_reference
 from gristmill.kernels.loss import cross_entropy, cross_entropy_reference
+from gristmill.kernels.norm import rms_norm
 from gristmill.kernels.rotary import rotary_angles, rotate, rotate_reference
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 DTYPES = sorted(TOLERANCE, key=str)
-in_every_way = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_every_way = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def not_run(why: str) -> None:
@@ -173,6 +175,25 @@ def test_cross_entropy(kernels: str, T: int, V: int, dtype: torch.dtype, seed: i
     )
 
 
+@in_every_way
+@given(N=st.integers(1, 90), D=st.integers(1, 70), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+def test_rms_norm(kernels: str, N: int, D: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    weight = torch.randn(D)
+    assert_near(
+        lambda x: rms_norm(x, weight.to(x.dtype if x.dtype == torch.float64 else torch.float32), 1e-5),
+        lambda x: F.rms_norm(x, (D,), weight.double(), 1e-5),
+        [torch.randn(N, D)],
+        dtype,
+    )
+    assert_near(
+        lambda w: rms_norm(torch.ones(N, D, dtype=dtype) * 3, w.float(), 1e-5),
+        lambda w: F.rms_norm(torch.ones(N, D, dtype=torch.float64) * 3, (D,), w, 1e-5),
+        [weight],
+        dtype,
+    )
+
+
 def test_what_is_not_a_number_stays_so(kernels: str) -> None:
     """A diverged model must be seen: a NaN that is rounded to bf16 may not become a number."""
     x = torch.full((1, 2, 2, 8), float("nan"), dtype=torch.bfloat16)
@@ -196,6 +217,8 @@ def test_the_operators_know_their_shapes_without_computing() -> None:
         (operators.attention_backward, (q, k, k, starts, out, lse, q)),
         (operators.rotate, (q[0], cos, sin, 1, 8.0)),
         (operators.rotate_backward, (q[0], cos, sin, 1, 8.0, q[0])),
+        (operators.rms_norm, (q[0, 0], cos[0].new_ones(8), 1e-5)),
+        (operators.rms_norm_backward, (q[0, 0], cos[0].new_ones(8), torch.ones(2), q[0, 0])),
         (operators.cross_entropy, (torch.randn(3, 5), torch.zeros(3, dtype=torch.long))),
         (operators.glu, (torch.randn(3, 8), torch.ones(3), torch.empty(3, 4))),
         (operators.glu_backward, (*map(torch.ones, ((3, 8), 3, (3, 4), (3, 4), (3, 8), 3)),)),

@@ -137,6 +137,19 @@ def _rotate_backward(x: Tensor, cos: Tensor, sin: Tensor, turned: int, clip: flo
     return dx
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, inverse = torch.empty(x.shape, dtype=x.dtype), torch.empty(len(x))
+    _call("rms_norm", x, *x.shape, x, weight, eps, out, inverse)
+    return out, inverse
+
+
+def _rms_norm_backward(x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    parts = min(len(x), 64)
+    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(parts, x.shape[1])
+    _call("rms_norm_backward", x, *x.shape, parts, x, weight, inverse, grad, dx, dweight)
+    return dx, dweight.sum(0)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v, starts = _rows(q), _rows(k), _rows(v), starts.contiguous()
     B, S, H, _C = q.shape
@@ -188,6 +201,16 @@ _define(
     "rotate_backward(Tensor x, Tensor cos, Tensor sin, int turned, float clip, Tensor grad) -> Tensor",
     _rotate_backward,
     lambda x, cos, sin, turned, clip, grad: x.new_empty(x.shape),
+)
+_define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _rms_norm,
+    lambda x, weight, eps: (x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)),
+)
+_define(
+    "rms_norm_backward(Tensor x, Tensor weight, Tensor inverse, Tensor grad) -> (Tensor, Tensor)",
+    _rms_norm_backward,
+    lambda x, weight, inverse, grad: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )
 _define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor starts) -> (Tensor, Tensor)",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gristmill.kernels.attention import document_starts, packed_attention
 from gristmill.kernels.experts import experts
+from gristmill.kernels.norm import rms_norm
 from gristmill.kernels.precision import upcast
 from gristmill.kernels.rotary import rotary_angles, rotate
 from gristmill.model.config import ModelConfig
@@ -63,10 +64,10 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(LayerNorm):
-    """The same without subtracting the mean (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+    """The same without subtracting the mean."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def norm(cfg: ModelConfig) -> LayerNorm:

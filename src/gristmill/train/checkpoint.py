@@ -40,7 +40,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class State:
-    """`compute`: device, dtype, threads and kernels, which decide how sums are rounded: enforced when training goes on."""
+    """`compute`: device, dtype, threads, kernels. They decide how sums are rounded: enforced when training goes on."""
 
     step: int
     compute: dict[str, Any]

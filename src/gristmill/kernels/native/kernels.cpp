@@ -26,6 +26,15 @@
                                                       const T* grad, T* dx) {                                            \
         rotate_backward(tokens, N, C, turned, x, stride, cos, sin, clip, grad, dx);                                      \
     }                                                                                                                    \
+    extern "C" void NAMED(rms_norm, type, ISA)(int64_t N, int64_t D, const T* x, const float* weight, float eps, T* out, \
+                                               float* inverse) {                                                         \
+        rms_norm(N, D, x, weight, eps, out, inverse);                                                                    \
+    }                                                                                                                    \
+    extern "C" void NAMED(rms_norm_backward, type, ISA)(int64_t N, int64_t D, int64_t parts, const T* x,                 \
+                                                        const float* weight, const float* inverse, const T* grad, T* dx, \
+                                                        float* dweight) {                                                \
+        rms_norm_backward(N, D, parts, x, weight, inverse, grad, dx, dweight);                                           \
+    }                                                                                                                    \
     extern "C" void NAMED(attention_forward, type, ISA)(Sizes z, Heads<const T> q, Heads<const T> k, Heads<const T> v,   \
                                                         T* out, float* lse) {                                            \
         attention_forward(z, q, k, v, out, lse);                                                                         \

@@ -104,4 +104,47 @@ void rotate_backward(int64_t tokens, int64_t N, int64_t C, int64_t turned, const
         }
 }
 
+// x [N, D]: x * inverse * weight, where inverse [N] = 1 / sqrt(mean(x²) + eps) is kept.
+template <class T>
+void rms_norm(int64_t N, int64_t D, const T* x, const float* weight, float eps, T* out, float* inverse) {
+#pragma omp parallel for
+    for (int64_t n = 0; n < N; n++) {
+        vf squares = {};
+        for (int64_t i = 0; i < D; i += W) {
+            vf value = load_some(x + n * D + i, D - i, 0);
+            squares += value * value;
+        }
+        inverse[n] = 1.0f / __builtin_sqrtf(sum(squares) / D + eps);
+        for (int64_t i = 0; i < D; i += W) {
+            vf value = load_some(x + n * D + i, D - i, 0), w = load_some(weight + i, D - i, 0);
+            store_some(out + n * D + i, D - i, value * inverse[n] * w);
+        }
+    }
+}
+
+// dweight [parts, D] has a sum for each part of the rows, so that the order of summing does not follow the threads.
+template <class T>
+void rms_norm_backward(int64_t N, int64_t D, int64_t parts, const T* x, const float* weight, const float* inverse,
+                       const T* grad, T* dx, float* dweight) {
+#pragma omp parallel for
+    for (int64_t part = 0; part < parts; part++) {
+        float* sums = dweight + part * D;
+        __builtin_memset(sums, 0, D * sizeof(float));
+        for (int64_t n = N * part / parts; n < N * (part + 1) / parts; n++) {
+            vf dots = {};
+            for (int64_t i = 0; i < D; i += W) {
+                vf value = load_some(x + n * D + i, D - i, 0), g = load_some(grad + n * D + i, D - i, 0);
+                dots += g * value * load_some(weight + i, D - i, 0);
+                store_some(sums + i, D - i, load_some(sums + i, D - i, 0) + g * value * inverse[n]);
+            }
+            const float along = sum(dots) * inverse[n] * inverse[n] / D;
+            for (int64_t i = 0; i < D; i += W) {
+                vf value = load_some(x + n * D + i, D - i, 0), g = load_some(grad + n * D + i, D - i, 0);
+                vf w = load_some(weight + i, D - i, 0);
+                store_some(dx + n * D + i, D - i, (g * w - value * along) * inverse[n]);
+            }
+        }
+    }
+}
+
 }  // namespace
