@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels import native
+from gristmill.kernels.gpu import attention as gpu_attention
 from gristmill.kernels.precision import upcast
 
 TILE_QUERIES = 128
@@ -36,9 +37,9 @@ def packed_attention_reference(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, s
 
 
 def packed_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, starts_BS: Tensor) -> Tensor:
-    """The same function, tiled, on the CPU; elsewhere torch's own kernels are already fused."""
-    if q_BSHC.device.type != "cpu":
-        return packed_attention_reference(q_BSHC, k_BSGC, v_BSGC, starts_BS)
+    """The same function, tiled; on CUDA by torch's FlashAttention."""
+    if q_BSHC.is_cuda:
+        return gpu_attention.packed_attention(q_BSHC, k_BSGC, v_BSGC, starts_BS)
     if native.serves(q_BSHC):
         return _NativeAttention.apply(q_BSHC, k_BSGC, v_BSGC, starts_BS)
     return _PackedAttention.apply(q_BSHC, k_BSGC, v_BSGC, starts_BS)

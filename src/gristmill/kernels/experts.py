@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels import native
+from gristmill.kernels.gpu import experts as gpu_experts
 from gristmill.kernels.precision import upcast
 
 BLOCK_ROWS = 4096
@@ -42,8 +43,11 @@ def experts_reference(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w1: Tens
 def experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w1: Tensor, v1: Tensor, w2: Tensor) -> Tensor:
     """The same function as `experts_reference`: sorted, tiled, one autograd node.
 
-    The weights may be fp32 masters while x is bf16: they are cast once, and their gradients come back in fp32.
+    On CUDA by grouped GEMMs and Triton. The weights may be fp32 masters while x is bf16: they are cast on the way, and
+    their gradients come back in fp32.
     """
+    if x_TD.is_cuda:
+        return gpu_experts.experts(x_TD, weights_TK, ids_TK, w1, v1, w2)
     return _Experts.apply(x_TD, weights_TK, ids_TK, w1, v1, w2)
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels import native
+from gristmill.kernels.gpu import loss as gpu_loss
 from gristmill.kernels.precision import upcast
 
 CHUNK_LOGITS = 2**26  # at once; below a few hundred tokens adding up the weight's gradient would cost more
@@ -25,6 +26,8 @@ def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tu
 
 def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the losses [C] and the gradient, which may take the place of the logits."""
+    if logits_CV.is_cuda:
+        return gpu_loss.loss_and_gradient(logits_CV, targets_C)
     if native.serves(logits_CV):
         return torch.ops.gristmill.cross_entropy(logits_CV, targets_C), logits_CV
     log_probs, row = upcast(logits_CV).log_softmax(1), torch.arange(len(targets_C), device=targets_C.device)

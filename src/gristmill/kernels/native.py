@@ -118,33 +118,35 @@ def _glu_backward(h: Tensor, weight: Tensor, grad: Tensor, act: Tensor, dh: Tens
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    assert logits.is_contiguous()  # it is changed in place
     nll = torch.empty(len(logits))
-    _call("cross_entropy", logits, *logits.shape, logits, targets, nll)
+    _call("cross_entropy", logits, *logits.shape, logits, targets.contiguous(), nll)
     return nll
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, turned: int, clip: float) -> Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out, cos, sin = torch.empty(x.shape, dtype=x.dtype), cos.contiguous(), sin.contiguous()
     tokens, heads, width = x.shape
     _call("rotate", x, tokens, heads, width, turned, x, x.stride(0), cos, sin, clip, out)
     return out
 
 
 def _rotate_backward(x: Tensor, cos: Tensor, sin: Tensor, turned: int, clip: float, grad: Tensor) -> Tensor:
-    dx, grad = torch.empty(x.shape, dtype=x.dtype), grad.contiguous()
+    dx, cos, sin, grad = torch.empty(x.shape, dtype=x.dtype), cos.contiguous(), sin.contiguous(), grad.contiguous()
     tokens, heads, width = x.shape
     _call("rotate_backward", x, tokens, heads, width, turned, x, x.stride(0), cos, sin, clip, grad, dx)
     return dx
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, weight = x.contiguous(), weight.contiguous()
     out, inverse = torch.empty(x.shape, dtype=x.dtype), torch.empty(len(x))
     _call("rms_norm", x, *x.shape, x, weight, eps, out, inverse)
     return out, inverse
 
 
 def _rms_norm_backward(x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    parts = min(len(x), 64)
+    x, weight, grad, parts = x.contiguous(), weight.contiguous(), grad.contiguous(), min(len(x), 64)
     dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(parts, x.shape[1])
     _call("rms_norm_backward", x, *x.shape, parts, x, weight, inverse, grad, dx, dweight)
     return dx, dweight.sum(0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gristmill.kernels import native
+from gristmill.kernels.gpu import rotary as gpu_rotary
 from gristmill.kernels.precision import upcast
 
 
@@ -26,6 +27,8 @@ def rotate_reference(x_BSNC: Tensor, cos: Tensor, sin: Tensor, turned: int, clip
 
 def rotate(x_BSNC: Tensor, cos: Tensor, sin: Tensor, turned: int | None = None, clip: float | None = None) -> Tensor:
     """The same in one pass. None: all heads, no clipping."""
+    if x_BSNC.is_cuda:
+        return gpu_rotary.rotate(x_BSNC, cos, sin, turned, clip)
     turned, clip = x_BSNC.shape[2] if turned is None else turned, float("inf") if clip is None else clip
     if native.serves(x_BSNC):
         return _NativeRotate.apply(x_BSNC, cos, sin, turned, clip)

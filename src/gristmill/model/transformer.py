@@ -137,7 +137,8 @@ class MoE(nn.Module):
         weights_TK, ids_TK = probs_TE.topk(cfg.moe_top_k, dim=-1)
         if cfg.moe_normalize_expert_weights is not None:
             weights_TK = weights_TK / weights_TK.norm(p=cfg.moe_normalize_expert_weights, dim=-1, keepdim=True)
-        counts_E = torch.bincount(ids_TK.flatten(), minlength=E)
+        counts_E = torch.zeros(E, dtype=torch.long, device=x_TD.device)
+        counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())  # bincount would wait for a GPU
         # MegaBlocks' form: the share of assignments (no gradient) times the mean probability, per layer.
         balance = E * (counts_E.float() / ids_TK.numel() * probs_TE.mean(0)).sum()
         return self.experts(x_TD, weights_TK, ids_TK), balance, counts_E

@@ -191,8 +191,8 @@ def apply_compute(compute: dict[str, Any]) -> dict[str, Any]:
         )
     if compute["device"] == "cpu" and compute["kernels"] not in (possible := native.available()):
         raise InputError(
-            f"this training began with {compute['kernels']} kernels, and here are {', '.join(possible)}: go on where they "
-            "are (a C++ compiler and a new installation bring the native ones), or begin anew in another --out"
+            f"this training began with {compute['kernels']} kernels, and here are {', '.join(possible)}: go on where "
+            "they are (a C++ compiler and a new installation bring the native ones), or begin anew in another --out"
         )
     if compute["device"] == "cpu":
         native.use(compute["kernels"])
