@@ -1,15 +1,18 @@
-"""torch's own AdamW and Muon over our parameters, with a state that is saved by name.
+"""AdamW and Muon over our parameters, with a state that is saved by name.
 
-Muon (Jordan et al., 2024) orthogonalises the momentum of one matrix. Our parameters hold several: the experts are
-stacked and q, k and v are fused. Each matrix is handed to torch as a view of its own, sharing memory with the
-parameter, its gradient and its momentum; the checkpoint sees whole tensors only.
+Muon orthogonalises the momentum of one matrix, and our parameters hold several: the experts are stacked and q, k and v
+are fused. Each is handed on as a view of its own, sharing memory with the parameter and its momentum; the checkpoint
+sees whole tensors only.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gristmill.model import Transformer
 from gristmill.train.config import OptimizerConfig
+from gristmill.train.muon import muon_update
 
 
 class Optimizer:
@@ -33,45 +36,36 @@ class Optimizer:
             first, second, count = torch.zeros_like(param), torch.zeros_like(param), param.new_zeros(())
             self.adamw.state[param] = {"exp_avg": first, "exp_avg_sq": second, "step": count}
             self._state |= {f"exp_avg/{name}": first, f"exp_avg_sq/{name}": second, f"count/{name}": count}
-        self.views: list[tuple[Tensor, str, int]] = []  # (matrix, parameter's name, index among its matrices)
-        self.muon: torch.optim.Muon | None = None
-        if self.matrices:
-            self._build_muon()
-
-    def _build_muon(self) -> None:
-        momentum: list[Tensor] = []
-        for name, split in self.matrices.items():
-            whole = self._state[f"momentum/{name}"] = torch.zeros_like(self.params[name])
-            momentum += matrices_of(whole, split)
-            views = matrices_of(self.params[name].detach(), split)
-            self.views += [(view, name, index) for index, view in enumerate(views)]
-        self.muon = torch.optim.Muon(
-            [view for view, _, _ in self.views],
-            lr=self.cfg.lr,
-            weight_decay=self.cfg.weight_decay,
-            momentum=self.cfg.momentum,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        for (view, _, _), buffer in zip(self.views, momentum, strict=True):
-            self.muon.state[view] = {"momentum_buffer": buffer}
+        self.momentum = {name: torch.zeros_like(self.params[name]) for name in self.matrices}
+        self._state |= {f"momentum/{name}": momentum for name, momentum in self.momentum.items()}
+        self.dtype = model.compute_dtype  # of the orthogonalisation: recorded, and the same after a resume
 
     def step(self, lr: float) -> float:
         """Clip, update every parameter at rate `lr`, drop the gradients; returns the norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.params.values(), self.cfg.clip_norm)
         for group in self.adamw.param_groups:
-            group["lr"] = lr * (self.cfg.embedding_lr_ratio if self.muon else 1.0)
+            group["lr"] = lr * (self.cfg.embedding_lr_ratio if self.matrices else 1.0)
         self.adamw.step()
-        if self.muon:
-            gradients = {name: matrices_of(self.params[name].grad, split) for name, split in self.matrices.items()}
-            for view, name, index in self.views:
-                view.grad = gradients[name][index]
-            for group in self.muon.param_groups:
-                group["lr"] = lr
-            self.muon.step()
-            self.muon.zero_grad()
+        if self.matrices:
+            self._muon_step(lr)
         for param in self.params.values():
             param.grad = None
         return float(norm)
+
+    @torch.no_grad()
+    def _muon_step(self, lr: float) -> None:
+        params = [self.params[name].detach() for name in self.matrices]
+        grads = [grad for name in self.matrices if (grad := self.params[name].grad) is not None]
+        momenta = list(self.momentum.values())
+        torch._foreach_lerp_(momenta, grads, 1 - self.cfg.momentum)
+        torch._foreach_lerp_(grads, momenta, self.cfg.momentum)  # Nesterov's, in the gradients: they are dropped anyway
+        if self.cfg.weight_decay:
+            torch._foreach_mul_(params, 1 - lr * self.cfg.weight_decay)
+        muon_update(self._views(params), self._views(grads), lr, self.dtype)
+
+    def _views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(tensors, self.matrices.values(), strict=True)
+        return [matrix for tensor, rows in pairs for matrix in matrices_of(tensor, rows)]
 
     def state(self) -> dict[str, Tensor]:
         return self._state
@@ -99,6 +93,5 @@ def muon_matrices(model: Transformer) -> dict[str, tuple[int, ...]]:
     return split
 
 
-def matrices_of(tensor: Tensor | None, rows: tuple[int, ...]) -> list[Tensor]:
-    assert tensor is not None
+def matrices_of(tensor: Tensor, rows: tuple[int, ...]) -> list[Tensor]:
     return list(tensor.split(rows) if rows else tensor.unbind())

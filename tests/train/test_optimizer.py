@@ -1,0 +1,131 @@
+"""Muon over batches of matrices against torch's own, one matrix at a time, and against a plain float64 one."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gristmill.model import ModelConfig, Transformer
+from gristmill.train import muon
+from gristmill.train.config import OptimizerConfig
+from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
+
+MODEL = ModelConfig(
+    d_model=32, n_layers=2, n_heads=4, kv_n_heads=2, ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2,
+    vocab_size=128, max_seq_len=64,
+)  # fmt: skip
+CFG = OptimizerConfig(name="muon", lr=0.01, weight_decay=0.1, clip_norm=1e9)
+
+
+def with_gradients(model: Transformer, seed: int) -> None:
+    torch.manual_seed(seed)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+
+
+def two_models(dtype: torch.dtype) -> tuple[Transformer, Transformer]:
+    torch.manual_seed(0)
+    model, twin = Transformer(MODEL, dtype), Transformer(MODEL, dtype)
+    twin.load_state_dict(model.state_dict())
+    return model, twin
+
+
+def matrices(model: Transformer, of_gradients: bool = False) -> list[Tensor]:
+    params, split = dict(model.named_parameters()), muon_matrices(model)
+    tensors = {name: params[name].grad if of_gradients else params[name].detach() for name in split}
+    return [view for name, rows in split.items() for view in matrices_of(tensors[name], rows)]  # type: ignore[arg-type]
+
+
+def plain_muon(weight: Tensor, gradients: list[Tensor], lr: float, cfg: OptimizerConfig) -> Tensor:
+    """A matrix after these gradients, by the definition, in float64."""
+    w, momentum = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
+    for gradient in gradients:
+        momentum = cfg.momentum * momentum + (1 - cfg.momentum) * gradient.double()
+        x = cfg.momentum * momentum + (1 - cfg.momentum) * gradient.double()
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+        w = w * (1 - lr * cfg.weight_decay) - lr * 0.2 * max(x.shape) ** 0.5 * x
+    return w
+
+
+def test_muon_in_bf16_equals_torchs_on_each_matrix() -> None:
+    model, twin = two_models(torch.bfloat16)
+    ours = Optimizer(CFG, model)
+    views = matrices(twin)
+    theirs = torch.optim.Muon(views, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for seed in range(3):
+        for module in (model, twin):
+            with_gradients(module, seed)
+        for view, gradient in zip(views, matrices(twin, of_gradients=True), strict=True):
+            view.grad = gradient
+        before = [view.clone() for view in views]
+        ours.step(0.01)
+        theirs.step()
+        for mine, its, old in zip(matrices(model), views, before, strict=True):
+            assert float((mine - its).norm()) < 0.02 * float((its - old).norm())
+
+
+def test_muon_in_fp32_equals_the_definition_in_float64() -> None:
+    model, _ = two_models(torch.float32)
+    before = [matrix.clone() for matrix in matrices(model)]
+    gradients: list[list[Tensor]] = [[] for _ in before]
+    optimizer = Optimizer(CFG, model)
+    for seed in range(3):
+        with_gradients(model, seed)
+        for kept, gradient in zip(gradients, matrices(model, of_gradients=True), strict=True):
+            kept.append(gradient.clone())
+        optimizer.step(0.01)
+    for old, kept, new in zip(before, gradients, matrices(model), strict=True):
+        expected = plain_muon(old, kept, 0.01, CFG)
+        assert float((new - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12),
+    at_once=st.integers(1, 300),
+)
+def test_every_matrix_is_updated_once_whatever_the_shapes_and_the_size_of_a_batch(
+    shapes: list[tuple[int, int]], at_once: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(muon.BATCH_NUMEL, "cpu", at_once)
+        batches = list(muon.batches(shapes, "cpu"))
+        assert sorted(number for _, numbers in batches for number in numbers) == list(range(len(shapes)))
+        for (few, many), numbers in batches:
+            assert len(numbers) == 1 or few * many * len(numbers) <= at_once
+            assert all(sorted(shapes[number]) == [few, many] for number in numbers)
+        torch.manual_seed(0)
+        weights, updates = ([torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2))
+        cfg = OptimizerConfig(momentum=0.0)
+        expected = [plain_muon(w, [u], 0.1, cfg) for w, u in zip(weights, updates, strict=True)]
+        muon.muon_update(weights, updates, 0.1, torch.float64)
+    for weight, its in zip(weights, expected, strict=True):
+        assert torch.allclose(weight, its, rtol=0, atol=1e-9)
+
+
+def test_a_matrix_without_gradient_stays() -> None:
+    model, twin = two_models(torch.bfloat16)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    Optimizer(OptimizerConfig(name="muon", lr=0.01), model).step(0.01)
+    assert all(torch.equal(a, b) for a, b in zip(matrices(model), matrices(twin), strict=True))
+
+
+def test_weight_decay_spares_what_adamw_keeps_beside_muon() -> None:
+    model, twin = two_models(torch.float32)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    Optimizer(CFG, model).step(0.5)
+    for name, param in model.named_parameters():
+        shrunk = 1 - 0.5 * CFG.weight_decay if name in muon_matrices(model) else 1.0
+        assert torch.allclose(param, twin.get_parameter(name) * shrunk, rtol=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["embedding_lr_ratio", "momentum"])
+def test_a_setting_of_muon_is_refused_beside_adamw(setting: str) -> None:
+    OptimizerConfig(name="muon", **{setting: 0.5})
+    with pytest.raises(ValueError, match=rf"^{setting}=0.5 belongs to muon and adamw does not use it: set it to"):
+        OptimizerConfig(name="adamw", **{setting: 0.5})
