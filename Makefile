@@ -1,7 +1,7 @@
 # make quickstart   build a small DBRX from raw text
 # make test         the checks and the whole suite
 # make check        format, lint, types
-# make bench        speed figures (benchmarks/)
+# make bench        the figures in benchmarks/results: three hours, and it goes on where it was
 # make exact        300 random models against transformers and a naive NumPy forward
 # make stress       longer randomised tests
 # make sanitize     the native kernels under the address and undefined-behaviour sanitizers
@@ -25,6 +25,8 @@ check: .venv/locked
 
 bench: .venv/locked
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/time_to_quality.py
+	$(BIN)/python benchmarks/moe_vs_dense.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/tokenizer.py
 

@@ -29,9 +29,13 @@ def build(library: Path, folder: Path, extra: str = "") -> None:
     objects = [folder / "cpu.o"]
     subprocess.run([*command, "-c", str(SOURCES / "cpu.cpp"), "-o", str(objects[0])], check=True)
     for isa, flags in ({"plain": ""} | (X86 if platform.machine() == "x86_64" else {})).items():
+        one = [*command, *shlex.split(flags)]
+        if subprocess.run([*one, "-E", "-x", "c++", os.devnull], capture_output=True).returncode:
+            print(f"native kernels for {isa} are left out: {command[0]} does not know {flags}")
+            continue
         objects.append(folder / f"{isa}.o")
-        source = [f"-DISA={isa}", *shlex.split(flags), "-c", str(SOURCES / "kernels.cpp")]
-        subprocess.run([*command, *source, "-o", str(objects[-1])], check=True)
+        source = [f"-DISA={isa}", "-c", str(SOURCES / "kernels.cpp")]
+        subprocess.run([*one, *source, "-o", str(objects[-1])], check=True)
     # Linked without -fopenmp: OpenMP is found in the copy that torch brings, so that there is one pool of threads.
     linked = [flag for flag in command if flag != "-fopenmp"]
     subprocess.run([*linked, "-shared", *map(str, objects), "-o", str(library)], check=True)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gristmill.hub import in_memory, write_published
 from gristmill.kernels.experts import experts
@@ -87,12 +86,14 @@ class Side:
         self.peak_bytes = 0
 
     def step(self, seed: int) -> None:
-        assert self.process.stdin and self.process.stdout and self.process.stderr
-        self.process.stdin.write(f"{seed}\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(self.process.stderr.read()[-2000:])
+        given, answers, errors = self.process.stdin, self.process.stdout, self.process.stderr
+        assert given is not None
+        assert answers is not None
+        assert errors is not None
+        given.write(f"{seed}\n")
+        given.flush()
+        if not (line := answers.readline()):
+            raise SystemExit(errors.read()[-2000:])
         figures = json.loads(line)
         self.seconds.append(figures["seconds"])
         self.losses.append(figures["loss"])
@@ -104,7 +105,7 @@ class Side:
 
 
 def skewed(model: Transformer, skew: float) -> None:
-    """Give every token a common direction that the routers prefer to different degrees: some experts get most tokens."""
+    """Give all tokens a common direction that the routers prefer to different degrees: some experts get most tokens."""
     common = torch.randn(model.cfg.d_model) * model.cfg.initializer_range * 2
     with torch.no_grad():
         model.wte.weight += common
@@ -158,7 +159,8 @@ def machine(dtype: str) -> str:
     about = describe_machine()
     simd = about["simd"][-1] if about["simd"] else "no SIMD"
     load = os.getloadavg()[0]
-    return f"{about['cpu']} ({simd}), {torch.get_num_threads()} threads, {dtype}, torch {torch.__version__}, load {load:.1f}"
+    threads = torch.get_num_threads()
+    return f"{about['cpu']} ({simd}), {threads} threads, {dtype}, torch {torch.__version__}, load {load:.1f}"
 
 
 def moe_layer(T: int = 8192, D: int = 512, F: int = 512, E: int = 16, K: int = 4) -> dict[str, Any]:

@@ -19,10 +19,10 @@ def best_dtype() -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def gemm_flops(dtype: torch.dtype, size: int = 1024) -> float:
+def gemm_flops(dtype: torch.dtype) -> float:
     """Floating-point operations a second of a square matrix product: the best of a third of a second, since a busy
     neighbour only ever makes it slower."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times: list[float] = []
     while sum(times) < 0.3 or len(times) < 3:

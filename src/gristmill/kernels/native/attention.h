@@ -60,18 +60,17 @@ template <class T> void as_columns(const Heads<const T>& x, const Sizes& z, int6
     }
 }
 
-// As the right side of a product over the head size, packed for `gemm`: [padded head][length], where four bytes (one fp32
+// As the right side of a product over the head size, packed for `gemm`: [padded head][BLOCK], where four bytes (one fp32
 // number, or two bf16 ones) stay together. C is even.
-template <class T>
-void pack_columns(const Heads<const T>& x, const Sizes& z, int64_t b, int64_t h, int64_t first, T* out, int64_t length) {
+template <class T> void pack_columns(const Heads<const T>& x, const Sizes& z, int64_t b, int64_t h, int64_t first, T* out) {
     typedef uint32_t __attribute__((may_alias, aligned(2))) unit;
     const int64_t units = z.C / Pair<T>::rows, all = z.padded_head() / Pair<T>::rows;
     for (int64_t i = 0; i < BLOCK; i++) {
         const int64_t inside = first + i < z.S ? units : 0;
         const unit* row = (const unit*)x.row(b, inside ? first + i : 0, h);
-        unit* column = (unit*)out + first + i;
-        for (int64_t u = 0; u < inside; u++) column[u * length] = row[u];
-        for (int64_t u = inside; u < all; u++) column[u * length] = 0;
+        unit* column = (unit*)out + i;
+        for (int64_t u = 0; u < inside; u++) column[u * BLOCK] = row[u];
+        for (int64_t u = inside; u < all; u++) column[u * BLOCK] = 0;
     }
 }
 
@@ -83,7 +82,6 @@ INLINE void pair_rows(const bf16* upper, const bf16* lower, int64_t C, bf16* out
 }
 template <class T> void pack_rows(const Heads<const T>& x, const Sizes& z, int64_t b, int64_t h, int64_t first, T* out) {
     const int64_t pair = Pair<T>::rows, width = z.padded_head(), rows = z.S - first < BLOCK ? z.S - first : BLOCK;
-    out += first * width;
     __builtin_memset(out, 0, BLOCK * width * sizeof(T));
     for (int64_t i = 0; i < rows; i += pair) {
         const T *upper = x.row(b, first + i, h), *lower = i + 1 < rows ? x.row(b, first + i + 1, h) : nullptr;
@@ -117,8 +115,8 @@ void forward_head(const Sizes& z, const Heads<const T>& q, const Heads<const T>&
     float *scores = arena.take<float>(BLOCK * BLOCK), *sums = arena.take<float>(BLOCK * width);
     float highest[BLOCK], total[BLOCK];
     for (int64_t first = 0; first < z.S; first += BLOCK) {
-        pack_columns(k, z, b, g, first, keys, length);
-        pack_rows(v, z, b, g, first, values);
+        pack_columns(k, z, b, g, first, keys + first * width);
+        pack_rows(v, z, b, g, first, values + first * width);
     }
     Tiles configured;
     for (int64_t q0 = 0; q0 < z.S; q0 += BLOCK) {
@@ -128,7 +126,7 @@ void forward_head(const Sizes& z, const Heads<const T>& q, const Heads<const T>&
         bool begun = false;
         for (int64_t k0 = starts[q0] / BLOCK * BLOCK; k0 < q0 + rows; k0 += BLOCK) {
             const bool all_visible = k0 + BLOCK <= q0 + 1 && starts[q0 + rows - 1] <= k0;
-            gemm(false, BLOCK, BLOCK, width, queries, width, keys + k0 * Pair<T>::rows, length, scores, BLOCK);
+            gemm(false, BLOCK, BLOCK, width, queries, width, keys + k0 * width, BLOCK, scores, BLOCK);
             for (int64_t i = 0; i < BLOCK; i++) {
                 float* row = scores + i * BLOCK;
                 const int64_t query = i < rows ? q0 + i : z.S - 1, start = starts[query];
@@ -184,9 +182,9 @@ void backward_head(const Sizes& z, const Heads<const T>& q, const Heads<const T>
     float *scores = arena.take<float>(BLOCK * BLOCK), *dprobs = arena.take<float>(BLOCK * BLOCK);
     float *dqueries = arena.take<float>(BLOCK * width), log_sum[BLOCK], delta[BLOCK];
     for (int64_t first = 0; first < z.S; first += BLOCK) {
-        pack_columns(k, z, b, g, first, key_columns, length);
-        pack_columns(v, z, b, g, first, value_columns, length);
-        pack_rows(k, z, b, g, first, key_rows);
+        pack_columns(k, z, b, g, first, key_columns + first * width);
+        pack_columns(v, z, b, g, first, value_columns + first * width);
+        pack_rows(k, z, b, g, first, key_rows + first * width);
     }
     __builtin_memset(dkeys, 0, width * length * 4);
     __builtin_memset(dvalues, 0, width * length * 4);
@@ -210,8 +208,8 @@ void backward_head(const Sizes& z, const Heads<const T>& q, const Heads<const T>
         __builtin_memset(dqueries, 0, BLOCK * width * 4);
         for (int64_t k0 = starts[q0] / BLOCK * BLOCK; k0 < q0 + rows; k0 += BLOCK) {
             const bool all_visible = k0 + BLOCK <= q0 + 1 && starts[q0 + rows - 1] <= k0;
-            gemm(false, BLOCK, BLOCK, width, queries, width, key_columns + k0 * Pair<T>::rows, length, scores, BLOCK);
-            gemm(false, BLOCK, BLOCK, width, grads, width, value_columns + k0 * Pair<T>::rows, length, dprobs, BLOCK);
+            gemm(false, BLOCK, BLOCK, width, queries, width, key_columns + k0 * width, BLOCK, scores, BLOCK);
+            gemm(false, BLOCK, BLOCK, width, grads, width, value_columns + k0 * width, BLOCK, dprobs, BLOCK);
             for (int64_t i = 0; i < BLOCK; i += 2)
                 for (int64_t j = 0; j < BLOCK; j += W) {
                     vf p[2], ds[2];
@@ -225,8 +223,8 @@ void backward_head(const Sizes& z, const Heads<const T>& q, const Heads<const T>
                     store_pair(probs + i * BLOCK, j, p[0], p[1]);
                     store_pair(dscore_pairs + i * BLOCK, j, ds[0], ds[1]);
                 }
-            gemm(true, width, BLOCK, BLOCK, grad_columns, BLOCK, probs, BLOCK, dvalues + k0, length);
-            gemm(true, width, BLOCK, BLOCK, query_columns, BLOCK, dscore_pairs, BLOCK, dkeys + k0, length);
+            gemm(true, width, BLOCK, BLOCK, grad_columns, BLOCK, probs, BLOCK, dvalues + k0 * width, BLOCK);
+            gemm(true, width, BLOCK, BLOCK, query_columns, BLOCK, dscore_pairs, BLOCK, dkeys + k0 * width, BLOCK);
             gemm(true, BLOCK, width, BLOCK, dscore_rows, BLOCK, key_rows + k0 * width, width, dqueries, width);
         }
         for (int64_t i = 0; i < rows; i++) {
@@ -236,8 +234,9 @@ void backward_head(const Sizes& z, const Heads<const T>& q, const Heads<const T>
     }
     for (int64_t s = 0; s < z.S; s++)
         for (int64_t c = 0; c < z.C; c++) {
-            dk[s * z.C + c] = dkeys[c * length + s];
-            dv[s * z.C + c] = dvalues[c * length + s];
+            const int64_t from = s / BLOCK * BLOCK * width + c * BLOCK + s % BLOCK;
+            dk[s * z.C + c] = dkeys[from];
+            dv[s * z.C + c] = dvalues[from];
         }
 }
 
