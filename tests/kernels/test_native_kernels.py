@@ -92,13 +92,13 @@ def assert_near(
 
 @in_every_way
 @given(
-    S=st.integers(1, 200), G=st.integers(1, 2), R=st.integers(1, 3), half=st.integers(1, 40), seed=st.integers(0, 99),
+    S=st.integers(1, 200), G=st.integers(1, 2), R=st.integers(1, 3), C=st.integers(1, 80), seed=st.integers(0, 99),
     dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
-def test_attention(kernels: str, S: int, G: int, R: int, half: int, seed: int, dtype: torch.dtype) -> None:
+def test_attention(kernels: str, S: int, G: int, R: int, C: int, seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
     starts = document_starts((torch.rand(2, S) < 0.02).cumsum(1))
-    inputs = [torch.randn(2, S, heads, 2 * half) for heads in (G * R, G, G)]
+    inputs = [torch.randn(2, S, heads, C) for heads in (G * R, G, G)]
     assert_near(
         lambda q, k, v: packed_attention(q, k, v, starts),
         lambda q, k, v: packed_attention_reference(q, k, v, starts),
@@ -206,6 +206,66 @@ def test_numbers_that_do_not_lie_together(kernels: str) -> None:
         assert torch.equal(rotate(part, cos, sin), rotate(whole, cos, sin))
         keys = part[:, :, :1]
         assert torch.equal(packed_attention(part, keys, keys, starts), packed_attention(whole, keys, keys, starts))
+
+
+def test_another_default_dtype_and_one_rows_positions_change_nothing(kernels: str) -> None:
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(2, 5, 4, 8), torch.randn(8), torch.tensor([0, 3])
+    one, both = (rotary_angles(torch.arange(5).expand(rows, -1), 8, 1e4) for rows in (1, 2))
+
+    def all_of(angles: tuple[Tensor, Tensor]) -> list[Tensor]:
+        turned = rotate(x, *angles)
+        attended = packed_attention(turned, turned, turned, torch.zeros(2, 5, dtype=torch.long))
+        return [attended, rms_norm(attended, weight, 1e-5), cross_entropy(x[0, 0, :2], x[1, 0], targets)[1]]
+
+    wanted = all_of(both)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        given = all_of(one)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(given, wanted, strict=True))
+
+
+@pytest.mark.parametrize("target", [-100, 4])
+def test_a_target_outside_the_vocabulary_is_refused(kernels: str, target: int) -> None:
+    with pytest.raises(ValueError, match="a vocabulary of 4 has 0 and up"):
+        cross_entropy(torch.randn(1, 8), torch.randn(4, 8), torch.tensor([target]))
+
+
+def test_what_a_kernel_cannot_read_is_refused() -> None:
+    if native.available() == ["torch"]:
+        not_run("the native kernels were not built")
+    q, starts = torch.randn(1, 4, 2, 8), torch.zeros(1, 4, dtype=torch.long)
+    for wrong in (
+        (q.bfloat16(), q, q, starts),
+        (q, q, q, starts.int()),
+        (q, q[:, :3], q, starts),
+        (q, q, q, starts[0]),
+    ):
+        with pytest.raises(ValueError, match="a native kernel got"):
+            torch.ops.gristmill.attention(*wrong)
+    with pytest.raises(ValueError, match="a native kernel got"):
+        torch.ops.gristmill.rms_norm(q[0, 0], torch.ones(4), 1e-5)
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "INTERFACE", -1)
+    assert native._library.__wrapped__() is None
+
+
+def test_frozen_experts_cost_no_gradient(kernels: str) -> None:
+    torch.manual_seed(0)
+    weights, ids = torch.randn(9, 4).softmax(-1).topk(2, dim=-1)
+    x, matrices = torch.randn(9, 8, requires_grad=True), [torch.randn(4, 6, 8) for _ in range(3)]
+    experts(x, weights, ids, *matrices).sum().backward()
+    frozen, x.grad = x.grad, None
+    learning = [m.requires_grad_() for m in matrices]
+    out = experts(x, weights, ids, *learning)
+    out.sum().backward()
+    assert torch.equal(x.grad, frozen)
+    with torch.no_grad():
+        assert torch.equal(experts(x, weights, ids, *learning), out)
 
 
 def test_what_is_not_a_number_stays_so(kernels: str) -> None:

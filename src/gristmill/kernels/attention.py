@@ -40,7 +40,7 @@ def packed_attention(q_BSHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, starts_BS: 
     """The same function, tiled; on CUDA by torch's FlashAttention."""
     if q_BSHC.is_cuda:
         return gpu_attention.packed_attention(q_BSHC, k_BSGC, v_BSGC, starts_BS)
-    if native.serves(q_BSHC):
+    if native.serves(q_BSHC) and q_BSHC.shape[3] % 2 == 0:
         return _NativeAttention.apply(q_BSHC, k_BSGC, v_BSGC, starts_BS)
     return _PackedAttention.apply(q_BSHC, k_BSGC, v_BSGC, starts_BS)
 

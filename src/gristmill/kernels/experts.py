@@ -18,7 +18,6 @@ from torch import Tensor
 
 from gristmill.kernels import native
 from gristmill.kernels.gpu import experts as gpu_experts
-from gristmill.kernels.precision import upcast
 
 BLOCK_ROWS = 4096
 
@@ -130,13 +129,14 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, x_TD, weights_TK, ids_TK, w1, v1, w2):  # type: ignore[no-untyped-def]
         E, F_, D = w1.shape
         plan = make_plan(ids_TK, E)
-        weight_P = _spread(upcast(weights_TK), plan)
-        h_PG, y_PD = (x_TD.new_empty(plan.bounds[-1], width) for width in (2 * F_, D))
+        weight_P = _spread(weights_TK.to(torch.promote_types(x_TD.dtype, torch.float32)), plan)
+        keep = any(ctx.needs_input_grad)
+        h_PG, y_PD = (x_TD.new_empty(plan.bounds[-1], width) for width in (2 * F_ if keep else 0, D))
         for expert, rows, first in plan.blocks():
             if first:
                 gate_up, down = _cast(x_TD.dtype, w1[expert], v1[expert]), _cast(x_TD.dtype, w2[expert])
-            x, h = x_TD.index_select(0, plan.token_P[rows]), h_PG[rows]
-            torch.mm(x, gate_up.T, out=h)
+            x = x_TD.index_select(0, plan.token_P[rows])
+            h = torch.mm(x, gate_up.T, out=h_PG[rows]) if keep else x @ gate_up.T
             act = h.new_empty(len(h), F_)
             _glu(h, weight_P[rows], act)
             torch.mm(act, down, out=y_PD[rows])
@@ -149,12 +149,14 @@ class _Experts(torch.autograd.Function):
         x_TD, h_PG, weight_P, w1, v1, w2 = ctx.saved_tensors
         plan: Plan = ctx.plan
         E, F_, D = w1.shape
-        dw1, dv1, dw2 = (torch.empty_like(w) for w in (w1, v1, w2))
+        learning = any(ctx.needs_input_grad[3:])
+        grads = [torch.empty_like(w) for w in (w1, v1, w2)] if learning else []  # none where the experts are frozen
         dweight_P, dx_PD = torch.empty_like(weight_P), x_TD.new_empty(len(h_PG), D)
         dgate_up, ddown = x_TD.new_empty(2 * F_, D), x_TD.new_empty(F_, D)
         for expert in range(E):
             if plan.bounds[expert] == plan.bounds[expert + 1]:
-                dw1[expert], dv1[expert], dw2[expert] = 0, 0, 0
+                for whole in grads:
+                    whole[expert] = 0
         for expert, rows, first in plan.blocks():
             if first:
                 gate_up, down = _cast(x_TD.dtype, w1[expert], v1[expert]), _cast(x_TD.dtype, w2[expert])
@@ -163,13 +165,14 @@ class _Experts(torch.autograd.Function):
             da, dh = dy @ down.T, torch.empty_like(h)
             act = torch.empty_like(da)
             _glu_backward(h, weight_P[rows], da, act, dh, dweight_P[rows])
-            torch.mm(act.T, dy, out=ddown)
-            torch.mm(dh.T, x, out=dgate_up)
-            for whole, part in ((dw1, dgate_up[:F_]), (dv1, dgate_up[F_:]), (dw2, ddown)):
-                whole[expert].copy_(part) if first else whole[expert].add_(part)
+            if learning:
+                torch.mm(act.T, dy, out=ddown)
+                torch.mm(dh.T, x, out=dgate_up)
+                for whole, part in zip(grads, (dgate_up[:F_], dgate_up[F_:], ddown), strict=True):
+                    whole[expert].copy_(part) if first else whole[expert].add_(part)
             torch.mm(dh, gate_up, out=dx_PD[rows])
         dx_TD = _sum_slots(dx_PD, plan.slot_TK)
-        return dx_TD, dweight_P[plan.slot_TK], None, dw1, dv1, dw2
+        return dx_TD, dweight_P[plan.slot_TK], None, *(grads or (None, None, None))
 
 
 def _spread(weights_TK: Tensor, plan: Plan) -> Tensor:

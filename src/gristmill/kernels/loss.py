@@ -20,7 +20,14 @@ def cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Ten
 
 
 def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of the tokens' negative log-likelihoods, each of them [T] in fp32 without gradient)."""
+    """(sum of the tokens' negative log-likelihoods, each of them [T] in fp32 without gradient).
+
+    Raises ValueError where a target is no row of the weights (on CUDA it is not looked for: that would wait).
+    """
+    if not targets_T.is_cuda and len(targets_T):
+        lowest, highest = (int(x) for x in targets_T.aminmax())
+        if lowest < 0 or highest >= len(weight_VD):
+            raise ValueError(f"targets from {lowest} to {highest}: a vocabulary of {len(weight_VD)} has 0 and up")
     return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from gristmill.errors import InputError
 
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # each CPU that runs one runs those before it
+INTERFACE = 1  # of the C functions; raised with cpu.cpp when one changes
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 _in_use: str | None = None
@@ -28,9 +29,11 @@ def _library() -> ctypes.CDLL | None:
     for suffix in machinery.EXTENSION_SUFFIXES:
         if (file := Path(__file__).with_name(f"_native{suffix}")).exists():
             try:
-                return ctypes.CDLL(str(file))
+                library = ctypes.CDLL(str(file))
             except OSError:  # built for another machine, or beside another OpenMP than torch's
                 return None
+            # A library that an earlier version built would read other arguments than it is given.
+            return library if hasattr(library, "interface") and library.interface() == INTERFACE else None
     return None
 
 
@@ -95,6 +98,13 @@ def _call(name: str, like: Tensor, *arguments: Any) -> None:
     getattr(_library(), f"{name}_{TYPES[like.dtype]}_{in_use()}")(*given)
 
 
+def _given(x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """x with its numbers together, which the library reads without asking. Raises ValueError where it is another."""
+    if x.dtype != dtype or x.shape != shape:
+        raise ValueError(f"a native kernel got {x.dtype} {list(x.shape)} and takes {dtype} {list(shape)} here")
+    return x.contiguous()
+
+
 def _heads(x: Tensor) -> _Heads:
     return _Heads(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
 
@@ -104,58 +114,77 @@ def _sizes(q: Tensor, k: Tensor, starts: Tensor) -> _Sizes:
     return _Sizes(B, S, H, k.shape[2], C, C**-0.5, starts.data_ptr())
 
 
-def _rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
     """x, or a copy whose last dimension lies together."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 and x.dtype == dtype and x.shape == shape else _given(x, dtype, *shape)
 
 
 def _glu(h: Tensor, weight: Tensor, act: Tensor) -> None:
-    _call("glu_forward", h, *act.shape, h, weight, act)
+    P, F = act.shape
+    assert act.is_contiguous()
+    _call("glu_forward", h, P, F, _given(h, act.dtype, P, 2 * F), _given(weight, torch.float32, P), act)
 
 
 def _glu_backward(h: Tensor, weight: Tensor, grad: Tensor, act: Tensor, dh: Tensor, dweight: Tensor) -> None:
-    _call("glu_backward", h, *act.shape, h, weight, grad, act, dh, dweight)
+    P, F = act.shape
+    for out, dtype, shape in ((act, h.dtype, (P, F)), (dh, h.dtype, (P, 2 * F)), (dweight, torch.float32, (P,))):
+        assert out.is_contiguous()
+        _given(out, dtype, *shape)
+    inputs = _given(h, h.dtype, P, 2 * F), _given(weight, torch.float32, P), _given(grad, h.dtype, P, F)
+    _call("glu_backward", h, P, F, *inputs, act, dh, dweight)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    T, V = logits.shape
     assert logits.is_contiguous()  # it is changed in place
-    nll = torch.empty(len(logits))
-    _call("cross_entropy", logits, *logits.shape, logits, targets.contiguous(), nll)
+    targets, nll = _given(targets, torch.int64, T), torch.empty(T, dtype=torch.float32)
+    _call("cross_entropy", logits, T, V, logits, targets, nll)
     return nll
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, turned: int, clip: float) -> Tensor:
-    out, cos, sin = torch.empty(x.shape, dtype=x.dtype), cos.contiguous(), sin.contiguous()
     tokens, heads, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype)
+    cos, sin = (_given(angle, torch.float32, tokens, width // 2) for angle in (cos, sin))
     _call("rotate", x, tokens, heads, width, turned, x, x.stride(0), cos, sin, clip, out)
     return out
 
 
 def _rotate_backward(x: Tensor, cos: Tensor, sin: Tensor, turned: int, clip: float, grad: Tensor) -> Tensor:
-    dx, cos, sin, grad = torch.empty(x.shape, dtype=x.dtype), cos.contiguous(), sin.contiguous(), grad.contiguous()
+    """Of x only where it was clipped is asked."""
     tokens, heads, width = x.shape
+    dx, grad = torch.empty(x.shape, dtype=x.dtype), _given(grad, x.dtype, *x.shape)
+    cos, sin = (_given(angle, torch.float32, tokens, width // 2) for angle in (cos, sin))
     _call("rotate_backward", x, tokens, heads, width, turned, x, x.stride(0), cos, sin, clip, grad, dx)
     return dx
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x, weight = x.contiguous(), weight.contiguous()
-    out, inverse = torch.empty(x.shape, dtype=x.dtype), torch.empty(len(x))
-    _call("rms_norm", x, *x.shape, x, weight, eps, out, inverse)
+    N, D = x.shape
+    x, weight = x.contiguous(), _given(weight, torch.float32, D)
+    out, inverse = torch.empty(x.shape, dtype=x.dtype), torch.empty(N, dtype=torch.float32)
+    _call("rms_norm", x, N, D, x, weight, eps, out, inverse)
     return out, inverse
 
 
 def _rms_norm_backward(x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    x, weight, grad, parts = x.contiguous(), weight.contiguous(), grad.contiguous(), min(len(x), 64)
-    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(parts, x.shape[1])
-    _call("rms_norm_backward", x, *x.shape, parts, x, weight, inverse, grad, dx, dweight)
+    (N, D), parts = x.shape, min(len(x), 64)
+    inputs = (
+        x.contiguous(),
+        _given(weight, torch.float32, D),
+        _given(inverse, torch.float32, N),
+        _given(grad, x.dtype, N, D),
+    )
+    dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.empty(parts, D, dtype=torch.float32)
+    _call("rms_norm_backward", x, N, D, parts, *inputs, dx, dweight)
     return dx, dweight.sum(0)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v, starts = _rows(q), _rows(k), _rows(v), starts.contiguous()
-    B, S, H, _C = q.shape
-    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(B, H, S)
+    (B, S, H, C), G = q.shape, k.shape[2]
+    q, k, v = _rows(q, q.dtype, B, S, H, C), _rows(k, q.dtype, B, S, G, C), _rows(v, q.dtype, B, S, G, C)
+    starts = _given(starts, torch.int64, B, S)
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty(B, H, S, dtype=torch.float32)
     _call("attention_forward", q, _sizes(q, k, starts), _heads(q), _heads(k), _heads(v), out, lse)
     return out, lse
 
@@ -163,13 +192,14 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> tuple[Tensor,
 def _attention_backward(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, out: Tensor, lse: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, grad, starts = _rows(q), _rows(k), _rows(v), _rows(grad), starts.contiguous()
-    B, S, H, C = q.shape
-    G = k.shape[2]
-    dq, dk, dv = torch.empty(q.shape, dtype=q.dtype), torch.empty(B, H, S, C), torch.empty(B, H, S, C)
+    (B, S, H, C), G, dtype = q.shape, k.shape[2], q.dtype
+    q, out, grad = (_rows(x, dtype, B, S, H, C) for x in (q, out, grad))
+    k, v = _rows(k, dtype, B, S, G, C), _rows(v, dtype, B, S, G, C)
+    starts, lse = _given(starts, torch.int64, B, S), _given(lse, torch.float32, B, H, S)
+    dq, (dk, dv) = torch.empty(q.shape, dtype=dtype), torch.empty(2, B, H, S, C, dtype=torch.float32)
     heads = (_heads(x) for x in (q, k, v, out, grad))
     _call("attention_backward", q, _sizes(q, k, starts), *heads, lse, dq, dk, dv)
-    dk, dv = (d.view(B, G, H // G, S, C).sum(2).transpose(1, 2).to(q.dtype) for d in (dk, dv))
+    dk, dv = (d.view(B, G, H // G, S, C).sum(2).transpose(1, 2).to(dtype) for d in (dk, dv))
     return dq, dk, dv
 
 

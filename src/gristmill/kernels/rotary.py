@@ -38,16 +38,17 @@ def rotate(x_BSNC: Tensor, cos: Tensor, sin: Tensor, turned: int | None = None, 
 class _NativeRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BSNC, cos, sin, turned, clip):  # type: ignore[no-untyped-def]
-        x_TNC = _tokens(x_BSNC)
-        cos, sin = cos.reshape(len(x_TNC), -1), sin.reshape(len(x_TNC), -1)
-        ctx.save_for_backward(x_TNC, cos, sin)
+        (B, S, _N, C), x_TNC = x_BSNC.shape, _tokens(x_BSNC)
+        cos, sin = (angle.expand(B, S, 1, C // 2).reshape(B * S, C // 2) for angle in (cos, sin))
+        ctx.save_for_backward(cos, sin, *([x_TNC] if clip < float("inf") else []))
         ctx.turned, ctx.clip = turned, clip
         return torch.ops.gristmill.rotate(x_TNC, cos, sin, turned, clip).view(x_BSNC.shape)
 
     @staticmethod
     def backward(ctx, grad_BSNC):  # type: ignore[no-untyped-def]
-        x_TNC, cos, sin = ctx.saved_tensors
-        grad_TNC = grad_BSNC.reshape(x_TNC.shape)
+        cos, sin, *clipped = ctx.saved_tensors
+        grad_TNC = grad_BSNC.flatten(0, 1).contiguous()
+        x_TNC = clipped[0] if clipped else grad_TNC  # any numbers: none of them is beyond infinity
         dx_TNC = torch.ops.gristmill.rotate_backward(x_TNC, cos, sin, ctx.turned, ctx.clip, grad_TNC)
         return dx_TNC.view(grad_BSNC.shape), None, None, None, None
 

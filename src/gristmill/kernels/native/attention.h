@@ -30,7 +30,9 @@ struct Sizes {
 // Memory of one thread, handed out in pieces that begin at a multiple of 64 bytes.
 struct Arena {
     uint8_t *base, *next;
-    explicit Arena(int64_t bytes) : base((uint8_t*)malloc(bytes + 64)), next(base + 64 - (uintptr_t)base % 64) {}
+    explicit Arena(int64_t bytes) : base((uint8_t*)malloc(bytes + 64)), next(base + 64 - (uintptr_t)base % 64) {
+        if (!base) __builtin_trap();
+    }
     ~Arena() { free(base); }
     Arena(const Arena&) = delete;
     template <class T> T* take(int64_t count) {

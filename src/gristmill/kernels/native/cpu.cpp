@@ -6,6 +6,9 @@
 #include <unistd.h>
 #endif
 
+// What native.py must agree with: raised when a function's arguments change.
+extern "C" int interface() { return 1; }
+
 // 0 plain, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx_bf16.
 extern "C" int best_isa() {
 #if defined(__x86_64__)

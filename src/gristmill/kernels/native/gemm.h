@@ -88,6 +88,7 @@ struct Tiles {
 
 template <int ROWS, int COLUMNS>
 INLINE void tiles(bool add, int64_t K, const bf16* A, int64_t lda, const bf16* B, int64_t ldb, float* C, int64_t ldc) {
+    __asm__ volatile("" : : : "memory");  // some compilers do not know that loading a tile reads memory
     if (add) {
         _tile_loadd(0, C, ldc * 4);
         if (COLUMNS > 1) _tile_loadd(1, C + 16, ldc * 4);

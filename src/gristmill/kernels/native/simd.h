@@ -92,10 +92,10 @@ INLINE float max(vf x) {
 }
 
 // exp to within 2 units in the last place: 2^n times a polynomial of what is left (Cephes, Moshier 1989).
-// Below -87 it is 0: no denormal numbers.
+// Below -87 it is 0: no denormal numbers. Above 88.37 it is what it is there.
 INLINE vf exp(vf x) {
     const float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    vf clamped = select(x < 88.7f, x, splat(88.7f));
+    vf clamped = select(x < 88.37f, x, splat(88.37f));
     vf shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's lowest bits are the nearest integer
     vi n = (vi)shifted - 0x4b400000;
     vf whole = shifted - 12582912.0f;
