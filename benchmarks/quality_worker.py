@@ -38,6 +38,7 @@ from gristmill.evaluate.bits_per_byte import bits_per_byte
 from gristmill.evaluate.documents import Split, read_documents
 from gristmill.hub import assemble, in_memory, read_published, write_published
 from gristmill.inference.scorer import ModelScorer
+from gristmill.kernels import native
 from gristmill.model import Transformer
 from gristmill.recipe import Recipe, curriculum_of, keyed, load_recipe
 from gristmill.streaming.batches import Batch, Batches
@@ -73,12 +74,19 @@ def prepare(work: Path) -> None:
 
 
 def calibrate(work: Path, variants: Mapping[str, Variant], rounds: int) -> dict[str, Any]:
-    """Seconds of a step, and the first variant's over each one's; the variants' steps alternate. Measured once."""
+    """Seconds of a step, and the first variant's over each one's; the variants' steps alternate. Measured once for
+    these variants and kernels."""
     kept = work / "calibration.json"
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
+    of = {
+        "kernels": native.in_use(),
+        "rounds": rounds,
+        "variants": {name: asdict(its) for name, its in variants.items()},
+    }
+    of = json.loads(json.dumps(of))  # tuples become lists, as in the file
+    if kept.exists() and (known := json.loads(kept.read_text())).get("of") == of:
+        return dict(known)
     with tempfile.TemporaryDirectory() as folder:
-        sides = {name: Timed(work, Path(folder) / name, variant) for name, variant in variants.items()}
+        sides = {name: Side(command(work, Path(folder) / name, its, "time")) for name, its in variants.items()}
         try:
             for round_ in range(WARM_UP + rounds):
                 for side in sides.values():
@@ -89,7 +97,7 @@ def calibrate(work: Path, variants: Mapping[str, Variant], rounds: int) -> dict[
     seconds = {name: side.seconds[WARM_UP:] for name, side in sides.items()}
     first = next(iter(seconds.values()))
     figures = {
-        "rounds": rounds,
+        "of": of,
         "step_seconds": {name: round(statistics.median(its), 4) for name, its in seconds.items()},
         "speed": {
             name: round(statistics.median(a / b for a, b in zip(first, its, strict=True)), 4)
@@ -101,32 +109,19 @@ def calibrate(work: Path, variants: Mapping[str, Variant], rounds: int) -> dict[
     return figures
 
 
-class Timed(Side):
-    """A worker that runs one step when it is told to."""
-
-    def __init__(self, work: Path, out: Path, variant: Variant) -> None:
-        self.process = subprocess.Popen(
-            command(work, out, variant, "time"),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-        self.peak_bytes = 0
-
-
 def trained(work: Path, name: str, variant: Variant, split: Split) -> dict[str, Any]:
     """A variant's result; what was finished before is read, what was begun goes on."""
     result = work / "runs" / name / "result.json"
     if not (result.exists() and json.loads(result.read_text())["key"] == key_of(work, variant, split)):
         print(f"{name}: {variant.recipe().train.steps} steps", file=sys.stderr, flush=True)
-        subprocess.run(command(work, result.parent, variant, split), check=True)
+        subprocess.run([sys.executable, *command(work, result.parent, variant, split)], check=True)
     figures = dict(json.loads(result.read_text()))
     print(f"{name:<16}{figures['bits_per_byte']:.4f} bits per byte after {figures['tokens']:,} tokens", flush=True)
     return figures
 
 
 def command(work: Path, out: Path, variant: Variant, task: str) -> list[str]:
-    return [sys.executable, __file__, str(work), str(out), json.dumps(asdict(variant)), task]
+    return [__file__, str(work), str(out), json.dumps(asdict(variant)), task]
 
 
 def key_of(work: Path, variant: Variant, split: Split) -> str:

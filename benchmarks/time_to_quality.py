@@ -4,8 +4,10 @@
 
 Theirs: DbrxForCausalLM with bf16 weights and torch's AdamW on the quickstart's model size, data, batch and order, from
 the same initial weights; warm-up, then a cosine to zero at the end of the time; the best of three learning rates. Ours:
-trainings planned for a quarter and an eighth of the time, each with its own schedule that ends there. One function
-scores all of the validation split for both. See quality_worker.py for how minutes become steps.
+trainings planned for a quarter and an eighth of the time, each with its own schedule that ends there. So the optimizer,
+the batch and the precision of the weights differ on purpose: it compares what each gives its user, not its kernels,
+which training.py does. One function scores all of the validation split for both; ours was tuned on it, theirs in its
+rate. See quality_worker.py for how minutes become steps.
 
 An unfinished comparison goes on in WORK (default runs/time_to_quality). Results go to results/time_to_quality.json, a
 trial's with other minutes to WORK.

@@ -26,9 +26,9 @@ import torch
 from gristmill.hub import in_memory, write_published
 from gristmill.kernels.experts import experts
 from gristmill.kernels.memory import keep_freed_memory
-from gristmill.model import ModelConfig, Transformer
+from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.model.counts import train_flops_per_token
-from gristmill.train.machine import best_dtype, describe_machine, gemm_flops
+from gristmill.train.machine import best_dtype, describe_machine
 
 RESULTS = Path(__file__).with_name("results") / "training.json"
 ROUNDS = 5
@@ -40,6 +40,9 @@ S = ModelConfig(
 )  # fmt: skip
 QUICKSTART = replace(S, d_model=256, n_layers=3, n_heads=4, ffn_hidden_size=128, vocab_size=4096)
 QWEN3 = replace(S, norm="rms_norm", norm_eps=1e-6, qk_norm=True, clip_qkv=None)
+
+
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 @dataclass(frozen=True)
@@ -65,36 +68,38 @@ SHAPES = {
     "S_avx2_fp32": Shape(
         S,
         dtype="float32",
-        env={"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        env=AVX2,
         ours_env={"GRISTMILL_KERNELS": "avx2"},
     ),
 }
 
 
 class Side:
-    """One worker process and what it measured."""
+    """One worker process and what it measured. What it says on standard error is shown if it fails."""
 
-    def __init__(self, name: str, folder: Path, shape: Shape, env: dict[str, str]) -> None:
-        worker = Path(__file__).with_name("training_worker.py")
-        sizes = [str(shape.batch), str(shape.model.max_seq_len), shape.dtype]
+    def __init__(self, command: list[str], env: dict[str, str] | None = None) -> None:
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
-            [sys.executable, str(worker), name, str(folder), *sizes],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env,
+            [sys.executable, *command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=os.environ | (env or {}),
         )  # fmt: skip
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.peak_bytes = 0
 
-    def step(self, seed: int) -> None:
-        given, answers, errors = self.process.stdin, self.process.stdout, self.process.stderr
+    def ask(self, line: str) -> Any:
+        given, answers = self.process.stdin, self.process.stdout
         assert given is not None
         assert answers is not None
-        assert errors is not None
-        given.write(f"{seed}\n")
+        given.write(f"{line}\n")
         given.flush()
-        if not (line := answers.readline()):
-            raise SystemExit(errors.read()[-2000:])
-        figures = json.loads(line)
+        if not (answer := answers.readline()):
+            self.said.seek(0)
+            raise SystemExit(self.said.read()[-2000:])
+        return json.loads(answer)
+
+    def step(self, seed: int) -> None:
+        figures = self.ask(str(seed))
         self.seconds.append(figures["seconds"])
         self.losses.append(figures["loss"])
         self.peak_bytes = figures["peak_bytes"]
@@ -102,6 +107,12 @@ class Side:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.said.close()
+
+
+def worker(name: str, folder: Path, shape: Shape, env: dict[str, str]) -> Side:
+    script = str(Path(__file__).with_name("training_worker.py"))
+    return Side([script, name, str(folder), str(shape.batch), str(shape.model.max_seq_len), shape.dtype], env)
 
 
 def skewed(model: Transformer, skew: float) -> None:
@@ -115,24 +126,32 @@ def skewed(model: Transformer, skew: float) -> None:
             router += slope * common / common.norm()
 
 
+@torch.no_grad()
+def load_max_over_mean(model: Transformer) -> float:
+    """Of the busiest expert of any layer, on one random sequence."""
+    tokens = torch.randint(model.wte.num_embeddings, (1, 512))
+    counts = model(tokens, torch.arange(512)[None], packed(torch.zeros(1, 512)))[1].counts_LE.float()
+    return float((counts.amax(1) / counts.mean(1)).max())
+
+
 def measure(shape: Shape) -> dict[str, Any]:
     torch.manual_seed(0)
-    dtype = getattr(torch, shape.dtype)
     model = Transformer(shape.model)
     if shape.skew:
         skewed(model, shape.skew)
+    imbalance = load_max_over_mean(model)
     with tempfile.TemporaryDirectory() as temporary:
         write_published(Path(temporary), shape.model, in_memory(model.state_dict()), None)
         del model
-        ours = Side("gristmill", Path(temporary), shape, shape.env | shape.ours_env)
-        theirs = Side("transformers", Path(temporary), shape, shape.env)
+        ours = worker("gristmill", Path(temporary), shape, shape.env | shape.ours_env)
+        theirs = worker("transformers", Path(temporary), shape, shape.env)
         rates = []
         try:
             for seed in range(WARM_UP + ROUNDS):
                 ours.step(seed)
                 theirs.step(seed)
                 if seed >= WARM_UP:
-                    rates.append(gemm_flops(dtype))
+                    rates.append(ours.ask("rate"))
         finally:
             ours.close()
             theirs.close()
@@ -151,13 +170,14 @@ def measure(shape: Shape) -> dict[str, Any]:
         "ours_peak_gb": round(ours.peak_bytes / 1e9, 2),
         "first_step_over_second_s": round(first - second, 1),
         "losses": [round(ours.losses[0], 5), round(theirs.losses[0], 5)],
-        "machine": machine(shape.dtype),
+        "load_max_over_mean": round(imbalance, 2),
+        "machine": machine(shape.dtype, shape.env),
     }
 
 
-def machine(dtype: str) -> str:
+def machine(dtype: str, env: dict[str, str] | None = None) -> str:
     about = describe_machine()
-    simd = about["simd"][-1] if about["simd"] else "no SIMD"
+    simd = " ".join(f"{name}={value}" for name, value in env.items()) if env else (about["simd"] or ["no SIMD"])[-1]
     load = os.getloadavg()[0]
     threads = torch.get_num_threads()
     return f"{about['cpu']} ({simd}), {threads} threads, {dtype}, torch {torch.__version__}, load {load:.1f}"

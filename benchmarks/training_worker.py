@@ -2,7 +2,8 @@
 
     python benchmarks/training_worker.py SIDE MODEL BATCH SEQ_LEN DTYPE       SIDE: gristmill or transformers
 
-MODEL is a Hugging Face directory. Lines on standard input are seeds; for each a line of JSON comes back.
+MODEL is a Hugging Face directory. Lines on standard input are seeds; for each a line of JSON comes back. "rate" asks
+for the machine's GEMM rate as this process sees it.
 """
 
 import json
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from gristmill.train.machine import gemm_flops
 
 Step = Callable[[Tensor], float]
 LR = 1e-4
@@ -73,6 +76,9 @@ def main(side: str, folder: str, batch: str, seq_len: str, dtype: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak of training, without that of loading
     vocab_size = json.loads(Path(folder, "config.json").read_text())["vocab_size"]
     for line in sys.stdin:
+        if line.strip() == "rate":
+            print(json.dumps(gemm_flops(getattr(torch, dtype))), flush=True)
+            continue
         torch.manual_seed(int(line))
         tokens_BS = torch.randint(0, vocab_size, (int(batch), int(seq_len)))
         started = time.perf_counter()
