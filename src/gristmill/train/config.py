@@ -88,8 +88,8 @@ class TrainConfig:
 
     `dtype` and `threads` None mean: what the machine does best; what was chosen is recorded in the first checkpoint
     and enforced when training goes on. `recompute` keeps only what enters each block and computes the block again in
-    the backward pass: the same numbers in less memory, a third slower. `curriculum` None follows the sources' weights
-    (the recipe fills it in).
+    the backward pass: the same numbers in less memory, up to a third slower. `curriculum` None follows the sources'
+    weights (the recipe fills it in).
     """
 
     steps: int
