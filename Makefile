@@ -1,7 +1,7 @@
 # make quickstart   build a small DBRX from raw text
 # make test         the checks and the whole suite
 # make check        format, lint, types
-# make bench        the figures in benchmarks/results: three hours, and it goes on where it was
+# make bench        the figures in benchmarks/results: three hours; its trainings go on where they were
 # make exact        300 random models against transformers and a naive NumPy forward
 # make stress       longer randomised tests
 # make sanitize     the native kernels under the address and undefined-behaviour sanitizers
