@@ -7,6 +7,7 @@ import yaml
 
 from gristmill.errors import InputError
 from gristmill.recipe import curriculum_of, keyed, load_recipe, load_shape, shipped_recipes, to_yaml
+from gristmill.streaming.order import Stage
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if load_shape(name).train])
@@ -76,6 +77,15 @@ def test_vocabulary_and_context_are_derived() -> None:
     recipe = load_recipe("quickstart", ["tokenizer.vocab_size=1000"])
     assert recipe.model.vocab_size == 1024
     assert recipe.evaluate.context_length == recipe.train.seq_len
+
+
+def test_a_pair_of_weights_is_a_ramp_up_to_the_next_change() -> None:
+    sources = "{a: {path: x, weight: {0.0: 3, 0.5: [3, 1]}}, b: {path: y, weight: {0.0: 1, 0.75: 2}}}"
+    assert curriculum_of(load_recipe("quickstart", [f"corpus.sources={sources}"]).corpus) == (
+        Stage(until=0.5, mix={"a": 3.0, "b": 1.0}),
+        Stage(until=0.75, mix={"a": 3.0, "b": 1.0}, to={"a": 2.0, "b": 1.0}),
+        Stage(until=1.0, mix={"a": 2.0, "b": 2.0}, to={"a": 1.0, "b": 2.0}),
+    )
 
 
 def test_weights_become_a_curriculum_with_a_stage_at_every_change() -> None:

@@ -138,19 +138,33 @@ def keyed(config: Any) -> Any:
 
 def curriculum_of(cfg: CorpusConfig) -> tuple[Stage, ...]:
     """The mix over training that the sources' weights describe: a new stage wherever one of them changes."""
-    weights = {
-        name: source.weight if isinstance(source.weight, dict) else {0.0: source.weight}
-        for name, source in cfg.sources.items()
-    }
-    starts = sorted({start for changes in weights.values() for start in changes})
-    return tuple(
-        Stage(until=until, mix={name: _at(changes, start) for name, changes in weights.items()})
-        for start, until in zip(starts, [*starts[1:], 1.0], strict=True)
-    )
+    changes = {name: _changes(source.weight) for name, source in cfg.sources.items()}
+    starts = sorted({start for its in changes.values() for start, _ in its})
+    stages = []
+    for start, until in zip(starts, [*starts[1:], 1.0], strict=True):
+        mix = {name: _between(its, start, start) for name, its in changes.items()}
+        to = {name: _between(its, start, until) for name, its in changes.items()}
+        stages.append(Stage(until=until, mix=mix, to=to if to != mix else None))
+    return tuple(stages)
 
 
-def _at(changes: dict[float, float], fraction: float) -> float:
-    return changes[max(start for start in changes if start <= fraction)]
+Changes: typing.TypeAlias = list[
+    tuple[float, tuple[float, float]]
+]  # (from which fraction on, (weight, weight at the end))
+
+
+def _changes(weight: float | dict[float, float | tuple[float, float]]) -> Changes:
+    steps = weight if isinstance(weight, dict) else {0.0: weight}
+    return sorted((start, its if isinstance(its, tuple) else (its, its)) for start, its in steps.items())
+
+
+def _between(changes: Changes, start: float, fraction: float) -> float:
+    """A source's weight at a fraction of training, by the change that holds from `start` on."""
+    at = max(i for i, (change, _) in enumerate(changes) if change <= start)
+    first, (low, high) = changes[at]
+    last = changes[at + 1][0] if at + 1 < len(changes) else 1.0
+    share = (fraction - first) / (last - first)
+    return low if low == high else (1 - share) * low + share * high  # one that does not change, to the last bit
 
 
 # ---- reading -------------------------------------------------------------------------------------------

@@ -314,6 +314,7 @@ def test_the_fingerprint_follows_names_and_contents(tmp_path):
         ({"path": "a", "license": "MIT", "license_field": "l"}, "license_field"),
         ({"path": "a", "weight": {0.5: 1.0}}, "weight="),
         ({"path": "a", "weight": -1.0}, "weight="),
+        ({"path": "a", "weight": {0.0: (1.0, -1.0)}}, "weight="),
     ],
 )
 def test_impossible_sources_are_refused_when_they_are_written(changes, message):

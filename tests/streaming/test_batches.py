@@ -62,6 +62,15 @@ def test_stopping_and_resuming_at_any_step_gives_the_same_batches(shards: Path) 
         assert all(equal(resumed.batch(step), run[step]) for step in range(resumed_at, STEPS))
 
 
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_threads_that_work_ahead_change_nothing(shards: Path, workers: int) -> None:
+    steps = [3, 4, 5, 9, 7, 39]
+    ahead = open_batches(shards).ahead(steps, workers, rank=1, world_size=2)
+    alone = open_batches(shards)
+    for step, batch in zip(steps, ahead, strict=True):
+        assert equal(batch, alone.batch(step, 1, 2))
+
+
 def test_each_source_is_read_epoch_by_epoch_over_the_whole_run(shards: Path) -> None:
     batches = open_batches(shards)
     read: list[list[int]] = [[] for _ in batches.source_names]

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from gristmill.streaming.order import (
     CYCLE,
+    OPEN_SHARDS,
+    RAMP_PIECES,
     Order,
     Stage,
     Windows,
@@ -16,7 +18,7 @@ from gristmill.streaming.order import (
     boundaries,
     check_curriculum,
     derive,
-    permutation,
+    shuffled,
     splitmix64,
     spread,
 )
@@ -38,16 +40,16 @@ def test_splitmix64_is_the_published_generator() -> None:
 
 def test_the_order_of_a_seed_never_changes() -> None:
     assert derive(7, "windows", "code", 0) == 9465596667565756243
-    assert permutation(derive(7, "windows", "code", 0), 10).tolist() == [9, 7, 4, 1, 5, 2, 6, 8, 0, 3]
+    assert shuffled(derive(7, "windows", "code", 0), np.arange(10)).tolist() == [9, 7, 4, 1, 5, 2, 6, 8, 0, 3]
 
 
 @given(key=st.integers(0, 2**64 - 1), count=st.integers(1, 300))
 def test_a_permutation_holds_every_number_once(key: int, count: int) -> None:
-    assert sorted(permutation(key, count).tolist()) == list(range(count))
+    assert sorted(shuffled(key, np.arange(count)).tolist()) == list(range(count))
 
 
 def test_permutations_are_uniform_and_differ_between_keys() -> None:
-    seen = Counter(tuple(permutation(derive(0, i), 4).tolist()) for i in range(2400))
+    seen = Counter(tuple(shuffled(derive(0, i), np.arange(4)).tolist()) for i in range(2400))
     assert len(seen) == 24
     assert sum((n - 100) ** 2 / 100 for n in seen.values()) < 55  # chi-squared, 23 degrees: p = 0.0002
 
@@ -109,9 +111,10 @@ def test_a_stage_begins_at_its_fraction_of_the_steps_and_mixes_its_sources() -> 
             assert np.abs(np.bincount(sources[step], minlength=3) - batch * mix / mix.sum()).max() <= 6
 
 
-@given(count=st.integers(1, 40), epochs=st.integers(1, 4))
-def test_every_window_comes_once_per_epoch_in_a_new_order(count: int, epochs: int) -> None:
-    windows = Windows(0, "code", count)
+@given(shards=st.lists(st.integers(1, 9), min_size=1, max_size=3 * OPEN_SHARDS), epochs=st.integers(1, 3))
+def test_every_window_comes_once_per_epoch_in_a_new_order(shards: list[int], epochs: int) -> None:
+    count = sum(shards)
+    windows = Windows(0, "code", shards)
     order = windows(np.arange(epochs * count))
     for epoch in range(epochs):
         assert sorted(order[epoch * count : (epoch + 1) * count].tolist()) == list(range(count))
@@ -119,8 +122,51 @@ def test_every_window_comes_once_per_epoch_in_a_new_order(count: int, epochs: in
     assert backwards[::-1] == order.tolist()
     if count >= 20 and epochs > 1:
         assert order[:count].tolist() != order[count : 2 * count].tolist()
-        assert order.tolist() != Windows(0, "prose", count)(np.arange(epochs * count)).tolist()
-        assert order.tolist() != Windows(1, "code", count)(np.arange(epochs * count)).tolist()
+        assert order.tolist() != Windows(0, "prose", shards)(np.arange(epochs * count)).tolist()
+        assert order.tolist() != Windows(1, "code", shards)(np.arange(epochs * count)).tolist()
+
+
+@given(shards=st.lists(st.integers(1, 9), min_size=1, max_size=4 * OPEN_SHARDS))
+def test_an_epoch_finishes_a_few_shards_before_it_opens_others(shards: list[int]) -> None:
+    shard_of = np.repeat(np.arange(len(shards)), shards)[Windows(3, "code", shards)(np.arange(sum(shards)))]
+    first, last = ([order.tolist().index(i) for i in range(len(shards))] for order in (shard_of, shard_of[::-1]))
+    for at in range(len(shard_of)):
+        begun = sum(start <= at < len(shard_of) - end for start, end in zip(first, last, strict=True))
+        assert begun <= OPEN_SHARDS
+
+
+def test_windows_of_open_shards_are_well_mixed() -> None:
+    order = Windows(0, "code", [100] * OPEN_SHARDS * 2)(np.arange(1600))
+    for group in (order[:800], order[800:]):
+        steps = np.abs(np.diff(group // 100))  # from shard to shard, at random: no runs in one shard
+        assert (steps == 0).mean() < 0.2
+        halves = np.bincount(group[:400] // 100, minlength=16)
+        assert halves[halves > 0].min() >= 30  # of 50 expected
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_ramp_passes_evenly_from_one_mix_to_the_other(batch: int) -> None:
+    ramp = Stage(until=0.75, mix={"code": 1.0}, to={"code": 1.0, "prose": 3.0})
+    curriculum = (Stage(until=0.25, mix={"code": 1}), ramp, Stage(until=1.0, mix={"web": 1}))
+    steps = 64_000 // batch
+    order = Order(curriculum, NAMES, steps, batch, seed=1)
+    samples = np.arange(steps * batch)
+    sources = order.sources(samples)
+    assert order.stage(samples).tolist() == [0] * 16_000 + [1] * 32_000 + [2] * 16_000
+    prose = (sources == NAMES.index("prose"))[16_000:48_000].reshape(32, 1000).mean(1)
+    # the weight of prose grows evenly, its share of all with it: 3t of 1 + 3t
+    t = (np.arange(32) + 0.5) / 32
+    assert np.allclose(prose, 3 * t / (1 + 3 * t), atol=0.03)
+    assert prose[0] < 0.08
+    assert prose[-1] > 0.72
+    used = np.cumsum(sources[:, None] == np.arange(3), axis=0)
+    assert np.array_equal(order.counts(samples)[1:], used[:-1])
+
+
+def test_a_ramp_of_fewer_steps_than_pieces_is_a_ramp_still() -> None:
+    order = Order((Stage(until=1.0, mix={"code": 1}, to={"prose": 1}),), NAMES, RAMP_PIECES // 8, 200, seed=0)
+    prose = (order.sources(np.arange(1600)) == 1).reshape(8, 200).mean(1)
+    assert np.all(np.diff(prose) > 0)
 
 
 @given(data=st.data(), rows=st.integers(1, 4), length=st.integers(1, 30))

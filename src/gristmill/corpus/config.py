@@ -23,7 +23,7 @@ class SourceConfig:
     group_field: the column by which documents are kept on one side of the split (a repository, a domain, an author).
         Without it each row is a group; a folder's groups are its sub-folders (see `files.groups_of`).
     weight: share of the source in training, relative to the others; a mapping gives the weight from that fraction of
-        training on, e.g. {0.0: 3, 0.8: 1}.
+        training on, e.g. {0.0: 3, 0.8: 1}. A pair is a ramp up to the next change: {0.0: 3, 0.8: [3, 1]}.
     """
 
     packages: tuple[str, ...] | None = None
@@ -37,7 +37,7 @@ class SourceConfig:
     text_field: str = "text"
     group_field: str | None = None
     # Not part of the key: what is read and kept does not depend on how often training draws it.
-    weight: float | dict[float, float] = field(default=1.0, metadata={"key": False})
+    weight: float | dict[float, float | tuple[float, float]] = field(default=1.0, metadata={"key": False})
 
     def __post_init__(self) -> None:
         given = [name for name in ("packages", "path", "dataset") if getattr(self, name) is not None]
@@ -54,7 +54,8 @@ class SourceConfig:
         steps = self.weight if isinstance(self.weight, dict) else {0.0: self.weight}
         if 0.0 not in steps or not all(0 <= start < 1 for start in steps):
             raise ValueError(f"weight={self.weight} must start at 0.0 and change at fractions below 1 of training")
-        if not all(0 <= weight < float("inf") for weight in steps.values()):
+        given_weights = [w for weight in steps.values() for w in (weight if isinstance(weight, tuple) else (weight,))]
+        if not all(0 <= weight < float("inf") for weight in given_weights):
             raise ValueError(f"weight={self.weight} must not be negative or infinite")
 
 

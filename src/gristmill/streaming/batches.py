@@ -1,7 +1,9 @@
 """Batches of token windows from shards: `Batches.batch(step)` needs nothing but the step."""
 
 import difflib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +53,7 @@ class Batches:
         self.source_names = sorted(file.parent.name for file in shards.glob(f"*/{INDEX}"))
         if not self.source_names:
             raise InputError(f"{shards} holds no sources: no directory in it has an {INDEX}")
-        for name in {name for stage in curriculum for name in stage.mix} - set(self.source_names):
+        for name in {name for stage in curriculum for name in stage.sources} - set(self.source_names):
             near = difflib.get_close_matches(name, self.source_names, 1) or self.source_names
             raise InputError(f"curriculum mixes {name!r}, but the shards have {self.source_names}: try {near[0]!r}")
         try:
@@ -70,7 +72,8 @@ class Batches:
             )
         self.num_windows = [len(reader) * self._windows_per_block for reader in self._readers]
         self._windows = [
-            Windows(seed, name, count) for name, count in zip(self.source_names, self.num_windows, strict=True)
+            Windows(seed, name, [count * self._windows_per_block for count in reader.samples_per_shard])
+            for name, reader in zip(self.source_names, self._readers, strict=True)
         ]
 
     def samples(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Ints, Ints]:
@@ -112,6 +115,20 @@ class Batches:
             starts.append(sample["starts"][low:high].astype(np.int64) - first)
         positions, document_ids = boundaries(starts, length)
         return Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), positions, document_ids, sources)
+
+    def ahead(self, steps: Iterable[int], workers: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """The batches of those steps, prepared by so many threads before they are asked for; 0 prepares none."""
+        if workers == 0:
+            yield from (self.batch(step, rank, world_size) for step in steps)
+            return
+        with ThreadPoolExecutor(workers, "batches") as pool:
+            waiting: deque[Future[Batch]] = deque()
+            for step in steps:
+                waiting.append(pool.submit(self.batch, step, rank, world_size))
+                if len(waiting) > workers:  # each thread has one to work on while the oldest is trained on
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def source_counts(self, step: int) -> dict[str, int]:
         """How many sequences of each source the steps before `step` trained on. `step` may be the number of steps."""

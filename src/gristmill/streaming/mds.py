@@ -135,6 +135,7 @@ class MDSReader:
         except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as problem:
             raise InputError(f"{path / INDEX} is not an MDS index: {problem!r}") from None
         self._columns = [_columns(path, shard) for shard in self._shards]
+        self.samples_per_shard: list[int] = counts
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._open: dict[int, tuple[memoryview, np.ndarray[Any, Any]]] = {}
 

@@ -1,17 +1,17 @@
 """Which windows a step trains on: a pure function of (seed, curriculum, step). No state, no files, numpy only.
 
 Samples are numbered over the whole run, g = step * sequences_per_batch + i. `Order` says of each g its source and how
-many samples of that source came before it; `window` turns that count k into a window: each epoch over a source is a new
-permutation of its windows. World size, workers and restarts do not occur here, so they cannot change the order.
+many samples of that source came before it; `Windows` turns that count k into a window: each epoch over a source is a
+new order of its windows. World size, workers and restarts do not occur here, so they cannot change the order.
 
 Randomness is splitmix64 (Steele, Lea, Flood 2014) written out below: streams of a library may change between its
 versions, the order of a run may not.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -20,25 +20,33 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 CYCLE = 4096  # samples after which a stage's mix is exact: weights are rounded to 1/4096
+RAMP_PIECES = 64  # a ramp is so many stages with a mix each
+OPEN_SHARDS = 8  # of a source that are read at a time: half a gigabyte of them mixes well, and fits any cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A part of training with one mix of sources.
+    """A part of training with one mix of sources, or with one that changes evenly.
 
     until: the fraction of the run's steps at which it ends. mix: source -> weight, by sequences; weights are relative
-    to their sum, and a source that is not named gets none.
+    to their sum, and a source that is not named gets none. to: the mix that a ramp ends with.
     """
 
     until: float
     mix: dict[str, float]
+    to: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.until <= 1:
             raise ValueError(f"until={self.until} must be above 0 and at most 1: a fraction of training")
-        wrong = {name: weight for name, weight in self.mix.items() if not 0 <= weight < float("inf")}
-        if wrong or not sum(self.mix.values()) > 0:
-            raise ValueError(f"mix={self.mix} must have finite weights of at least 0, and one above 0")
+        for name in ("mix", "to"):
+            mix = getattr(self, name)
+            if mix is not None and not (all(0 <= w < float("inf") for w in mix.values()) and sum(mix.values()) > 0):
+                raise ValueError(f"{name}={mix} must have finite weights of at least 0, and one above 0")
+
+    @property
+    def sources(self) -> set[str]:
+        return set(self.mix) | set(self.to or ())
 
 
 def check_curriculum(curriculum: Sequence[Stage], names: Sequence[str] | None = None) -> None:
@@ -47,7 +55,7 @@ def check_curriculum(curriculum: Sequence[Stage], names: Sequence[str] | None = 
     if not ends or ends[-1] != 1.0 or any(a >= b for a, b in pairwise(ends)):
         raise ValueError(f"curriculum has stages until {ends}: they must ascend, and the last must be 1.0")
     for stage in curriculum:
-        unknown = sorted(set(stage.mix) - set(names)) if names is not None else []
+        unknown = sorted(stage.sources - set(names)) if names is not None else []
         if unknown:
             raise ValueError(f"curriculum mixes unknown sources {unknown}; the shards have {sorted(names or ())}")
 
@@ -69,14 +77,14 @@ def derive(seed: int, *parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def hashed(key: int, count: int) -> NDArray[np.uint64]:
-    """`count` distinct 64-bit numbers, random by key."""
-    return splitmix64(np.arange(count, dtype=np.uint64) ^ splitmix64(np.array([key], np.uint64)))
+def hashed(key: int, numbers: Ints) -> NDArray[np.uint64]:
+    """A 64-bit number for each number, random by key; different ones for different numbers."""
+    return splitmix64(numbers.astype(np.uint64) ^ splitmix64(np.array([key], np.uint64)))
 
 
-def permutation(key: int, count: int) -> Ints:
-    """0 … count - 1 in an order random by key: sorted by hash. No two hashes are equal, so the order is unique."""
-    return np.argsort(hashed(key, count)).astype(np.int64)
+def shuffled(key: int, numbers: Ints) -> Ints:
+    """The numbers in an order random by key: sorted by hash. No two hashes are equal, so the order is unique."""
+    return numbers[np.argsort(hashed(key, numbers))]
 
 
 # ---- mixing sources ------------------------------------------------------------------------------------
@@ -108,8 +116,30 @@ def spread(counts: Sequence[int], key: int) -> Ints:
     """
     source = np.repeat(np.arange(len(counts)), counts)
     turn = np.concatenate([np.arange(count) for count in counts])
-    jitter = (hashed(key, len(source)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    jitter = (hashed(key, np.arange(len(source))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return source[np.argsort((turn + jitter) / np.array(counts)[source], kind="stable")].astype(np.int64)
+
+
+def pieces(curriculum: Sequence[Stage]) -> list[tuple[int, float, dict[str, float]]]:
+    """(stage, until, mix) with ramps cut into pieces of one mix each: the ramp's in the middle of the piece."""
+    cut: list[tuple[int, float, dict[str, float]]] = []
+    start = 0.0
+    for number, stage in enumerate(curriculum):
+        if stage.to is None:
+            cut.append((number, stage.until, stage.mix))
+        else:
+            for piece in range(RAMP_PIECES):
+                mix = between(stage.mix, stage.to, (piece + 0.5) / RAMP_PIECES)
+                cut.append((number, start + (stage.until - start) * (piece + 1) / RAMP_PIECES, mix))
+        start = stage.until
+    return cut
+
+
+def between(first: Mapping[str, float], last: Mapping[str, float], share: float) -> dict[str, float]:
+    """The mix at that share of the way; what a cycle cannot express is none."""
+    mix = {n: (1 - share) * first.get(n, 0.0) + share * last.get(n, 0.0) for n in sorted({*first, *last})}
+    least = sum(mix.values()) / CYCLE
+    return {name: weight if weight >= least else 0.0 for name, weight in mix.items()}
 
 
 class Order:
@@ -120,56 +150,85 @@ class Order:
     ) -> None:
         """Raises ValueError for a curriculum that `check_curriculum` refuses or that CYCLE cannot express."""
         check_curriculum(curriculum, names)
-        self.first_steps = [0, *(round(stage.until * steps) for stage in curriculum)]
-        self._starts: Ints = np.array(self.first_steps) * sequences_per_batch  # of stages, then the run's end
+        stages, untils, mixes = zip(*pieces(curriculum), strict=True)
+        self._stages: Ints = np.array(stages)  # of pieces
+        first_steps = [0, *(round(until * steps) for until in untils)]
+        self._starts: Ints = np.array(first_steps) * sequences_per_batch  # of pieces, then the run's end
         cycles = []
-        for index, stage in enumerate(curriculum):
-            counts = apportion([stage.mix.get(name, 0.0) for name in names], CYCLE)
+        for index, mix in enumerate(mixes):
+            counts = apportion([mix.get(name, 0.0) for name in names], CYCLE)
             cycles.append(spread(counts, derive(seed, "mix", index)))
-        self._cycles = np.stack(cycles)  # [stages, CYCLE] -> source
+        self._cycles = np.stack(cycles)  # [pieces, CYCLE] -> source
         one_hot = self._cycles[:, :, None] == np.arange(len(names))
-        self._used = np.zeros((len(cycles), CYCLE + 1, len(names)), np.int64)  # by a prefix of a cycle
+        self._used = np.zeros((len(cycles), CYCLE + 1, len(names)), np.int16)  # by a prefix of a cycle
         np.cumsum(one_hot, axis=1, out=self._used[:, 1:])
-        self._before = np.zeros((len(cycles), len(names)), np.int64)  # used by all earlier stages
-        for stage_index in range(1, len(cycles)):
-            self._before[stage_index] = self.counts(np.array([self._starts[stage_index]]), stage_index - 1)[0]
+        self._before = np.zeros((len(cycles), len(names)), np.int64)  # used by all earlier pieces
+        for piece in range(1, len(cycles)):
+            self._before[piece] = self._counts(self._starts[piece : piece + 1], np.array([piece - 1]))[0]
 
     def stage(self, samples: Ints) -> Ints:
         """The curriculum stage of each sample number."""
-        return np.searchsorted(self._starts[1:-1], samples, side="right")
+        return np.asarray(self._stages[self._piece(samples)])
 
     def sources(self, samples: Ints) -> Ints:
         """The source of each sample number. [n] -> [n]"""
-        stage = self.stage(samples)
-        return np.asarray(self._cycles[stage, (samples - self._starts[stage]) % CYCLE])
+        piece = self._piece(samples)
+        return np.asarray(self._cycles[piece, (samples - self._starts[piece]) % CYCLE])
 
-    def counts(self, samples: Ints, stage: Ints | int | None = None) -> Ints:
+    def counts(self, samples: Ints) -> Ints:
         """How many samples of each source come before each sample number. [n] -> [n, sources]"""
-        stage = self.stage(samples) if stage is None else stage
-        cycle, place = np.divmod(samples - self._starts[stage], CYCLE)
-        whole = self._used[stage, CYCLE] * cycle[:, None]
-        return np.asarray(self._before[stage] + whole + self._used[stage, place])
+        return self._counts(samples, self._piece(samples))
+
+    def _piece(self, samples: Ints) -> Ints:
+        return np.searchsorted(self._starts[1:-1], samples, side="right")
+
+    def _counts(self, samples: Ints, piece: Ints) -> Ints:
+        cycle, place = np.divmod(samples - self._starts[piece], CYCLE)
+        whole = self._used[piece, CYCLE] * cycle[:, None]
+        return np.asarray(self._before[piece] + whole + self._used[piece, place])
 
 
 # ---- windows -------------------------------------------------------------------------------------------
 
 
 class Windows:
-    """The order in which one source's windows are read: every window once in an epoch, each epoch anew."""
+    """The order in which one source's windows are read: every window once in an epoch, each epoch anew.
 
-    def __init__(self, seed: int, name: str, count: int) -> None:
-        self._count = count
-        # One epoch of order takes 8 bytes a window; two are kept, for the batch where an epoch ends.
-        self._epoch = lru_cache(maxsize=2)(lambda epoch: permutation(derive(seed, "windows", name, epoch), count))
+    An epoch takes the shards in a new order, OPEN_SHARDS at a time, and mixes the windows of those: nearly sequential
+    to read, and no more than the windows of one group are ever held.
+    """
+
+    def __init__(self, seed: int, name: str, windows_per_shard: Sequence[int]) -> None:
+        self._ends = np.cumsum(windows_per_shard, dtype=np.int64)
+        self._key = partial(derive, seed)
+        self._name = name
+        self._epoch = lru_cache(maxsize=2)(self._groups_of)
+        self._group = lru_cache(maxsize=4)(self._windows_of)  # two, and two more where one epoch passes into the next
 
     def __call__(self, k: Ints) -> Ints:
         """The window of the source's k-th sample of the run. [n] -> [n]"""
-        epochs, places = np.divmod(k, self._count)
+        epochs, places = np.divmod(k, self._ends[-1])
         windows = np.empty_like(k)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            windows[here] = self._epoch(int(epoch))[places[here]]
+        for epoch in np.unique(epochs).tolist():
+            ends = self._epoch(epoch)[1]
+            groups = np.where(epochs == epoch, np.searchsorted(ends, places, side="right"), -1)
+            for group in np.unique(groups[groups >= 0]).tolist():
+                here = groups == group
+                first = int(ends[group - 1]) if group else 0
+                windows[here] = self._group(epoch, group)[places[here] - first]
         return windows
+
+    def _groups_of(self, epoch: int) -> tuple[list[Ints], Ints]:
+        """The shards of each group, and the number of windows up to each group's end."""
+        order = shuffled(self._key("shards", self._name, epoch), np.arange(len(self._ends)))
+        groups = [order[first : first + OPEN_SHARDS] for first in range(0, len(order), OPEN_SHARDS)]
+        sizes = np.diff(self._ends, prepend=0)
+        return groups, np.cumsum([sizes[group].sum() for group in groups])
+
+    def _windows_of(self, epoch: int, group: int) -> Ints:
+        shards = np.sort(self._epoch(epoch)[0][group])
+        ranges = [np.arange(self._ends[shard - 1] if shard else 0, self._ends[shard]) for shard in shards.tolist()]
+        return shuffled(self._key("windows", self._name, epoch), np.concatenate(ranges))
 
 
 def boundaries(starts: Sequence[Ints], length: int) -> tuple[Ints, Ints]:
