@@ -8,6 +8,7 @@ from gristmill.streaming.batches import Batch, Batches
 from gristmill.streaming.build import build_shards
 from gristmill.streaming.config import ShardsConfig
 from gristmill.streaming.mds import MDSReader, MDSWriter
+from gristmill.streaming.merge import merge
 from gristmill.streaming.order import Stage, check_curriculum
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "Stage",
     "build_shards",
     "check_curriculum",
+    "merge",
 ]

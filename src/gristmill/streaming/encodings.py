@@ -9,6 +9,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ UNSIGNED = ("uint8", "uint16", "uint32", "uint64")
 SIGNED = ("int8", "int16", "int32", "int64")
 FLOATING = ("float16", "float32", "float64")
 SCALARS = (*UNSIGNED, *SIGNED, *FLOATING)
+TEXTS: dict[str, type[Any]] = {"str_int": int, "str_float": float, "str_decimal": Decimal}
 # An array whose type is not in the header starts with this byte: its bits, plus 1 if signed, 2 if floating.
 TYPE_CODES = {
     name: 8 * np.dtype(name).itemsize + variant
@@ -39,7 +41,8 @@ class Encoding:
 
 
 def encoding(name: str) -> Encoding:
-    """The encoding of that name: bytes, str, int, json, a scalar type, or ndarray[:type[:shape]].
+    """The encoding of that name: bytes, str, int, json, a number as text (str_int, str_float, str_decimal), a scalar
+    type, or ndarray[:type[:shape]].
 
     Raises InputError for any other, and for `pkl` says why.
     """
@@ -49,6 +52,8 @@ def encoding(name: str) -> Encoding:
         return _array(name)
     if name in SCALARS:
         return Encoding(np.dtype(name).itemsize, lambda value: _scalar(value, name), lambda data: _number(data, name))
+    if name in TEXTS:
+        return _text(TEXTS[name])
     match name:
         case "bytes":
             return Encoding(None, lambda value: _typed(value, bytes), bytes)
@@ -58,7 +63,7 @@ def encoding(name: str) -> Encoding:
             return Encoding(8, lambda value: _scalar(_typed(value, int), "int64"), lambda d: int(_number(d, "int64")))
         case "json":
             return Encoding(None, lambda value: json.dumps(value).encode(), lambda data: json.loads(bytes(data)))
-    known = ", ".join(("bytes", "str", "int", "json", *SCALARS, "ndarray[:type[:shape]]"))
+    known = ", ".join(("bytes", "str", "int", "json", *TEXTS, *SCALARS, "ndarray[:type[:shape]]"))
     raise InputError(f"encoding {name!r} is not supported; use one of {known}")
 
 
@@ -66,6 +71,19 @@ def _typed(value: Any, expected: type) -> Any:
     if not isinstance(value, expected):
         raise InputError(f"a column of {expected.__name__} was given {type(value).__name__}")
     return value
+
+
+def _text(kind: type[Any]) -> Encoding:
+    """A number as the text that Python prints for it."""
+
+    def encode(value: Any) -> bytes:
+        number = kind(_typed(value, kind))  # of a bool too, whose own text is no number
+        try:
+            return str(number).encode()
+        except ValueError as problem:  # Python limits the digits of an int's text
+            raise InputError(f"a column of {kind.__name__} as text: {problem}") from None
+
+    return Encoding(None, encode, lambda data: kind(str(data, "utf-8")))
 
 
 def _little_endian(name: str) -> np.dtype[Any]:

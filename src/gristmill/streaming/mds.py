@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gristmill.errors import Failure, InputError
+from gristmill.streaming.compression import compress, decompress, parse
 from gristmill.streaming.encodings import encoding
 
 INDEX = "index.json"
@@ -26,7 +27,8 @@ class MDSWriter:
     """Appends samples to shards in `out`, an existing directory; `close` (or leaving `with`) writes the index.
 
     columns: name -> encoding. size_limit: bytes of a shard before compression; a sample larger than that gets a shard
-    of its own. hashes: names of algorithms, stored in the index for each file.
+    of its own. compression: a name that compression.py has. hashes: names of algorithms, stored in the index for each
+    file.
     """
 
     def __init__(
@@ -38,8 +40,7 @@ class MDSWriter:
         compression: str | None = None,
         hashes: tuple[str, ...] = ("sha256",),
     ) -> None:
-        if compression not in (None, "zstd"):
-            raise InputError(f'compression={compression!r} must be None or "zstd"')
+        self._suffix = parse(compression)[0] if compression is not None else None
         self._out = out
         self._columns = [(name, encoding(columns[name])) for name in sorted(columns)]
         self._config: dict[str, Any] = {
@@ -98,8 +99,8 @@ class MDSWriter:
         raw = b"".join([count.tobytes(), offsets.astype("<u4").tobytes(), self._header, *self._samples])
         name = f"shard.{len(self._shards):05}.mds"
         files: dict[str, Any] = {"raw_data": self._describe(name, raw), "zip_data": None}
-        if self._config["compression"] == "zstd":
-            name, raw = f"{name}.zstd", _compress(raw)
+        if self._suffix:
+            name, raw = f"{name}.{self._suffix}", compress(self._config["compression"], raw)
             files["zip_data"] = self._describe(name, raw)
         (self._out / name).write_bytes(raw)
         self._shards.append({"samples": len(self._samples), **files, **self._config})
@@ -150,7 +151,11 @@ class MDSReader:
             self._open[shard] = self._load(self._shards[shard])
         data, offsets = self._open[shard]
         at = i - int(self._ends[shard])  # negative: counted from the shard's end
-        return _decode(self._columns[shard], data[int(offsets[at - 1]) : int(offsets[at])])
+        try:
+            return _decode(self._columns[shard], data[int(offsets[at - 1]) : int(offsets[at])])
+        except (ValueError, LookupError, ArithmeticError, RecursionError) as problem:  # where no hash was kept
+            file = self._file(self._shards[shard]["raw_data"])
+            raise Failure(f"{file} is damaged: sample {i} cannot be read: {problem}") from None
 
     def _load(self, shard: Mapping[str, Any]) -> tuple[memoryview, np.ndarray[Any, Any]]:
         raw, packed = shard["raw_data"], shard["zip_data"]
@@ -232,25 +237,21 @@ def _decode(columns: list[tuple[str, Any]], data: memoryview) -> dict[str, Any]:
         end = at + (next(sizes) if kind.size is None else kind.size)
         sample[name] = kind.decode(data[at:end])
         at = end
+    if at != len(data):
+        raise ValueError(f"its columns take {at} bytes of {len(data)}")
     return sample
 
 
-def _compress(data: bytes) -> bytes:
-    import pyarrow as pa  # brings zstd; not needed where shards are stored plainly
-
-    return bytes(pa.Codec("zstd", compression_level=3).compress(data, asbytes=True))
-
-
 def _unpack(file: Path, data: memoryview, compression: str | None, num_bytes: int) -> memoryview:
-    if compression is None or compression.split(":")[0] != "zstd":
-        raise InputError(f"{file} is compressed with {compression}; only zstd is read")
-    import pyarrow as pa
-
-    try:
-        raw = pa.Codec("zstd").decompress(pa.py_buffer(data), decompressed_size=num_bytes)
-    except (OSError, pa.ArrowException) as problem:
-        raise Failure(f"{file} is damaged: {problem}") from None
     with tempfile.TemporaryFile() as unpacked:  # pages of a file can be dropped and read again; memory cannot
-        unpacked.write(raw)
+        try:
+            for piece in decompress(str(compression), data, num_bytes):
+                unpacked.write(piece)
+        except InputError as problem:
+            raise InputError(f"{file}: {problem}") from None
+        except ValueError as problem:
+            raise Failure(f"{file} is damaged: {problem}") from None
+        if not 0 < num_bytes == unpacked.tell():
+            raise Failure(f"{file} is damaged: it does not unpack to the {num_bytes} bytes that the index says")
         unpacked.flush()
         return memoryview(mmap.mmap(unpacked.fileno(), 0, access=mmap.ACCESS_READ))
