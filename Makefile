@@ -4,13 +4,14 @@
 # make bench        the figures in benchmarks/results: three hours; its trainings go on where they were
 # make exact        300 random models against transformers and a naive NumPy forward
 # make stress       longer randomised tests
+# make interop      MosaicML Streaming's own reader and writer beside ours, installed into .interop
 # make sanitize     the native kernels under the address and undefined-behaviour sanitizers
 # All of them set up .venv from the lock first, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench exact stress sanitize clean
+.PHONY: quickstart test check bench exact stress interop sanitize clean
 
 quickstart: .venv/locked
 	$(BIN)/gristmill run quickstart
@@ -37,6 +38,9 @@ stress: .venv/locked
 	GRISTMILL_KILLS=40 $(BIN)/python -m pytest tests/test_kill.py
 	$(BIN)/python -m pytest --hypothesis-profile=stress
 
+interop: .venv/locked .interop/installed
+	GRISTMILL_REQUIRE=interop $(BIN)/python -m pytest tests/interop
+
 SANITIZED := build/sanitized/native.so
 sanitize: .venv/locked
 	$(BIN)/python setup.py -q sanitize --library $(SANITIZED)
@@ -50,5 +54,12 @@ sanitize: .venv/locked
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
+# What MosaicML Streaming requires excludes what we do, and is large: an environment of its own, with what it imports.
+.interop/installed: tests/interop/requirements.txt
+	$(PYTHON) -m venv .interop
+	.interop/bin/python -m pip install --quiet -r $<
+	.interop/bin/python -m pip install --quiet --no-deps mosaicml-streaming==0.13.0
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .interop runs

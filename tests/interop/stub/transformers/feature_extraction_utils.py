@@ -1,0 +1,2 @@
+class BatchFeature:
+    pass
