@@ -26,6 +26,7 @@ check: .venv/locked
 
 bench: .venv/locked
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/time_to_quality.py
 	$(BIN)/python benchmarks/moe_vs_dense.py
 	$(BIN)/python benchmarks/checkpoints.py

@@ -82,10 +82,10 @@ SHAPES = {
 class Side:
     """One worker process and what it measured. What it says on standard error is shown if it fails."""
 
-    def __init__(self, command: list[str], env: dict[str, str] | None = None) -> None:
+    def __init__(self, command: list[str], env: dict[str, str] | None = None, python: str = sys.executable) -> None:
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
-            [sys.executable, *command],
+            [python, *command],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=os.environ | (env or {}),
         )  # fmt: skip
         self.seconds: list[float] = []
