@@ -174,6 +174,7 @@ def ours(cfg: ModelConfig, in_documents: bool) -> Step:
         document_ids_BS = (torch.rand(tokens_BS.shape, device=DEVICE) < chance).cumsum(1)
         loss, _ = loss_of(model, tokens_BS, document_ids_BS)
         loss.backward()
+        optimizer.clip()
         optimizer.step(LR)
         return loss.detach()
 

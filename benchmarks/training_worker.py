@@ -41,6 +41,7 @@ def gristmill(folder: Path, dtype: torch.dtype) -> Step:
         nll, _ = cross_entropy(hidden[:, :-1].flatten(0, 1), model.output_weight, tokens_BS[:, 1:].flatten())
         loss = nll / (B * (S - 1))
         loss.backward()
+        optimizer.clip()
         optimizer.step(LR)
         return float(loss.detach())
 

@@ -169,13 +169,19 @@ def commit(
     inputs: Mapping[str, Artifact],
     built: Built,
     files: Iterable[Path] | None = None,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Artifact:
-    """Make the files under `path` (or the named ones) an artifact: hash and fsync each, then write the manifest."""
+    """Make the files under `path` (or the named ones) an artifact: hash and fsync each, then write the manifest.
+
+    known: name -> {"bytes", "sha256"} of files that were fsynced and read back already; they are not read again.
+    """
     paths = sorted(walk(path) if files is None else files)
-    covered = {}
+    covered = dict(known or {})
     for file in paths:
-        sync(file)
-        covered[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        if (name := file.relative_to(path).as_posix()) not in covered:
+            sync(file)
+            covered[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    assert len(covered) == len(paths), "a file that is known is not there"
     for folder in sorted({file.parent for file in paths}):
         sync(folder)
     manifest = {
@@ -237,6 +243,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def remove(path: Path) -> None:
+    """Remove an artifact, or what was left of one."""
+    (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed artifact does not count
+    shutil.rmtree(path)
+
+
 def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -278,6 +290,11 @@ def load(path: Path) -> Artifact:
         data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} is not an artifact: it has no {MANIFEST}") from None
+    return Artifact(path, parse_manifest(data, file))
+
+
+def parse_manifest(data: bytes, file: Path | str) -> dict[str, Any]:
+    """Raises Failure, which names `file`, when the manifest does not match its own seal."""
     try:
         manifest = json.loads(data)
         seal = manifest.pop("manifest")
@@ -285,7 +302,7 @@ def load(path: Path) -> Artifact:
         raise Failure(f"{file} is damaged: not a manifest") from None
     if hashlib.sha256(canonical(manifest)).hexdigest() != seal or canonical({**manifest, "manifest": seal}) != data:
         raise Failure(f"{file} is damaged: its text does not match its own hash")
-    return Artifact(path, manifest)
+    return manifest
 
 
 def load_ours(path: Path) -> Artifact | None:

@@ -4,7 +4,6 @@ This file alone knows all stages. What a stage does is in its room; here is only
 """
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -12,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -31,7 +30,6 @@ from gristmill.artifact import (
     stage_key,
     standing,
     verify,
-    write_atomically,
 )
 from gristmill.corpus.build import build_corpus, fingerprint
 from gristmill.errors import Failure, InputError
@@ -43,16 +41,18 @@ from gristmill.hub.export import build_export
 from gristmill.inference.load import load_model
 from gristmill.inference.scorer import ModelScorer
 from gristmill.model.counts import count_params, train_flops_per_token
+from gristmill.parallel.ranks import Ranks, join
 from gristmill.progress import console
 from gristmill.recipe import Recipe, curriculum_of, keyed, plain
-from gristmill.report.collect import METRICS, collect, collect_run, read_metrics
+from gristmill.report.collect import collect, collect_run
 from gristmill.report.page import write
 from gristmill.streaming.build import build_shards
 from gristmill.tokenizer import Tokenizer, build_tokenizer
-from gristmill.train.checkpoint import Identity, checkpoint_path, read_state
+from gristmill.train.checkpoint import LATEST, Identity, checkpoint_path, read_state
 from gristmill.train.display import Display, duration
-from gristmill.train.loop import Saved, Started, Step, apply_compute, train
-from gristmill.train.machine import best_dtype, describe_machine, gemm_flops
+from gristmill.train.log import METRICS, MetricsLog, read_metrics
+from gristmill.train.loop import Event, Reached, Saved, SaveFailed, Skipped, Started, Step, train
+from gristmill.train.machine import apply_compute, best_dtype, describe_machine, gemm_flops
 from gristmill.train.tracking import Tracking
 
 StageName = Literal["corpus", "tokenizer", "shards", "train", "evaluate", "export"]
@@ -75,12 +75,17 @@ class Stopped(BaseException):
 def run(recipe: Recipe, out: Path | None = None, until: StageName | None = None) -> Path:
     """Run the stages up to `until` (None: all, then the report); returns the run folder.
 
+    Under torchrun every process calls it: rank 0 runs the stages, all of them train, and the run folder is one that all
+    of them see.
+
     Raises InputError, Failure, OSError (a full disk) or Stopped; after each of them the same call goes on.
     """
     folder = out or Path("runs") / recipe.name
     wanted = STAGES[: STAGES.index(until) + 1] if until else STAGES
-    with locked(folder), Signals() as signals:
-        return _Run(recipe, folder, signals).stages(wanted, finish=until is None)
+    ranks = join(recipe.train.rank_timeout_s)
+    console.quiet = ranks.rank > 0
+    with locked(folder) if ranks.rank == 0 else nullcontext(), Signals() as signals:
+        return _Run(recipe, folder, signals, ranks).stages(wanted, finish=until is None)
 
 
 class Signals:
@@ -106,7 +111,7 @@ class Signals:
         if not self.graceful or self.event.is_set():
             raise Stopped(signum)
         self.event.set()
-        console.print(f"\n  {self.signum.name}: finishing this step and saving (again to stop at once)")
+        console.print(f"\n  {self.signum.name}: saving what is done (again to stop at once)")
 
 
 @contextmanager
@@ -129,8 +134,8 @@ def locked(folder: Path) -> Iterator[None]:
 class _Run:
     """One call of `run`: the artifacts so far, by stage."""
 
-    def __init__(self, recipe: Recipe, folder: Path, signals: Signals) -> None:
-        self.recipe, self.folder, self.signals = recipe, folder, signals
+    def __init__(self, recipe: Recipe, folder: Path, signals: Signals, ranks: Ranks) -> None:
+        self.recipe, self.folder, self.signals, self.ranks = recipe, folder, signals, ranks
         self.done: dict[str, Artifact] = {}
         self.start = {"start": load(Path(recipe.start))} if recipe.start else {}
         self.machine = describe_machine()
@@ -138,30 +143,51 @@ class _Run:
 
     def stages(self, wanted: tuple[StageName, ...], finish: bool) -> Path:
         self.fingerprint = fingerprint(self.recipe.corpus)
-        self.estimated = "train" not in wanted  # the short stages are not worth one
+        self.estimated = "train" not in wanted or self.ranks.rank > 0  # the short stages are not worth one
         for name in wanted:
-            self.done[name] = self.stage(name)
-        if finish:
+            if self.ranks.rank > 0 and "train" in self.done:
+                return self.folder  # rank 0 finishes alone
+            if name == "train":
+                self.done[name] = self.stage(name)
+                continue
+            with self.ranks.turn() as mine:
+                if mine:
+                    self.done[name] = self.stage(name)
+            if not mine:
+                self.done[name] = self.made(name)
+        if finish and self.ranks.rank == 0:
             self.finish()
         return self.folder
 
-    def stage(self, name: StageName) -> Artifact:
+    def made(self, name: StageName) -> Artifact:
+        """A stage's artifact, which rank 0 has made."""
+        key, path, _config, _inputs = self.identity(name)
+        artifact = standing(path, key)
+        if artifact is None:
+            raise Failure(
+                f"rank {self.ranks.rank} does not find {path}; all ranks must see one run folder and one corpus"
+            )
+        return artifact
+
+    def identity(self, name: StageName) -> tuple[str, Path, dict[str, Any], dict[str, Artifact]]:
+        """A stage's key, its place, and what made the key: its settings and inputs."""
         config, inputs = self.settings(name)
         hashes = {parent: artifact.content for parent, artifact in inputs.items()}
         if name == "corpus":
             hashes = self.fingerprint
         key = stage_key(name, FORMATS[name], config, hashes)
-        path = self.folder / name / key[:8]
-        if name == "train":
-            artifact = standing(checkpoint_path(path, self.recipe.train.steps), key)
-        else:
-            artifact = standing(path, key)
+        return key, self.folder / name / key[:8], config, inputs
+
+    def stage(self, name: StageName) -> Artifact:
+        key, path, config, inputs = self.identity(name)
+        artifact = standing(checkpoint_path(path, self.recipe.train.steps) if name == "train" else path, key)
         if artifact is not None:
             console.print(f"{name:<10}[bright_black]stands  {artifact.path.relative_to(self.folder)}[/]")
             return artifact
         if not self.estimated:
             self.say_estimate()
-        (self.folder / MANIFEST).unlink(missing_ok=True)  # it speaks of the run before
+        if self.ranks.rank == 0:
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # it speaks of the run before
         console.print(f"[bold]{name:<10}[/]{SAYS[name]}")
         started = time.perf_counter()
         if name == "train":
@@ -225,15 +251,6 @@ class _Run:
             if problems := verify(start.path).problems:
                 raise Failure(f"{problems[0]}; import it again before training goes on from it")
         folder.mkdir(parents=True, exist_ok=True)
-        log = MetricsLog(folder / METRICS)
-        link_metrics(self.folder, folder)
-        tracking = Tracking(r.train.tracking, self.folder / STATE, r.name, identity.key)
-        tracking.params({"model": plain(r.model), "train": keyed(r.train)})
-        tracking.dataset(self.done["corpus"])
-        tokenizer = Tokenizer.load(self.path("tokenizer"))
-        validation = read_documents(self.path("corpus"), "validation", r.evaluate.training_bytes)
-        last: Artifact | None = None
-        status = "FAILED"
         self.signals.graceful = True
         events = train(
             r.train,
@@ -245,14 +262,51 @@ class _Run:
             curriculum_of(r.corpus),
             identity,
             self.signals.event,
+            self.ranks,
         )
+        try:
+            if self.ranks.rank == 0:
+                self.watch(events, folder, identity)
+            else:
+                self.follow(events)
+            if self.stopped(folder):
+                raise Stopped(self.signals.signum if self.signals.event.is_set() else signal.SIGTERM)
+            return load(checkpoint_path(folder, r.train.steps))
+        finally:
+            self.signals.graceful = False
 
-        def validate(step: int, model: Any) -> None:
+    def stopped(self, folder: Path) -> bool:
+        """Whether this process, or another rank, was told to stop."""
+        last = checkpoint_path(folder, self.recipe.train.steps)
+        return self.signals.event.is_set() or not (last / MANIFEST).exists()
+
+    def follow(self, events: Iterator[Event]) -> None:
+        """What a rank does that trains and has nothing to say."""
+        for event in events:
+            if isinstance(event, Reached):
+                with self.ranks.turn():
+                    pass  # rank 0 measures the held-out loss
+        with self.ranks.turn():
+            pass  # rank 0 has committed the last checkpoint
+
+    def watch(self, events: Iterator[Event], folder: Path, identity: Identity) -> None:
+        """Train, and keep the figures: in metrics.jsonl, in MLflow and on the screen."""
+        r = self.recipe
+        log = MetricsLog(folder / METRICS, keep_trying=r.train.checkpoint.on_error == "go_on")
+        link_metrics(self.folder, folder)
+        tracking = Tracking(r.train.tracking, self.folder / STATE, r.name, identity.key)
+        tracking.params({"model": plain(r.model), "train": keyed(r.train)})
+        tracking.dataset(self.done["corpus"])
+        tokenizer = Tokenizer.load(self.path("tokenizer"))
+        validation = read_documents(self.path("corpus"), "validation", r.evaluate.training_bytes)
+        last: Artifact | None = None
+        status = "FAILED"
+
+        def validate(at: Reached) -> None:
             assert r.evaluate.context_length is not None
-            bits = bits_per_byte(validation, ModelScorer(model, r.evaluate.context_length), tokenizer)
-            record = {"step": step, "tokens": step * r.train.batch_tokens, "bits_per_byte": bits}
-            log.write("validation", record)
-            tracking.metrics({"held_out_bits_per_byte": bits}, step)
+            bits = bits_per_byte(validation, ModelScorer(at.model, r.evaluate.context_length), tokenizer)
+            log.write("validation", {"step": at.step, "tokens": at.tokens, "bits_per_byte": bits})
+            tracking.metrics({"held_out_bits_per_byte": bits}, at.step)
             display.held_out(bits["all"])
 
         try:
@@ -264,26 +318,30 @@ class _Run:
                             log.resume(event.step)
                             machine = self.machine | event.compute | {"gemm_tflops": event.gemm_flops / 1e12}
                             log.write("machine", {"step": event.step, "machine": machine})
-                            due = event.step > 0 and event.step % r.train.checkpoint.every == 0
-                            if due and not log.has_validation(event.step):
-                                validate(event.step, event.model)
                         case Step():
                             log.train(event)
                             tracking.metrics({k: v for k, v in asdict(event).items() if k != "expert_load"}, event.step)
                             display.show(event)
+                        case Skipped():
+                            say_skipped(event)
+                            if event.back_to is not None:
+                                log.cut(event.back_to)
+                            log.write("skipped", asdict(event))
+                        case Reached():
+                            with self.ranks.turn():
+                                validate(event)
                         case Saved():
                             last = event.artifact
-                            if event.step % r.train.checkpoint.every == 0 or event.step == r.train.steps:
-                                validate(event.step, event.model)
-            if self.signals.event.is_set():
-                status = "KILLED"
-                raise Stopped(self.signals.signum)
-            assert last is not None
-            tracking.model(last)
-            status = "FINISHED"
-            return last
+                        case SaveFailed():
+                            what = "stands, but" if event.stands else "was not saved:"
+                            said = f"  the checkpoint of step {event.step:,} {what} {event.reason}"
+                            console.print(said, style="red", markup=False)
+                            log.write("save_failed", asdict(event))
+            with self.ranks.turn():
+                status = "KILLED" if self.stopped(folder) else "FINISHED"
+            if last is not None:
+                tracking.model(last)
         finally:
-            self.signals.graceful = False
             tracking.close(status)
 
     def say_estimate(self) -> None:
@@ -357,7 +415,8 @@ def seal(
 ) -> None:
     """Commit the run folder itself: its manifest covers the report and the figures, and names the stages' artifacts."""
     files = [folder / name for name in (METRICS, "report.html", "report.json")]
-    files.append(stages["train"].path.parent / METRICS)  # what the link in the run folder points to
+    training = stages["train"].path.parent
+    files += [training / METRICS, training / LATEST]  # the first is what the link in the run folder points to
     commit(folder, kind="run", key=key, config=config, inputs=stages, built=Built(metrics=dict(metrics)), files=files)
 
 
@@ -421,34 +480,9 @@ def evaluate(recipe: Recipe, corpus: Path, checkpoint: Path, out: Path) -> Built
     return build_evaluation(recipe.evaluate, corpus, tokenizer, scorer, out)
 
 
-class MetricsLog:
-    """`metrics.jsonl`, the truth of the figures: cut back to the checkpoint that training goes on from."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self._seconds = 0.0  # of training before this process
-
-    def resume(self, step: int) -> None:
-        self._records = [record for record in read_metrics(self.file) if record["step"] <= step and step > 0]
-        self._seconds = max((record.get("seconds", 0.0) for record in self._records), default=0.0)
-        kept = "".join(json.dumps(record) + "\n" for record in self._records)
-        write_atomically(self.file, kept.encode())
-        if step > 0:
-            self.write("resume", {"step": step, "seconds": self._seconds})
-
-    def has_validation(self, step: int) -> bool:
-        return any(record["kind"] == "validation" and record["step"] == step for record in self._records)
-
-    def train(self, step: Step) -> None:
-        figures = asdict(step)
-        figures["seconds"] = round(figures["seconds"] + self._seconds, 3)
-        self.write("train", figures)
-
-    def write(self, kind: str, record: Mapping[str, Any]) -> None:
-        with self.file.open("a") as file:
-            file.write(json.dumps({"kind": kind, **record}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # before the checkpoint that follows it
+def say_skipped(event: Skipped) -> None:
+    back = f", back to step {event.back_to:,}" if event.back_to is not None else ""
+    console.print(f"  step {event.step:,} is left out: {event.reason}{back}", style="yellow", markup=False)
 
 
 def say_what_next(folder: Path) -> None:

@@ -12,9 +12,10 @@ from fake_run import LICENSES, commit_run, fake_run, metrics
 
 from gristmill.errors import Failure, InputError
 from gristmill.report import collect, collect_run, to_html, to_json, write
-from gristmill.report.collect import STAGES, read_metrics
+from gristmill.report.collect import STAGES
 from gristmill.report.pictures import curriculum, smooth, verdict
 from gristmill.report.text import duration, scientific, short, size, visible
+from gristmill.train.log import read_metrics
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 FIGURES = (

@@ -1,23 +1,30 @@
 """The training loop: a golden curve, bitwise resume, gradients that do not depend on micro-batches."""
 
+import errno
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from gristmill.train.storage import write_verified
 
-from gristmill.errors import InputError
+from gristmill.errors import Failure, InputError
 from gristmill.hub.tensors import open_weights
 from gristmill.model import ModelConfig, Transformer
-from gristmill.streaming import Batches, ShardsConfig, Stage, build_shards
-from gristmill.train.checkpoint import Identity, checkpoint_path, latest_checkpoint, read_state
-from gristmill.train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from gristmill.train.loop import Figures, Saved, Started, Step, apply_recompute, gradients, train
+from gristmill.parallel.ranks import ALONE
+from gristmill.streaming import Batch, Batches, ShardsConfig, Stage, build_shards
+from gristmill.train.checkpoint import Identity, SaveFailed, checkpoint_path, latest_checkpoint, read_state
+from gristmill.train.config import CheckpointConfig, GuardConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from gristmill.train.figures import Sums
+from gristmill.train.loop import Event, Reached, Saved, Skipped, Started, Step, apply_recompute, gradients, train
+from gristmill.train.machine import apply_compute
 from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
 from gristmill.train.schedule import learning_rate_scale
 
@@ -64,7 +71,7 @@ def tokenizer(tmp_path: Path) -> Path:
 
 def events(
     shards: Path, tokenizer: Path, folder: Path, cfg: TrainConfig = CFG, stop: threading.Event | None = None
-) -> Iterator[Started | Step | Saved]:
+) -> Iterator[Event]:
     return train(cfg, MODEL, shards, tokenizer, None, folder, CURRICULUM, IDENTITY, stop or threading.Event())
 
 
@@ -82,10 +89,10 @@ def test_a_resumed_training_is_bitwise_the_unbroken_one(shards: Path, tokenizer:
     for event in events(shards, tokenizer, broken, stop=stop):
         if isinstance(event, Step) and event.step == 7:
             stop.set()
-    assert read_state(checkpoint_path(broken, 8)).step == 8
+    assert read_state(checkpoint_path(broken, 7)).step == 7
     resumed = list(events(shards, tokenizer, broken))
     assert isinstance(resumed[0], Started)
-    assert resumed[0].step == 8
+    assert resumed[0].step == 7
     last = resumed[-1]
     assert isinstance(last, Saved)
     assert last.artifact.content == whole[-1].artifact.content
@@ -122,12 +129,12 @@ def test_only_the_last_checkpoints_are_kept(shards: Path, tokenizer: Path, tmp_p
 def test_gradients_do_not_depend_on_the_micro_batch(shards: Path, micro_batch: int) -> None:
     cfg = replace(CFG, micro_batch=micro_batch)
     shape = replace(MODEL, moe_loss_weight=0.0)  # MegaBlocks' balancing loss belongs to the micro-batch
-    batches = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, CURRICULUM, 0)
+    batch = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, CURRICULUM, 0).batch(3)
 
     def run(micro: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         model = Transformer(shape)
-        gradients(model, batches.batch(3), micro, Figures(cfg, shape, batches, 1.0))
+        gradients(model, batch, replace(cfg, micro_batch=micro), 2, threading.Event(), ALONE)
         return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
     whole, split = run(16), run(micro_batch)
@@ -168,6 +175,7 @@ def test_an_adamw_step_equals_torchs_plain_adamw() -> None:
             torch.manual_seed(seed)
             for param in module.parameters():
                 param.grad = torch.randn_like(param)
+        ours.clip()
         ours.step(0.01)
         theirs.step()
     for a, b in zip(model.parameters(), reference.parameters(), strict=True):
@@ -180,6 +188,7 @@ def test_an_optimizers_state_survives_saving_by_name() -> None:
     optimizer = Optimizer(OptimizerConfig(name="muon", lr=0.01), model)
     for param in model.parameters():
         param.grad = torch.randn_like(param)
+    optimizer.clip()
     optimizer.step(0.01)
     saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
     twin = Transformer(MODEL)
@@ -190,6 +199,7 @@ def test_an_optimizers_state_survives_saving_by_name() -> None:
         torch.manual_seed(5)
         for param in module.parameters():
             param.grad = torch.randn_like(param)
+        its.clip()
         its.step(0.01)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -204,7 +214,7 @@ def test_recomputed_blocks_give_the_same_gradients_bit_for_bit(shards: Path) -> 
         model = Transformer(cfg)
         if recompute:
             apply_recompute(model)
-        gradients(model, batches.batch(0), CFG.micro_batch, Figures(CFG, cfg, batches, 1e12))
+        gradients(model, batches.batch(0), CFG, 2, threading.Event(), ALONE)
         found.append([param.grad for param in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -222,14 +232,120 @@ def test_the_schedule_warms_up_holds_and_decays_to_zero() -> None:
 
 
 def test_resuming_with_kernels_that_are_not_here_is_refused() -> None:
-    from gristmill.train.loop import apply_compute
-
     with pytest.raises(InputError, match="this training began with riscv kernels, and here are torch"):
         apply_compute({"device": "cpu", "dtype": "float32", "threads": 1, "kernels": "riscv"})
 
 
-def test_a_saved_model_is_the_trained_one(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_saved_model_is_the_one_that_was_looked_at(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
+    seen: dict[int, dict[str, torch.Tensor]] = {}
     for event in events(shards, tokenizer, tmp_path):
-        if isinstance(event, Saved):
+        if isinstance(event, Reached):  # training goes on while this is written
+            seen[event.step] = {name: tensor.clone() for name, tensor in event.model.state_dict().items()}
+        elif isinstance(event, Saved):
             saved = {name: weight.load() for name, weight in open_weights(event.artifact.path).items()}
-            assert all(torch.equal(saved[name], tensor) for name, tensor in event.model.state_dict().items())
+            assert all(torch.equal(saved[name], tensor) for name, tensor in seen.pop(event.step).items())
+    assert not seen
+
+
+# ---- steps that are not sane ----
+
+
+def poisoned(patch: pytest.MonkeyPatch, *steps: int) -> None:
+    """The gradient of these steps (from 0) is not a number."""
+
+    def poison(model: Transformer, batch: Batch, cfg: TrainConfig, *rest: Any) -> Sums | None:
+        sums = gradients(model, batch, cfg, *rest)
+        if torch.initial_seed() - cfg.seed in steps:
+            model.wte.weight.grad[3, 3] = torch.nan
+        return sums
+
+    patch.setattr("gristmill.train.loop.gradients", poison)
+
+
+@pytest.mark.parametrize("policy", ["skip", "roll_back"])
+def test_a_step_that_is_not_a_number_is_left_out_and_counted(
+    policy: str, shards: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, 7, 12)
+    cfg = replace(CFG, guard=GuardConfig(policy=policy))
+    seen = list(events(shards, tokenizer, tmp_path / "whole", cfg))
+    skipped = [event for event in seen if isinstance(event, Skipped)]
+    assert [(event.step, event.back_to) for event in skipped] == (
+        [(7, None), (12, None)] if policy == "skip" else [(7, 5), (12, 10)]
+    )
+    assert all(event.reason == "grad_norm is nan" for event in skipped)
+    last = [event for event in seen if isinstance(event, Step)][-1]
+    assert (last.step, last.tokens, last.skipped_steps) == (20, 18 * 512, 2)
+    assert sum(last.source_tokens.values()) == 18 * 512
+    assert latest_checkpoint(tmp_path / "whole", "key")[0].metrics["skipped_steps"] == 2
+    # both policies, and a training that is stopped in between, come to the same end
+    monkeypatch.undo()
+    poisoned(monkeypatch, 7, 12)
+    stop = threading.Event()
+    for event in events(shards, tokenizer, tmp_path / "broken", replace(CFG, guard=GuardConfig()), stop):
+        if isinstance(event, Step) and event.step == 9:
+            stop.set()
+    again = list(events(shards, tokenizer, tmp_path / "broken", cfg))
+    assert again[-1].artifact.content == seen[-1].artifact.content
+
+
+def test_a_training_without_its_bad_batches_is_the_same_as_one_that_met_them(
+    shards: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaving a step out means that its batch, and nothing else, is gone."""
+    poisoned(monkeypatch, 0)
+    seen = list(events(shards, tokenizer, tmp_path))
+    skipped = [event.step for event in seen if isinstance(event, Skipped)]
+    assert skipped == [0]
+    steps = [event for event in seen if isinstance(event, Step)]
+    assert [event.step for event in steps] == list(range(2, 21))
+
+
+@pytest.mark.parametrize("policy", ["skip", "roll_back", "stop"])
+def test_a_training_that_diverges_ends_and_its_checkpoints_stand(
+    policy: str, shards: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, *range(7, 20))
+    cfg = replace(CFG, guard=GuardConfig(policy=policy, in_a_row=2))
+    seen: list[Event] = []
+    with pytest.raises(Failure, match=r"grad_norm is nan: training diverged; lower train.optimizer.lr \(now 0.01\)"):
+        seen.extend(events(shards, tokenizer, tmp_path, cfg))
+    assert [event.step for event in seen if isinstance(event, Skipped)] == ([] if policy == "stop" else [7])
+    found, damage = latest_checkpoint(tmp_path, "key")
+    assert found is not None
+    assert (read_state(found.path).step, damage) == (5, [])
+
+
+def test_a_spike_is_left_out_when_asked_for(
+    shards: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spiking(model: Transformer, batch: Batch, cfg: TrainConfig, *rest: Any) -> Sums | None:
+        sums = gradients(model, batch, cfg, *rest)
+        if torch.initial_seed() - cfg.seed == 15:
+            model.wte.weight.grad *= 1e4
+        return sums
+
+    monkeypatch.setattr("gristmill.train.loop.gradients", spiking)
+    for sigmas, expected in ((None, []), (6.0, [15])):
+        cfg = replace(CFG, guard=GuardConfig(sigmas=sigmas, window=8))
+        seen = list(events(shards, tokenizer, tmp_path / str(sigmas), cfg))
+        assert [event.step for event in seen if isinstance(event, Skipped)] == expected
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_training_or_does_not(
+    shards: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, tensors: Any) -> Any:
+        if "step-00000010" in str(file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        return write_verified(file, tensors)
+
+    monkeypatch.setattr("gristmill.train.checkpoint.write_verified", full)
+    with pytest.raises(Failure, match=r"step 10 was not saved.*No space left.*older ones stand"):
+        list(events(shards, tokenizer, tmp_path / "stops"))
+    found, damage = latest_checkpoint(tmp_path / "stops", "key")
+    assert found is not None
+    assert (read_state(found.path).step, damage) == (5, [])
+    cfg = replace(CFG, checkpoint=replace(CFG.checkpoint, on_error="go_on"))
+    seen = list(events(shards, tokenizer, tmp_path / "goes on", cfg))
+    assert [type(event) for event in seen if isinstance(event, Saved | SaveFailed)] == [Saved, SaveFailed, Saved, Saved]

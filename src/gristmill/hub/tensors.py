@@ -3,10 +3,9 @@
 A model larger than memory passes through: what is read is a map of the file, and a written tensor is not kept.
 """
 
-import errno
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gristmill.errors import Failure, InputError
@@ -23,6 +21,7 @@ from gristmill.model import ModelConfig, Transformer
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CHUNK = re.compile(r"(.+)@(\d+(?:,\d+)*)")  # the key of a tensor's part: its name and where the part begins
 MAX_SHARD_BYTES = 5 * 10**9
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # weights' own
@@ -62,6 +61,20 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 Weights: TypeAlias = Mapping[str, Weight]
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A stored tensor, or the part of one that begins at `offsets`. `read` takes a slice for each dimension."""
+
+    offsets: tuple[int, ...]
+    weight: Weight
+    read: Callable[[tuple[slice, ...]], Tensor]
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Where it belongs in the whole."""
+        return tuple(slice(start, start + n) for start, n in zip(self.offsets, self.weight.shape, strict=True))
+
+
 def in_memory(tensors: Mapping[str, Tensor]) -> Weights:
     return {name: Weight.of(tensor) for name, tensor in tensors.items()}
 
@@ -74,19 +87,49 @@ def open_weights(folder: Path) -> Weights:
 
     Raises InputError when `folder` has no safetensors, Failure when a file is damaged.
     """
-    weights: dict[str, Weight] = {}
-    for file in weight_files(folder):
+    return {name: whole(chunks) for name, chunks in open_chunks(folder).items()}
+
+
+def open_chunks(folder: Path, stem: str = "model") -> dict[str, list[Chunk]]:
+    """Each tensor's parts, which together make it whole: one, unless several ranks hold it. Raises as above.
+
+    stem: what the files' names begin with.
+    """
+    stored: dict[str, list[Chunk]] = {}
+    keys: set[str] = set()
+    for file in weight_files(folder, stem):
         try:
-            for name, weight in _open_file(file):
-                if name in weights:
-                    raise Failure(f"{file} holds {name!r}, and so does another file beside it; remove the stray one")
-                weights[name] = weight
+            for key, weight, read in _open_file(file):
+                if key in keys:
+                    raise Failure(f"{file} holds {key!r}, and so does another file beside it; remove the stray one")
+                keys.add(key)
+                part = CHUNK.fullmatch(key)
+                offsets = tuple(map(int, part[2].split(","))) if part else (0,) * len(weight.shape)
+                stored.setdefault(part[1] if part else key, []).append(Chunk(offsets, weight, read))
         except (SafetensorError, OSError) as problem:
             raise Failure(f"{file} cannot be read: {_why(file, problem)}; fetch or build it again") from None
-    return weights
+    for name, chunks in stored.items():
+        if sum(chunk.weight.nbytes for chunk in chunks) != whole(chunks).nbytes:
+            raise Failure(f"{folder} holds {name!r} in part only; fetch or build it again")
+    return stored
 
 
-def _open_file(file: Path) -> Iterator[tuple[str, Weight]]:
+def whole(chunks: list[Chunk]) -> Weight:
+    """The tensor that these parts make together."""
+    if len(chunks) == 1 and not any(chunks[0].offsets):
+        return chunks[0].weight
+    shape = tuple(max(side.stop for side in sides) for sides in zip(*(chunk.place for chunk in chunks), strict=True))
+    return Weight(shape, chunks[0].weight.dtype, partial(_assembled, shape, chunks))
+
+
+def _assembled(shape: tuple[int, ...], chunks: list[Chunk]) -> Tensor:
+    whole = torch.empty(shape, dtype=chunks[0].weight.dtype)
+    for chunk in chunks:
+        whole[chunk.place] = chunk.weight.load()
+    return whole
+
+
+def _open_file(file: Path) -> Iterator[tuple[str, Weight, Callable[[tuple[slice, ...]], Tensor]]]:
     opened = safe_open(file, framework="pt")
     names = opened.keys()  # it is no mapping: it cannot be iterated itself
     for name in names:
@@ -96,7 +139,8 @@ def _open_file(file: Path) -> Iterator[tuple[str, Weight]]:
                 f"{file}: {name} is stored as {header.get_dtype()}; weights are read from {', '.join(DTYPES)}: "
                 "quantized ones must be converted first"
             )
-        yield name, Weight(tuple(header.get_shape()), DTYPES[header.get_dtype()], partial(opened.get_tensor, name))
+        weight = Weight(tuple(header.get_shape()), DTYPES[header.get_dtype()], partial(opened.get_tensor, name))
+        yield name, weight, header.__getitem__
 
 
 def _why(file: Path, problem: Exception) -> str:
@@ -111,18 +155,19 @@ def _why(file: Path, problem: Exception) -> str:
     return str(problem)
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     """The files that hold a folder's weights: one, or those that its index names."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if (folder / INDEX).is_file():
-        weight_map = (read_json(folder / INDEX) or {}).get("weight_map")
+    single, index = folder / shard_name(stem, 0, 1), folder / index_name(stem)
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        weight_map = (read_json(index) or {}).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise Failure(f"{folder / INDEX} is damaged: it has no weight_map; fetch or build it again")
+            raise Failure(f"{index} is damaged: it has no weight_map; fetch or build it again")
         names = {str(name) for name in weight_map.values()}
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise InputError(f"{folder / INDEX} names {name!r}; weights must be .safetensors files beside it")
+                raise InputError(f"{index} names {name!r}; weights must be .safetensors files beside it")
         return [folder / name for name in sorted(names)]
     pickles = [file.name for file in sorted(folder.glob("*")) if file.suffix in PICKLES]
     if pickles:
@@ -130,20 +175,10 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} has its weights as pickles ({pickles[0]}), which can run code when they are opened; "
             "only safetensors are read: convert them where you trust their origin"
         )
-    raise InputError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
+    raise InputError(f"{folder} holds no weights: neither {single.name} nor {index.name}")
 
 
 # ---- writing -------------------------------------------------------------------------------------------
-
-
-def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file. Raises OSError, as any other file would, where the disk is full."""
-    try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
-    except SafetensorError as problem:
-        if os.strerror(errno.ENOSPC) in str(problem):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file)) from None
-        raise
 
 
 def write_weights(
@@ -154,17 +189,17 @@ def write_weights(
 ) -> None:
     """One file if all fits in `max_shard_bytes`, else numbered files and an index. A larger tensor is a file alone.
 
-    One tensor is in memory at a time; `advance` is told the bytes of each when it is written.
+    One tensor is in memory at a time; `advance` is told the bytes of each piece when it is written.
     """
     shards = plan_shards(weights, max_shard_bytes)
-    for number, names in enumerate(shards):
-        _write_file(folder / _shard_name(number, len(shards)), {name: weights[name] for name in names}, advance)
-    if len(shards) == 1:
-        return
-    weight_map = {name: _shard_name(number, len(shards)) for number, names in enumerate(shards) for name in names}
-    total = sum(weight.nbytes for weight in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    files = {shard_name("model", number, len(shards)): names for number, names in enumerate(shards)}
+    for file, names in files.items():
+        with (folder / file).open("wb") as out:
+            for piece in serialized({name: weights[name] for name in names}):
+                out.write(piece)
+                advance(len(piece))
+    if len(files) > 1:
+        write_index(folder, "model", files, sum(weight.nbytes for weight in weights.values()))
 
 
 def plan_shards(weights: Weights, max_shard_bytes: int) -> list[list[str]]:
@@ -180,12 +215,23 @@ def plan_shards(weights: Weights, max_shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _shard_name(number: int, count: int) -> str:
-    return SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+def shard_name(stem: str, number: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_file(file: Path, weights: Weights, advance: Callable[[float], None]) -> None:
-    """The safetensors format: the header's length in 8 bytes, the header in JSON, then the tensors end to end.
+def index_name(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
+
+
+def write_index(folder: Path, stem: str, files: Mapping[str, Iterable[str]], num_bytes: int) -> None:
+    """`files`: the keys in each. `num_bytes`: of all tensors."""
+    weight_map = {key: file for file, keys in files.items() for key in keys}
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / index_name(stem)).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def serialized(weights: Weights) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece: the header's length in 8 bytes and the header in JSON, then each tensor.
 
     The package's own writer wants every tensor of a file in memory; this one wants one of them.
     """
@@ -198,13 +244,11 @@ def _write_file(file: Path, weights: Weights, advance: Callable[[float], None]) 
         header[name] = {"dtype": codes[weight.dtype], "shape": weight.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name, weight in ordered:
-            tensor = weight.load().detach().cpu().contiguous()
-            assert (tuple(tensor.shape), tensor.dtype) == (weight.shape, weight.dtype), name
-            out.write(tensor.view(-1).view(torch.uint8).numpy().data)
-            advance(weight.nbytes)
+    yield len(text).to_bytes(8, "little") + text
+    for name, weight in ordered:
+        tensor = weight.load().detach().cpu().contiguous()
+        assert (tuple(tensor.shape), tensor.dtype) == (weight.shape, weight.dtype), name
+        yield tensor.view(-1).view(torch.uint8).numpy().data
 
 
 # ---- into a model --------------------------------------------------------------------------------------

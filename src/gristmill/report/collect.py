@@ -15,12 +15,10 @@ from gristmill import artifact
 from gristmill.artifact import Artifact
 from gristmill.errors import Failure, InputError
 from gristmill.report.text import is_number
+from gristmill.train.log import METRICS, Record, read_metrics
 
 STAGES = ("corpus", "tokenizer", "shards", "train", "evaluate", "export")
-METRICS = "metrics.jsonl"
 BASELINES = ("trigram", "xz", "xz_document")
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,25 +131,6 @@ def newest_stages(run: Path) -> dict[str, Path]:
             candidate = (artifact.load(file.parent).manifest["created"], file.parent)
             found[name] = max(found.get(name, candidate), candidate)
     return {name: path for name, (_, path) in found.items()}
-
-
-def read_metrics(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl; none if there is no file. The last line may be cut short: a run may be alive."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    records: list[Record] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError
-                records.append(record)
-        except ValueError:
-            if number < len(lines):
-                raise Failure(f"{path} line {number} is damaged: not a JSON object: {line[:60]!r}") from None
-    return records
 
 
 def _read_json(stage: Artifact | None, name: str) -> Any:

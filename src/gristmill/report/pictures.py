@@ -10,8 +10,9 @@ from statistics import fmean, median
 
 from gristmill.report import charts
 from gristmill.report.charts import Band, Bar, Series
-from gristmill.report.collect import BASELINES, Record, Report, baselines, held_out
+from gristmill.report.collect import BASELINES, Report, baselines, held_out
 from gristmill.report.text import TIMES, bits, count, is_number, listed, percent, scientific, short
+from gristmill.train.log import Record
 
 WIDE, NARROW = 520, 340  # px: half of a desktop page; a phone, or half of a printed page
 MAX_POINTS = 500  # per line: more would not be seen
@@ -117,6 +118,8 @@ def training_loss(report: Report) -> Picture | None:
     cut = max(settled) if settled and max(settled) < 0.85 * highest else None
     ends = charts.finite(total)
     caption = f"From {known[0]:.2f} to {ends[-1]:.2f} nats per token."
+    if skipped := int(number(records[-1].get("skipped_steps", 0))):
+        caption += f" {skipped} step{'s were' if skipped > 1 else ' was'} left out: no number, or a spike."
     if len(ends) > 8:
         change = f"{ends[-1] - ends[len(ends) * 3 // 4]:+.2f}".replace("-", "\N{MINUS SIGN}")
         caption += f" The last quarter changed it by {change}."

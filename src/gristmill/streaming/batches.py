@@ -2,7 +2,7 @@
 
 import difflib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,7 @@ class Batches:
         positions, document_ids = boundaries(starts, length)
         return Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), positions, document_ids, sources)
 
-    def ahead(self, steps: Iterable[int], workers: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    def ahead(self, steps: Iterable[int], workers: int, rank: int = 0, world_size: int = 1) -> Generator[Batch]:
         """The batches of those steps, prepared by so many threads before they are asked for; 0 prepares none."""
         if workers == 0:
             yield from (self.batch(step, rank, world_size) for step in steps)

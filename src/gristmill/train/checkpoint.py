@@ -1,32 +1,58 @@
 """Checkpoints: `step-00001200/`, an artifact of safetensors and JSON that holds all that training needs to go on.
 
     model.safetensors      fp32 masters            model.json   the model's shape
-    optimizer.safetensors  the optimizer by name   state.json   step, and the settings that decide rounding
+    optimizer.safetensors  the optimizer by name   state.json   step, guard, and the settings that decide rounding
     tokenizer/             so that a checkpoint is usable alone
 
-and, of a training that went on from a published model, that one's papers and generation settings.
+and, of a training that went on from a published model, that one's papers and generation settings. Of several processes
+each writes files of its own (`model-00001-of-00002.safetensors`), and an index names what is where.
 
-The files hold no clock and no path: the same training gives the same bytes.
+The files hold no clock and no path: the same training gives the same bytes. Training waits only while the tensors are
+copied; a thread writes them, reads them back from the disk and commits. `latest` beside them names the newest.
 """
 
+import copy
+import errno
 import json
+import queue
 import shutil
+import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import torch
 from torch import Tensor
 
-from gristmill.artifact import MANIFEST, Artifact, Built, canonical, commit, load, prepare, verify
+from gristmill.artifact import (
+    MANIFEST,
+    Artifact,
+    Built,
+    canonical,
+    commit,
+    load,
+    prepare,
+    remove,
+    verify,
+    write_atomically,
+)
 from gristmill.errors import Failure
 from gristmill.hub.checkpoint import CONFIG, TOKENIZER
 from gristmill.hub.folder import DOCUMENTS, GENERATION
-from gristmill.hub.tensors import in_memory, save_tensors, write_weights
 from gristmill.model import ModelConfig
+from gristmill.parallel.ranks import Ranks
+from gristmill.train.config import CheckpointConfig
+from gristmill.train.remote import Remote
+from gristmill.train.storage import Layout, read_tensors, write_verified
 
-OPTIMIZER = "optimizer.safetensors"
+LATEST = "latest"
+STATE = "state.json"
+PARTS_TIMEOUT_S = 600.0  # the other ranks have as much to write as rank 0, which waits for them when it is done
+POLL_S = 0.02
+FAILED = "failed"
 
 
 @dataclass(frozen=True)
@@ -40,53 +66,271 @@ class Identity:
 
 @dataclass(frozen=True)
 class State:
-    """`compute`: device, dtype, threads, kernels. They decide how sums are rounded: enforced when training goes on."""
+    """`compute`: device, dtype, threads, kernels. They decide how sums are rounded: enforced when training goes on.
+    `guard`: plain JSON that the loop keeps; floats come back to the last bit, NaN and infinity are refused."""
 
     step: int
     compute: dict[str, Any]
+    guard: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is on disk, read back and committed. `seconds` from the call of `save` to the commit, `stalled_s`
+    of these in which it kept its caller."""
+
+    step: int
+    artifact: Artifact
+    seconds: float
+    stalled_s: float
+
+
+@dataclass(frozen=True)
+class SaveFailed:
+    """The disk was full, read-only or failing; older checkpoints stand. `stands`: so does this one, and only its copy
+    elsewhere, or the removal of older ones, failed."""
+
+    step: int
+    reason: str
+    stands: bool = False
+
+
+@dataclass
+class _Save:
+    """What the thread is given. `tensors`: file -> copies, which go when they are written."""
+
+    step: int
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    state: bytes
+    metrics: dict[str, Any]
+    asked: float
+    stalled_s: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoints of one training, in its folder. Every rank has one, and all see the same folder.
+
+    A save costs memory: a copy in CPU memory of what this rank writes, until it is on disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        cfg: CheckpointConfig,
+        identity: Identity,
+        model_cfg: ModelConfig,
+        tokenizer: Path,
+        start: Path | None,
+        ranks: Ranks,
+    ) -> None:
+        self.folder, self.cfg, self.identity, self.model_cfg = folder, cfg, identity, model_cfg
+        self.tokenizer, self.start, self.ranks = tokenizer, start, ranks
+        self._layouts: list[Layout] = []
+        self._thread: threading.Thread | None = None
+        self._events: queue.SimpleQueue[Saved | SaveFailed] = queue.SimpleQueue()
+        self._bug: BaseException | None = None
+        self._remote = Remote(cfg.copy_to, identity.key) if cfg.copy_to and ranks.rank == 0 else None
+
+    def save(
+        self, state: State, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], metrics: Mapping[str, Any]
+    ) -> None:
+        """Copy the tensors and return; the rest happens in a background thread. A save under way is waited for first.
+
+        All ranks call it together.
+        """
+        asked = time.perf_counter()
+        self.close()
+        groups = {"model": model, "optimizer": optimizer}
+        if not self._layouts:
+            self._layouts = [Layout(stem, tensors, self.ranks) for stem, tensors in groups.items()]
+        path = checkpoint_path(self.folder, state.step)
+        if problem := self._prepare(path):
+            self._failed(state.step, problem)
+            return
+        copies = {layout.file: layout.copies(groups[layout.stem]) for layout in self._layouts}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        job = _Save(state.step, path, copies, canonical(asdict(state)), copy.deepcopy(dict(metrics)), asked)
+        self._thread = threading.Thread(target=self._run, args=(job,), name=f"save-{state.step}")
+        job.stalled_s = time.perf_counter() - asked
+        self._thread.start()
+
+    def finished(self) -> list[Saved | SaveFailed]:
+        """What ended since it was asked last, on rank 0; never waits. Raises what went wrong in a way that no disk
+        explains."""
+        if self._bug:
+            bug, self._bug = self._bug, None
+            raise bug
+        events = []
+        while not self._events.empty():
+            events.append(self._events.get())
+        return events
+
+    def wait(self) -> list[Saved | SaveFailed]:
+        """The same, after the save under way has ended."""
+        self.close()
+        return self.finished()
+
+    def close(self) -> None:
+        """Wait for the save under way; nothing is abandoned."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _prepare(self, path: Path) -> str | None:
+        """Rank 0 makes the empty directory; then all ranks know that it is there, or why not."""
+        problem = None
+        if self.ranks.rank == 0:
+            try:
+                prepare(path)
+            except (OSError, Failure) as failure:
+                problem = _reason(path, failure)
+        told = self.ranks.scatter([problem] * self.ranks.world_size if self.ranks.rank == 0 else None)
+        assert told is None or isinstance(told, str)
+        return told
+
+    def _failed(self, step: int, reason: str, stands: bool = False) -> None:
+        if self.ranks.rank == 0:
+            self._events.put(SaveFailed(step, reason, stands))
+
+    # ---- in the thread: files and no collective calls, which would mix with those of training ----------
+
+    def _run(self, job: _Save) -> None:
+        try:
+            if self.ranks.rank > 0:
+                self._write_part(job)
+            elif artifact := self._write(job):
+                self._after(artifact, job.step)
+        except BaseException as bug:
+            self._bug = bug
+
+    def _write_tensors(self, job: _Save) -> dict[str, Any]:
+        return {
+            file: write_verified(job.path / file, tensors)
+            for file in list(job.tensors)
+            if (tensors := job.tensors.pop(file))
+        }
+
+    def _write_part(self, job: _Save) -> None:
+        """What ranks other than 0 do. A failure is said in the same place, if there is room, so that rank 0 need not
+        wait until its time is over."""
+        part = _part(job.path, self.ranks.rank)
+        try:
+            write_atomically(part, canonical(self._write_tensors(job)))
+        except (OSError, Failure) as problem:
+            with suppress(OSError):
+                for layout in self._layouts:
+                    (job.path / layout.file).unlink(missing_ok=True)
+                write_atomically(part, canonical({FAILED: _reason(job.path, problem)}))
+
+    def _write(self, job: _Save) -> Artifact | None:
+        """What rank 0 does. None when it could not be done."""
+        try:
+            known = self._write_tensors(job) | self._parts_of_others(job.path)
+            for layout in self._layouts:
+                layout.write_index(job.path)
+            self._write_small(job)
+            artifact = commit(
+                job.path,
+                kind="checkpoint",
+                key=self.identity.key,
+                config=self.identity.config,
+                inputs=self.identity.inputs,
+                built=Built(metrics=job.metrics),
+                known=known,
+            )
+        except (OSError, Failure) as problem:
+            with suppress(OSError):
+                remove(job.path)
+            self._failed(job.step, _reason(job.path, problem))
+            return None
+        self._events.put(Saved(job.step, artifact, time.perf_counter() - job.asked, job.stalled_s))
+        return artifact
+
+    def _parts_of_others(self, path: Path) -> dict[str, Any]:
+        """What the other ranks wrote, when all have. Raises Failure when one could not, or is not heard of."""
+        found: dict[str, Any] = {}
+        missing = set(range(1, self.ranks.world_size))
+        deadline = time.monotonic() + PARTS_TIMEOUT_S
+        while missing:
+            for rank in [rank for rank in missing if _part(path, rank).exists()]:
+                part = json.loads(_part(path, rank).read_bytes())
+                if FAILED in part:
+                    raise Failure(f"rank {rank}: {part[FAILED]}")
+                found |= part
+                missing.remove(rank)
+                _part(path, rank).unlink()
+            if missing and time.monotonic() > deadline:
+                raise Failure(
+                    f"{path} lacks what rank {', '.join(map(str, sorted(missing)))} had to write within "
+                    f"{PARTS_TIMEOUT_S:.0f} s; every rank must see the same folder"
+                )
+            if missing:
+                time.sleep(POLL_S)
+        return found
+
+    def _write_small(self, job: _Save) -> None:
+        path, start = job.path, self.start
+        (path / CONFIG).write_bytes(canonical(asdict(self.model_cfg)))
+        (path / STATE).write_bytes(job.state)
+        shutil.copytree(self.tokenizer, path / TOKENIZER, ignore=shutil.ignore_patterns(MANIFEST))
+        if start and (start / DOCUMENTS).is_dir():
+            shutil.copytree(start / DOCUMENTS, path / DOCUMENTS)
+        if start and (start / GENERATION).is_file():
+            shutil.copyfile(start / GENERATION, path / GENERATION)
+
+    def _after(self, artifact: Artifact, step: int) -> None:
+        """What follows a commit: nothing that goes wrong here makes the checkpoint less good."""
+        try:
+            _point_to(artifact.path)
+            prune_checkpoints(self.folder, self.cfg)
+        except OSError as problem:
+            self._failed(step, _reason(self.folder, problem), stands=True)
+        if self._remote:
+            try:
+                self._remote.copy(artifact)
+                self._remote.prune(self.cfg)
+            except Exception as problem:  # each store's library raises its own
+                self._failed(step, f"{self.cfg.copy_to} has no copy of it: {problem}", stands=True)
+
+
+def _part(path: Path, rank: int) -> Path:
+    """Where a rank says what it wrote, until rank 0 has read it."""
+    return path / f"part-{rank:05d}.json"
+
+
+def _reason(path: Path, problem: Exception) -> str:
+    if not isinstance(problem, OSError):
+        return str(problem)
+    fix = ""
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "; free some room or keep fewer"
+    elif problem.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        fix = "; make it writable"
+    return f"{path} could not be written: {problem.strerror or problem}{fix}"
+
+
+# ---- the folder ----------------------------------------------------------------------------------------
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save_checkpoint(
-    folder: Path,
-    state: State,
-    model_cfg: ModelConfig,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
-    tokenizer: Path,
-    start: Path | None,
-    identity: Identity,
-    metrics: Mapping[str, Any],
-) -> Artifact:
-    path = prepare(checkpoint_path(folder, state.step))
-    write_weights(path, in_memory(model))
-    (path / CONFIG).write_bytes(canonical(asdict(model_cfg)))
-    save_tensors(path / OPTIMIZER, optimizer)
-    (path / "state.json").write_bytes(canonical(asdict(state)))
-    shutil.copytree(tokenizer, path / TOKENIZER, ignore=shutil.ignore_patterns(MANIFEST))
-    if start and (start / DOCUMENTS).is_dir():
-        shutil.copytree(start / DOCUMENTS, path / DOCUMENTS)
-    if start and (start / GENERATION).is_file():
-        shutil.copyfile(start / GENERATION, path / GENERATION)
-    return commit(
-        path,
-        kind="checkpoint",
-        key=identity.key,
-        config=identity.config,
-        inputs=identity.inputs,
-        built=Built(metrics=dict(metrics)),
-    )
-
-
 def read_state(checkpoint: Path) -> State:
-    return State(**json.loads((checkpoint / "state.json").read_text()))
+    return State(**json.loads((checkpoint / STATE).read_text()))
 
 
-def read_optimizer(checkpoint: Path) -> dict[str, Tensor]:
-    return load_file(checkpoint / OPTIMIZER)
+def load_tensors(checkpoint: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+    """Fill the tensors in place, whatever number of ranks wrote them; each rank reads what it holds.
+
+    With an empty `optimizer` a folder with weights alone will do. Raises InputError when names or shapes are others,
+    Failure when a file is damaged.
+    """
+    read_tensors(checkpoint, "model", model)
+    if optimizer:
+        read_tensors(checkpoint, "optimizer", optimizer)
 
 
 def latest_checkpoint(folder: Path, key: str) -> tuple[Artifact | None, list[str]]:
@@ -108,18 +352,27 @@ def latest_checkpoint(folder: Path, key: str) -> tuple[Artifact | None, list[str
 
 
 def discard_unusable(folder: Path, step: int) -> None:
-    """Remove what training cannot go on from: checkpoints beyond `step`, which are damaged, and half-written ones."""
+    """Remove what training cannot go on from: checkpoints beyond `step`, which are damaged, and half-written ones.
+    `latest` then names the one at `step`."""
     for path in sorted(folder.glob("step-*")):
         if path > checkpoint_path(folder, step) or not (path / MANIFEST).exists():
-            _remove(path)
+            remove(path)
+    if checkpoint_path(folder, step).exists():
+        _point_to(checkpoint_path(folder, step))
+    else:
+        (folder / LATEST).unlink(missing_ok=True)
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep`."""
-    for path in sorted(folder.glob("step-*"))[:-keep]:
-        _remove(path)
+def prune_checkpoints(folder: Path, cfg: CheckpointConfig) -> None:
+    """Remove what the rule does not keep."""
+    committed = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*") if _is_committed(path)}
+    for step in sorted(committed.keys() - cfg.kept(committed)):
+        remove(committed[step])
 
 
-def _remove(path: Path) -> None:
-    (path / MANIFEST).unlink(missing_ok=True)  # first, so that a half-removed checkpoint does not count
-    shutil.rmtree(path)
+def _is_committed(path: Path) -> bool:
+    return (path / MANIFEST).exists()
+
+
+def _point_to(path: Path) -> None:
+    write_atomically(path.parent / LATEST, f"{path.name}\n".encode())

@@ -1,5 +1,6 @@
 """How to train. Fields that cannot change the resulting weights carry `key: False` and stay out of the stage's key."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
@@ -59,14 +60,55 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """`every`: steps between checkpoints (held-out loss is measured at each). `keep`: how many to leave on disk."""
+    """`every`: steps between checkpoints (held-out loss is measured at each). `keep`: how many to leave on disk, and
+    beside them for good those whose step is a multiple of `keep_every`.
+
+    `on_error`: what a checkpoint that could not be saved does to training. `copy_to`: a URL (s3://..., file://...) to
+    copy each checkpoint to, under the training's key, by the same rule.
+    """
 
     every: int = field(default=100, metadata=OPERATIONAL)
     keep: int = field(default=2, metadata=OPERATIONAL)
+    keep_every: int | None = field(default=None, metadata=OPERATIONAL)
+    on_error: Literal["stop", "go_on"] = field(default="stop", metadata=OPERATIONAL)
+    copy_to: str | None = field(default=None, metadata=OPERATIONAL)
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"every={self.every} and keep={self.keep} must be at least 1")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"keep_every={self.keep_every} must be at least 1, or null to keep the newest alone")
+        if self.copy_to is not None and not urlsplit(self.copy_to).scheme:
+            raise ValueError(f"copy_to={self.copy_to!r} must be a URL, such as s3://bucket/folder or file:///folder")
+        if self.copy_to and urlsplit(self.copy_to).password:
+            raise ValueError("copy_to must hold no password, since recipes are kept: use the store's own environment")
+
+    def kept(self, steps: Collection[int]) -> set[int]:
+        """Of the checkpoints at these steps, those to leave."""
+        every = self.keep_every
+        return {*sorted(steps)[-self.keep :], *(step for step in steps if every and step % every == 0)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What becomes of a step whose loss or gradient is not a number, or a spike: more than `sigmas` standard deviations
+    above the mean of the last `window` steps (null: spikes pass).
+
+    policy: `skip` leaves the batch out; `roll_back` goes back to the last checkpoint and leaves it out from there (as
+    `skip` where there is none yet); `stop` ends training. After `in_a_row` such steps training stops anyway. All of it
+    may change while a training stands: a checkpoint says which steps were left out.
+    """
+
+    policy: Literal["skip", "roll_back", "stop"] = field(default="skip", metadata=OPERATIONAL)
+    sigmas: float | None = field(default=None, metadata=OPERATIONAL)
+    window: int = field(default=128, metadata=OPERATIONAL)
+    in_a_row: int = field(default=3, metadata=OPERATIONAL)
+
+    def __post_init__(self) -> None:
+        if self.sigmas is not None and self.sigmas <= 0:
+            raise ValueError(f"sigmas={self.sigmas} must be positive, or null to let spikes pass")
+        if self.window < 8 or self.in_a_row < 1:
+            raise ValueError(f"window={self.window} must be at least 8 steps, in_a_row={self.in_a_row} at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +130,8 @@ class TrainConfig:
 
     `dtype` and `threads` None mean: what the machine does best; what was chosen is recorded in the first checkpoint
     and enforced when training goes on. `recompute` keeps only what enters each block and computes the block again in
-    the backward pass: the same numbers in less memory, up to a third slower. `curriculum` None follows the sources'
-    weights (the recipe fills it in).
+    the backward pass: the same numbers in less memory, up to a third slower. `workers` threads prepare batches ahead.
+    Of several processes, one that does not arrive within `rank_timeout_s` seconds ends the others.
     """
 
     steps: int
@@ -102,9 +144,12 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     log_every: int = field(default=10, metadata=OPERATIONAL)
     recompute: bool = field(default=False, metadata=OPERATIONAL)
+    workers: int = field(default=1, metadata=OPERATIONAL)
+    rank_timeout_s: float = field(default=300.0, metadata=OPERATIONAL)
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "micro_batch", "log_every"):
@@ -114,6 +159,10 @@ class TrainConfig:
             raise ValueError(
                 f"batch_tokens={self.batch_tokens} must be a multiple of seq_len={self.seq_len} x "
                 f"micro_batch={self.micro_batch} = {self.seq_len * self.micro_batch}"
+            )
+        if self.workers < 0 or self.rank_timeout_s <= 0:
+            raise ValueError(
+                f"workers={self.workers} must not be negative, rank_timeout_s={self.rank_timeout_s} be positive"
             )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**31 - 1")

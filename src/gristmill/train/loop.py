@@ -1,49 +1,56 @@
 """The training loop, a generator: whoever wants more around it writes a `for` loop.
 
-for event in train(cfg, model_cfg, shards, tokenizer, start, folder, curriculum, identity, stop):
+for event in train(cfg, model_cfg, shards, tokenizer, start, folder, curriculum, identity, stop, ranks):
     match event:
-        case Started(): ...   # once, new or resumed
-        case Step(): ...      # the figures since the last one
-        case Saved(): ...     # a checkpoint is on disk; the model may be looked at, not changed
+        case Started(): ...     # once, new or resumed
+        case Step(): ...        # the figures since the last one
+        case Skipped(): ...     # a step that was not sane was left out
+        case Reached(): ...     # a checkpoint's step: the model may be looked at, not changed
+        case Saved(): ...       # a checkpoint is on disk, some steps later
+        case SaveFailed(): ...  # or it is not; the older ones stand
 """
 
-import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gristmill.artifact import Artifact
-from gristmill.errors import Failure, InputError
+from gristmill.artifact import Artifact, load
+from gristmill.errors import Failure
 from gristmill.hub.tensors import open_weights
-from gristmill.kernels import native
 from gristmill.kernels.loss import cross_entropy
 from gristmill.kernels.memory import keep_freed_memory
 from gristmill.model import ModelConfig, Transformer, packed
-from gristmill.model.counts import count_params, train_flops_per_token
+from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.streaming.batches import Batch, Batches
 from gristmill.streaming.order import Stage
 from gristmill.train.checkpoint import (
+    Checkpoints,
     Identity,
+    Saved,
+    SaveFailed,
     State,
+    checkpoint_path,
     discard_unusable,
     latest_checkpoint,
-    prune_checkpoints,
-    read_optimizer,
+    load_tensors,
     read_state,
-    save_checkpoint,
 )
-from gristmill.train.config import TrainConfig
-from gristmill.train.machine import best_dtype, gemm_flops
+from gristmill.train.config import CheckpointConfig, TrainConfig
+from gristmill.train.figures import Figures, Step, Sums
+from gristmill.train.guard import Guard
+from gristmill.train.machine import apply_compute, choose_compute, gemm_flops
 from gristmill.train.optimizer import Optimizer
+from gristmill.train.remote import fetch_latest
 from gristmill.train.schedule import learning_rate_scale
+
+__all__ = ["Reached", "SaveFailed", "Saved", "Skipped", "Started", "Step", "train"]
 
 
 @dataclass(frozen=True)
@@ -58,30 +65,24 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Step:
-    """Figures over the steps since the last `Step`. `seconds` of training since `Started`, without saving."""
+class Skipped:
+    """A step (from 0) was left out. `back_to`: the step that training went back to, or None."""
 
     step: int
-    tokens: int
-    seconds: float
-    loss: float
-    balance_loss: float
-    lr: float
-    grad_norm: float
-    tokens_per_second: float
-    mfu: float
-    expert_load: list[list[float]]
-    load_max_over_mean: float
-    source_tokens: dict[str, int]
-    source_loss: dict[str, float]
-    curriculum_stage: int
+    reason: str
+    back_to: int | None
 
 
 @dataclass(frozen=True)
-class Saved:
+class Reached:
+    """`tokens`: trained on so far."""
+
     step: int
-    artifact: Artifact
+    tokens: int
     model: Transformer
+
+
+Event = Started | Step | Skipped | Reached | Saved | SaveFailed
 
 
 def train(
@@ -94,110 +95,164 @@ def train(
     curriculum: Sequence[Stage],
     identity: Identity,
     stop: threading.Event,
-) -> Iterator[Started | Step | Saved]:
+    ranks: Ranks = ALONE,
+) -> Iterator[Event]:
     """Train up to `cfg.steps`, from the newest good checkpoint in `folder`, saving there.
 
     start: the model whose weights training begins with; None begins with random ones.
 
-    When `stop` is set, the step under way is finished and saved, and the generator ends.
+    When `stop` is set on any rank, the step under way is dropped, what was done is saved, and the generator ends.
+    Raises Failure when training diverges, a checkpoint cannot be saved, or a rank has gone.
     """
     keep_freed_memory()
     batches = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed)
-    resumed, damage = latest_checkpoint(folder, identity.key)
-    first_step = read_state(resumed.path).step if resumed else 0
-    discard_unusable(folder, first_step)
-    compute = apply_compute(read_state(resumed.path).compute if resumed else choose_compute(cfg))
+    resumed, damage = newest(folder, identity.key, cfg.checkpoint, ranks)
+    compute = apply_compute(choose_compute(cfg, ranks, read_state(resumed.path).compute if resumed else None))
+    model = begin(cfg, model_cfg, compute, None if resumed else start)
+    optimizer, guard = Optimizer(cfg.optimizer, model), Guard(cfg.guard)
+    done = saved = go_on(resumed, model, optimizer, guard) if resumed else 0
+    checkpoints = Checkpoints(folder, cfg.checkpoint, identity, model_cfg, tokenizer, start, ranks)
+    figures = Figures(cfg, model_cfg, batches, gemm_flops(model.compute_dtype))
+    yield Started(done, model, compute, figures.gemm_flops, damage)
+
+    def save() -> None:
+        if not all(param.isfinite().all() for param in model.parameters()):
+            raise Failure(f"weights are not finite at step {done}: training diverged; lower train.optimizer.lr")
+        state = State(done, compute, guard.state())
+        checkpoints.save(state, model.state_dict(), optimizer.state(), figures.summary(done, guard.skipped))
+
+    def upcoming() -> Generator[Batch]:
+        steps = (step for step in range(done, cfg.steps) if step not in guard.skipped)
+        return batches.ahead(steps, cfg.workers, ranks.rank, ranks.world_size)
+
+    waiting = upcoming()
+    figures.clock = time.perf_counter()
+    lr = grad_norm = 0.0
+    while done < cfg.steps:
+        if done not in guard.skipped:
+            torch.manual_seed(cfg.seed + done)  # the router's jitter: random, and the same after a resume
+            sums = gradients(model, next(waiting), cfg, len(batches.source_names), stop, ranks)
+            if sums is None:
+                break
+            norm = optimizer.clip()
+            if reason := guard.judge(sums.loss(cfg.batch_tokens), norm):
+                optimizer.drop()
+                guard.skip(done)
+                if cfg.guard.policy != "skip":
+                    yield from settled(checkpoints.wait(), cfg.checkpoint)
+                if cfg.guard.policy == "stop" or guard.too_many(done):
+                    raise Failure(diverged(cfg, done, reason))
+                back = (
+                    newest(folder, identity.key, cfg.checkpoint, ranks)[0] if cfg.guard.policy == "roll_back" else None
+                )
+                yield Skipped(done, reason, read_state(back.path).step if back else None)
+                if back:
+                    waiting.close()
+                    done = saved = go_on(back, model, optimizer, guard)
+                    waiting = upcoming()
+                    figures.drop()
+                    continue
+            else:
+                lr, grad_norm = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, done, cfg.steps), norm
+                optimizer.step(lr)
+                figures.add(done, sums)
+        done += 1
+        due = done % cfg.checkpoint.every == 0 or done == cfg.steps
+        if (due or done % cfg.log_every == 0) and not figures.empty:
+            yield figures.since_last(done, lr, grad_norm, guard.skipped)
+        if due:
+            yield Reached(done, figures.trained(done, guard.skipped), model)
+            save()
+            saved = done
+            figures.clock = time.perf_counter()  # saving and whatever the caller did are not training time
+        yield from settled(checkpoints.finished(), cfg.checkpoint)
+    if done > saved:  # stopped between two checkpoints
+        save()
+    yield from settled(checkpoints.wait(), cfg.checkpoint, last=True)
+
+
+def begin(cfg: TrainConfig, model_cfg: ModelConfig, compute: dict[str, Any], start: Path | None) -> Transformer:
+    """A model with the weights of `start`, or random ones."""
     torch.manual_seed(cfg.seed)
-    dtype = getattr(torch, compute["dtype"])
-    model = Transformer(model_cfg, dtype).to(compute["device"])
+    model = Transformer(model_cfg, getattr(torch, compute["dtype"])).to(compute["device"])
     if cfg.recompute:
         apply_recompute(model)
-    optimizer = Optimizer(cfg.optimizer, model)
-    if begin := resumed.path if resumed else start:
-        model.load_state_dict({name: weight.load() for name, weight in open_weights(begin).items()})
-    if resumed:
-        optimizer.load(read_optimizer(resumed.path))
-    figures = Figures(cfg, model_cfg, batches, gemm_flops(dtype))
-    yield Started(first_step, model, compute, figures.gemm_flops, damage)
-
-    figures.clock = time.perf_counter()
-    for step in range(first_step, cfg.steps):
-        lr = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, step, cfg.steps)
-        torch.manual_seed(cfg.seed + step)  # the router's jitter: random, and the same after a resume
-        gradients(model, batches.batch(step), cfg.micro_batch, figures)
-        grad_norm = optimizer.step(lr)
-        done, stopping = step + 1, stop.is_set()
-        saving = done % cfg.checkpoint.every == 0 or done == cfg.steps or stopping
-        if saving or done % cfg.log_every == 0:
-            yield (figures_now := figures.since_last(done, lr, grad_norm))
-            if not math.isfinite(figures_now.loss + grad_norm):  # the weights are spoilt: never save them
-                raise Failure(
-                    f"the loss is {figures_now.loss} and the gradient's norm {grad_norm} at step {done}: training "
-                    f"diverged; lower train.optimizer.lr (now {cfg.optimizer.lr})"
-                )
-        if saving:
-            artifact = save_checkpoint(
-                folder,
-                State(done, compute),
-                model_cfg,
-                model.state_dict(),
-                optimizer.state(),
-                tokenizer,
-                start,
-                identity,
-                figures.summary(done),
-            )
-            prune_checkpoints(folder, cfg.checkpoint.keep)
-            yield Saved(done, artifact, model)
-            figures.clock = time.perf_counter()  # saving and whatever the caller did are not training time
-        if stopping:
-            return
+    if start:
+        model.load_state_dict({name: weight.load() for name, weight in open_weights(start).items()})
+    return model
 
 
-def gradients(model: Transformer, batch: Batch, micro_batch: int, figures: "Figures") -> None:
-    """Add the gradient of the mean loss over all of the batch's tokens, a micro-batch at a time."""
+def gradients(
+    model: Transformer, batch: Batch, cfg: TrainConfig, num_sources: int, stop: threading.Event, ranks: Ranks
+) -> Sums | None:
+    """Add the gradient of the mean loss over the global batch's tokens, a micro-batch of this rank's at a time.
+
+    None, and no gradient, when a rank was asked to stop meanwhile.
+    """
     device = model.output_weight.device
-    arrays = (batch.tokens, batch.targets, batch.positions, batch.document_ids)
+    sums = Sums.zero(num_sources, model.cfg, device)
+    arrays = (batch.tokens, batch.targets, batch.positions, batch.document_ids, batch.sources)
     tensors = [torch.from_numpy(array).to(device) for array in arrays]
-    num_sequences, total_tokens = len(batch.tokens), batch.tokens.size
-    for start in range(0, num_sequences, micro_batch):
-        rows = slice(start, start + micro_batch)
-        tokens, targets, positions, documents = (tensor[rows] for tensor in tensors)
+    for start in range(0, len(batch.tokens), cfg.micro_batch):
+        if stop.is_set():
+            break
+        tokens, targets, positions, documents, sources = (t[start : start + cfg.micro_batch] for t in tensors)
         hidden, routing = model(tokens, positions, packed(documents))
         nll_sum, nll_T = cross_entropy(hidden.flatten(0, 1), model.output_weight, targets.flatten())
-        share = tokens.shape[0] / num_sequences
-        (nll_sum / total_tokens + routing.balance_loss * share).backward()
-        figures.add(
-            batch.sources[rows], nll_T.view_as(tokens).sum(1), routing.balance_loss.detach() * share, routing.counts_LE
-        )
+        share = tokens.shape[0] / cfg.sequences_per_batch
+        (nll_sum / cfg.batch_tokens + routing.balance_loss * share).backward()
+        nll_N = torch.zeros_like(sums.nll_N).index_add_(0, sources, nll_T.detach().view_as(tokens).double().sum(1))
+        sums.add(nll_N, routing.balance_loss.detach() * share, routing.counts_LE)
+    stopping = torch.tensor(float(stop.is_set()), device=device)
+    ranks.sum(stopping, sums.nll_N, sums.balance, sums.counts_LE)
+    if stopping:
+        for param in model.parameters():
+            param.grad = None
+        return None
+    ranks.sum(*(param.grad for param in model.parameters() if param.grad is not None))
+    return sums
 
 
-def choose_compute(cfg: TrainConfig) -> dict[str, Any]:
-    """The settings that decide rounding, from the configuration or else from the machine."""
-    on_gpu = torch.cuda.is_available()
-    return {
-        "device": "cuda" if on_gpu else "cpu",
-        "dtype": cfg.dtype or str(best_dtype()).removeprefix("torch."),
-        "threads": cfg.threads or torch.get_num_threads(),
-        "kernels": "gpu" if on_gpu else native.in_use(),
-    }
+def newest(folder: Path, key: str, cfg: CheckpointConfig, ranks: Ranks) -> tuple[Artifact | None, list[str]]:
+    """The checkpoint to go on from, found by rank 0 for all, and what is wrong with newer ones, which are removed."""
+    found: Artifact | None = None
+    damage: list[str] = []
+    with ranks.turn() as mine:
+        if mine:
+            found, damage = latest_checkpoint(folder, key)
+            if found is None and cfg.copy_to:
+                found, more = fetch_latest(cfg.copy_to, folder, key)
+                damage += more
+            discard_unusable(folder, read_state(found.path).step if found else 0)
+    step = ranks.from_first(read_state(found.path).step if found else 0)
+    return (found or load(checkpoint_path(folder, step)) if step else None), damage
 
 
-def apply_compute(compute: dict[str, Any]) -> dict[str, Any]:
-    """Make this process round as the recorded settings do. Raises InputError where it cannot."""
-    if compute["device"] == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "this training began on a GPU and there is none now: go on where one is, or begin anew in another --out"
-        )
-    if compute["device"] == "cpu" and compute["kernels"] not in (possible := native.available()):
-        raise InputError(
-            f"this training began with {compute['kernels']} kernels, and here are {', '.join(possible)}: go on where "
-            "they are (a C++ compiler and a new installation bring the native ones), or begin anew in another --out"
-        )
-    if compute["device"] == "cpu":
-        native.use(compute["kernels"])
-    torch.set_num_threads(compute["threads"])
-    return compute
+def go_on(found: Artifact, model: Transformer, optimizer: Optimizer, guard: Guard) -> int:
+    """Everything as it was when the checkpoint was saved; returns its step."""
+    state = read_state(found.path)
+    load_tensors(found.path, model.state_dict(), optimizer.state())
+    guard.load(state.guard)
+    return state.step
+
+
+def settled(events: Sequence[Saved | SaveFailed], cfg: CheckpointConfig, last: bool = False) -> Iterator[Event]:
+    """Pass on what became of saving; raises Failure where training must not go on without it."""
+    for event in events:
+        yield event
+        if isinstance(event, SaveFailed) and not event.stands and (last or cfg.on_error == "stop"):
+            raise Failure(
+                f"the checkpoint of step {event.step} was not saved: {event.reason}; older ones stand: make room, or "
+                "make the folder writable, then run the same command"
+            )
+
+
+def diverged(cfg: TrainConfig, step: int, reason: str) -> str:
+    count = f"{cfg.guard.in_a_row} steps in a row were left out, " if cfg.guard.policy != "stop" else ""
+    return (
+        f"{count}at step {step} {reason}: training diverged; lower train.optimizer.lr (now {cfg.optimizer.lr}); "
+        "checkpoints before it stand"
+    )
 
 
 def apply_recompute(model: Transformer) -> None:
@@ -205,70 +260,3 @@ def apply_recompute(model: Transformer) -> None:
     arXiv:1604.06174); the router's jitter is drawn again from the same state."""
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-class Figures:
-    """Sums since the last logged step; tensors stay on the device until they are asked for."""
-
-    def __init__(self, cfg: TrainConfig, model_cfg: ModelConfig, batches: Batches, gemm_flops: float) -> None:
-        self.cfg, self.batches, self.gemm_flops = cfg, batches, gemm_flops
-        self.counts = count_params(model_cfg)
-        self.flops_per_token = train_flops_per_token(model_cfg, cfg.seq_len)
-        self.seconds = self.clock = 0.0
-        self.last_loss = float("nan")
-        self._clear()
-
-    def _clear(self) -> None:
-        num_sources = len(self.batches.source_names)
-        self._nll: list[float | Tensor] = [0.0] * num_sources
-        self._sequences = [0] * num_sources
-        self._balance: float | Tensor = 0.0
-        self._routed: Tensor | None = None
-
-    def add(self, sources: Any, nll_B: Tensor, balance: Tensor, counts_LE: Tensor) -> None:
-        for index, source in enumerate(sources.tolist()):
-            self._nll[source] = self._nll[source] + nll_B[index].detach()
-            self._sequences[source] += 1
-        self._balance = self._balance + balance
-        self._routed = counts_LE if self._routed is None else self._routed + counts_LE
-
-    def since_last(self, step: int, lr: float, grad_norm: float) -> Step:
-        nll = [float(value) for value in self._nll]  # waits for the device
-        now = time.perf_counter()
-        elapsed, self.clock = now - self.clock, now
-        self.seconds += elapsed
-        tokens = sum(self._sequences) * self.cfg.seq_len
-        per_second = tokens / elapsed
-        assert self._routed is not None
-        load = self._routed.float() / self._routed.sum(1, keepdim=True)
-        names, lengths = self.batches.source_names, [n * self.cfg.seq_len for n in self._sequences]
-        self.last_loss = sum(nll) / tokens
-        figures = Step(
-            step=step,
-            tokens=step * self.cfg.batch_tokens,
-            seconds=self.seconds,
-            loss=self.last_loss,
-            balance_loss=float(self._balance) * self.cfg.batch_tokens / tokens,
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens_per_second=per_second,
-            mfu=per_second * self.flops_per_token / self.gemm_flops,
-            expert_load=[[round(share, 4) for share in layer] for layer in load.tolist()],
-            load_max_over_mean=float(load.max() * load.shape[1]),
-            source_tokens={n: c * self.cfg.seq_len for n, c in self.batches.source_counts(step).items()},
-            source_loss={n: s / c for n, s, c in zip(names, nll, lengths, strict=True) if c},
-            curriculum_stage=self.batches.curriculum_stage(step - 1),
-        )
-        self._clear()
-        return figures
-
-    def summary(self, step: int) -> dict[str, Any]:
-        """What a checkpoint's manifest says of it."""
-        return {
-            "step": step,
-            "train_tokens": step * self.cfg.batch_tokens,
-            "total_params": self.counts.total_params,
-            "active_params": self.counts.active_params,
-            "flops_per_token": self.flops_per_token,
-            "final_loss": self.last_loss,
-        }

@@ -1,4 +1,4 @@
-"""What this machine is and how fast it multiplies."""
+"""What this machine is, how fast it multiplies, and how a training rounds on it."""
 
 import os
 import platform
@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from gristmill.errors import InputError
 from gristmill.kernels import native
+from gristmill.parallel.ranks import Ranks
+from gristmill.train.config import TrainConfig
 
 
 def best_dtype() -> torch.dtype:
@@ -30,6 +33,41 @@ def gemm_flops(dtype: torch.dtype) -> float:
         (a @ b)[0, 0].item()  # waits for the device
         times.append(time.perf_counter() - started)
     return 2.0 * size**3 / min(times)
+
+
+def choose_compute(cfg: TrainConfig, ranks: Ranks, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The settings that decide rounding: as recorded, or else from the configuration and the machine.
+
+    On another number of ranks sums are rounded anew anyway, so there the threads are chosen again.
+    """
+    if recorded and recorded["ranks"] == ranks.world_size:
+        return recorded
+    on_gpu = torch.cuda.is_available()
+    chosen = {
+        "device": "cuda" if on_gpu else "cpu",
+        "dtype": cfg.dtype or str(best_dtype()).removeprefix("torch."),
+        "threads": cfg.threads or torch.get_num_threads(),
+        "kernels": "gpu" if on_gpu else native.in_use(),
+        "ranks": ranks.world_size,
+    }
+    return chosen if recorded is None else recorded | {name: chosen[name] for name in ("threads", "ranks")}
+
+
+def apply_compute(compute: dict[str, Any]) -> dict[str, Any]:
+    """Make this process round as the recorded settings do. Raises InputError where it cannot."""
+    if compute["device"] == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "this training began on a GPU and there is none now: go on where one is, or begin anew in another --out"
+        )
+    if compute["device"] == "cpu" and compute["kernels"] not in (possible := native.available()):
+        raise InputError(
+            f"this training began with {compute['kernels']} kernels, and here are {', '.join(possible)}: go on where "
+            "they are (a C++ compiler and a new installation bring the native ones), or begin anew in another --out"
+        )
+    if compute["device"] == "cpu":
+        native.use(compute["kernels"])
+    torch.set_num_threads(compute["threads"])
+    return compute
 
 
 def describe_machine() -> dict[str, Any]:

@@ -16,7 +16,8 @@ from gristmill.train.muon import muon_update
 
 
 class Optimizer:
-    """One step over all parameters. `state()` and `load()` speak in names: "momentum/blocks.0.attn.Wqkv.weight"."""
+    """Updates all parameters: `clip` the gradients, then `step` or `drop` them. `state()` and `load()` speak in names:
+    "momentum/blocks.0.attn.Wqkv.weight"."""
 
     def __init__(self, cfg: OptimizerConfig, model: Transformer) -> None:
         self.cfg = cfg
@@ -40,17 +41,22 @@ class Optimizer:
         self._state |= {f"momentum/{name}": momentum for name, momentum in self.momentum.items()}
         self.dtype = model.compute_dtype  # of the orthogonalisation: recorded, and the same after a resume
 
-    def step(self, lr: float) -> float:
-        """Clip, update every parameter at rate `lr`, drop the gradients; returns the norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.params.values(), self.cfg.clip_norm)
+    def clip(self) -> float:
+        """Bring the norm of all gradients down to `clip_norm`; returns what it was."""
+        return float(nn.utils.clip_grad_norm_(self.params.values(), self.cfg.clip_norm))
+
+    def step(self, lr: float) -> None:
+        """Update every parameter at rate `lr` and drop the gradients."""
         for group in self.adamw.param_groups:
             group["lr"] = lr * (self.cfg.embedding_lr_ratio if self.matrices else 1.0)
         self.adamw.step()
         if self.matrices:
             self._muon_step(lr)
+        self.drop()
+
+    def drop(self) -> None:
         for param in self.params.values():
             param.grad = None
-        return float(norm)
 
     @torch.no_grad()
     def _muon_step(self, lr: float) -> None:

@@ -1,0 +1,164 @@
+"""The processes of one training: who they are, how their sums meet, and which of them is missing when they do not.
+
+Each is a rank of torch.distributed, as torchrun starts it. A collective call that does not come back says little about
+whose fault it is; so every rank leaves a beat in the common store each second, and whoever is left looks there.
+"""
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from gristmill.errors import Failure
+
+T = TypeVar("T")
+
+BEAT_S = 1.0
+MISSED_BEATS = 10  # after so many a rank counts as gone: far above a pause of the scheduler
+TIMEOUT_S = 300.0  # for a rank that computes but does not arrive
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`rank` of `world_size` processes; every method is a call that all of them make, in the same order."""
+
+    rank: int = 0
+    world_size: int = 1
+    store: Any = None
+    timeout_s: float = TIMEOUT_S
+    turns: Iterator[int] = field(default_factory=itertools.count)
+
+    def sum(self, *tensors: Tensor) -> None:
+        """Add up each tensor over all ranks, in place; every rank gets the same bits."""
+        if self.world_size > 1:
+            self._together(lambda: [work.wait() for work in [dist.all_reduce(t, async_op=True) for t in tensors]])
+
+    def from_first(self, number: int) -> int:
+        """Rank 0's number, on all ranks."""
+        if self.world_size == 1:
+            return number
+        told = torch.tensor([number if self.rank == 0 else 0])
+        self.sum(told)
+        return int(told)
+
+    def barrier(self) -> None:
+        self.from_first(0)
+
+    def gather(self, value: T) -> list[T] | None:
+        """Every rank's value, on rank 0. Values travel between our own processes only, and are never stored."""
+        if self.world_size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
+        self._together(lambda: dist.gather_object(value, found))
+        return found
+
+    def scatter(self, values: Sequence[T] | None) -> T:
+        """Rank 0's r-th value, on rank r."""
+        if self.world_size == 1:
+            assert values is not None
+            return values[0]
+        mine: list[Any] = [None]
+        self._together(lambda: dist.scatter_object_list(mine, list(values) if values is not None else None))
+        return mine[0]
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Rank 0 gets True and does the work, however long it takes; the others get False once it is done.
+
+        Waiting ends with a Failure when rank 0 has gone.
+        """
+        name = f"turn/{next(self.turns)}"
+        if self.rank == 0:
+            yield True
+            if self.world_size > 1:
+                self.store.set(name, "done")
+        else:
+            self._wait_for(name)
+            yield False
+
+    def _wait_for(self, key: str) -> None:
+        seen, missed = self._beats([0]), 0
+        while not self._ask("check", [key]):
+            time.sleep(BEAT_S / 4)
+            missed = 0 if (now := self._beats([0])) != seen else missed + 1
+            seen = now
+            if missed > 4 * MISSED_BEATS:
+                raise self._gone([0])
+
+    def _together(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except RuntimeError as problem:  # gloo: a closed connection, or the timeout
+            raise self._explained(problem) from None
+
+    def _explained(self, problem: RuntimeError) -> Failure:
+        before = self._beats(range(self.world_size))
+        time.sleep(BEAT_S * MISSED_BEATS)
+        after = self._beats(range(self.world_size))
+        if gone := [rank for rank in before if before[rank] == after[rank] and rank != self.rank]:
+            return self._gone(gone)
+        return Failure(
+            f"rank {self.rank} waited {self.timeout_s:.0f} s for the others, and all of them are alive: one computes "
+            f"longer than that, or is out of step ({problem}); the same command goes on from the last checkpoint"
+        )
+
+    def _gone(self, ranks: Sequence[int]) -> Failure:
+        names = ", ".join(f"rank {rank} ({self._ask('get', f'who/{rank}').decode()})" for rank in ranks)
+        return Failure(
+            f"{names} is gone: killed, stopped or cut off; all others end here, and the same command goes on from the "
+            "last checkpoint"
+        )
+
+    def _beats(self, ranks: Sequence[int]) -> dict[int, int]:
+        return {rank: self._ask("add", f"beat/{rank}", 0) for rank in ranks}
+
+    def _ask(self, call: Literal["get", "add", "check"], *args: Any) -> Any:
+        """Ask the store; it lives with torchrun's agent, or else with rank 0."""
+        try:
+            return getattr(self.store, call)(*args)
+        except RuntimeError:
+            raise Failure(
+                "the store that the ranks share is gone, and with it rank 0 or torchrun; all others end here, and the "
+                "same command goes on from the last checkpoint"
+            ) from None
+
+
+ALONE = Ranks()
+
+
+def join(timeout_s: float = TIMEOUT_S) -> Ranks:
+    """This process's place, from the environment that torchrun sets; alone where it is not set."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    timeout = timedelta(seconds=timeout_s)
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    mine: Any = PrefixStore("gristmill", store)
+    mine.set(f"who/{rank}", f"process {os.getpid()} on {os.uname().nodename}")
+    beating = threading.Thread(target=_beat, args=(mine.clone(), rank), name="beat", daemon=True)
+    beating.start()
+    return Ranks(rank, world_size, mine, timeout_s)
+
+
+def _beat(store: Any, rank: int) -> None:
+    while True:
+        try:
+            store.add(f"beat/{rank}", 1)
+        except RuntimeError:  # the store is gone: the next collective call says so
+            return
+        time.sleep(BEAT_S)
