@@ -5,6 +5,7 @@ and training goes on; `metrics.jsonl` stays the truth. MLflow is imported here a
 """
 
 import logging
+import math
 import os
 import queue
 import threading
@@ -18,7 +19,7 @@ from gristmill.progress import console
 from gristmill.train.config import TrackingConfig
 
 FLUSH_EVERY_S = 10.0
-CLOSE_TIMEOUT_S = 20.0
+PATIENCE_S = 10.0  # at the end, with a server that does not answer: counted from when it was asked
 MAX_PARAM_CHARS = 500  # MLflow refuses longer values on some backends
 
 
@@ -30,6 +31,7 @@ class Tracking:
         self._cfg, self._name, self._key = cfg, name, key
         self._uri = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{state.resolve() / 'mlflow.db'}"
         self._thread: threading.Thread | None = None
+        self._asked = time.monotonic()  # when the thread began what it does, or infinity when it waits for work
         if cfg.enabled:
             self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
             self._thread.start()
@@ -41,7 +43,8 @@ class Tracking:
         self._put(("dataset", artifact))
 
     def metrics(self, figures: Mapping[str, Any], step: int) -> None:
-        numbers = {key: float(value) for key, value in flatten(figures).items() if isinstance(value, int | float)}
+        flat = flatten(figures).items()
+        numbers = {key.replace("/", "."): float(value) for key, value in flat if isinstance(value, int | float)}
         self._put(("metrics", (numbers, step, int(time.time() * 1000))))
 
     def model(self, artifact: Artifact) -> None:
@@ -54,8 +57,8 @@ class Tracking:
     def close(self, status: str) -> None:
         """Send what is left and end the run as "FINISHED", "KILLED" or "FAILED"."""
         self._put(("close", status))
-        if self._thread is not None:
-            self._thread.join(CLOSE_TIMEOUT_S)
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() - self._asked < PATIENCE_S:
+            self._thread.join(0.1)
 
     def _work(self) -> None:
         try:
@@ -64,9 +67,13 @@ class Tracking:
 
             logging.getLogger("mlflow").setLevel(logging.WARNING)  # it would write into the live display
             logging.getLogger("alembic").setLevel(logging.WARNING)
+            self._asked = time.monotonic()
             session = _Session(MlflowClient(self._uri), self._cfg.experiment, self._name, self._key)
             while session.open:
-                session.take(*self._queue.get())
+                self._asked = math.inf
+                item = self._queue.get()
+                self._asked = time.monotonic()
+                session.take(*item)
         except ImportError:
             console.print("  tracking is off: MLflow is not installed (pip install mlflow-skinny)")
         except Exception as failure:  # whatever a remote server does, training goes on
@@ -85,6 +92,9 @@ class _Session:
         tags = {"gristmill.key": key}
         run = known[0] if known else client.create_run(self.experiment_id, tags=tags, run_name=name)
         self.run_id, self.is_new = run.info.run_id, not known
+        if known:
+            client.update_run(self.run_id, "RUNNING")
+        self.sent_up_to: dict[str, int] = {}
         self.waiting: list[Any] = []
         self.sent = time.monotonic()
 
@@ -101,7 +111,9 @@ class _Session:
                 )
             case "metrics":
                 numbers, step, at_ms = value
-                self.waiting += [Metric(k.replace("/", "."), v, at_ms, step) for k, v in numbers.items()]
+                for name, number in numbers.items():
+                    if step > self._last_step(name):  # what a killed process sent is not sent again
+                        self.waiting.append(Metric(name, number, at_ms, step))
             case "model":
                 model = self.client.create_logged_model(
                     self.experiment_id,
@@ -119,6 +131,13 @@ class _Session:
             self.waiting, self.sent = [], time.monotonic()
         if not self.open:
             self.client.set_terminated(self.run_id, value)
+
+    def _last_step(self, name: str) -> int:
+        """The step of this metric that the server had when this process began."""
+        if name not in self.sent_up_to:
+            known = [] if self.is_new else self.client.get_metric_history(self.run_id, name)
+            self.sent_up_to[name] = max((metric.step for metric in known), default=-1)
+        return self.sent_up_to[name]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
