@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from gristmill.errors import Failure, InputError
 
@@ -60,10 +61,38 @@ def tokenizer(recipe: RecipeArg, out: OutOpt = None, set: SetOpt = None) -> None
     _run(recipe, out, set, "tokenizer")
 
 
-@app.command()
-def shards(recipe: RecipeArg, out: OutOpt = None, set: SetOpt = None) -> None:
-    """Run a recipe up to its token shards."""
+class ShardsGroup(TyperGroup):
+    """`shards RECIPE` is `shards build RECIPE`, like the other stages."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["build", *args]
+        return super().parse_args(ctx, args)
+
+
+shards = typer.Typer(
+    cls=ShardsGroup, no_args_is_help=True, help="Build token shards (`shards RECIPE`), or look at them."
+)
+app.add_typer(shards, name="shards")
+
+
+@shards.command()
+def build(recipe: RecipeArg, out: OutOpt = None, set: SetOpt = None) -> None:
+    """Run a recipe up to its token shards; `build` may be left out."""
     _run(recipe, out, set, "shards")
+
+
+@shards.command()
+def show(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A run folder with a checkpoint, or a checkpoint.")],
+    step: Annotated[int, typer.Option(min=0, help="The global step, from 0.")],
+    full: Annotated[bool, typer.Option("--full", help="Print whole texts, not their beginnings.")] = False,
+) -> None:
+    """Print the documents of a global step: what it trained on, whatever machines it ran on."""
+    from gristmill.report.batch import batch_text
+
+    for line in batch_text(path, step, full):
+        print(line)
 
 
 @app.command()
