@@ -4,6 +4,7 @@
 # make bench        the figures in benchmarks/results: three hours; its trainings go on where they were
 # make exact        300 random models against transformers and a naive NumPy forward
 # make stress       longer randomised tests
+# make faults       kill -9, flipped bits, full disks, lost ranks: 40 minutes, the table of docs/reliability.md
 # make interop      MosaicML Streaming's own reader and writer beside ours, installed into .interop
 # make sanitize     the native kernels under the address and undefined-behaviour sanitizers
 # All of them set up .venv from the lock first, once.
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench exact stress interop sanitize clean
+.PHONY: quickstart test check bench exact stress faults interop sanitize clean
 
 quickstart: .venv/locked
 	$(BIN)/gristmill run quickstart
@@ -38,6 +39,9 @@ exact: .venv/locked
 stress: .venv/locked
 	GRISTMILL_KILLS=40 $(BIN)/python -m pytest tests/test_kill.py
 	$(BIN)/python -m pytest --hypothesis-profile=stress
+
+faults: .venv/locked
+	PYTHONPATH=tests $(BIN)/python tests/faults/campaign.py --table docs/reliability.md
 
 interop: .venv/locked .interop/installed
 	GRISTMILL_REQUIRE=interop $(BIN)/python -m pytest tests/interop

@@ -1,12 +1,12 @@
 """Shared by all tests: eager kernels on one thread (quick to start, the same everywhere), and a tiny run to look at."""
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from texts import write_texts
 
 from gristmill.recipe import Recipe, load_recipe
 
@@ -35,17 +35,6 @@ export: {{checked_sequences: 2, checked_greedy: 1}}
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def write_texts(folder: Path, seed: int, num_files: int = 30) -> Path:
-    """Markdown made of words: enough to train on, different in each file."""
-    chance = random.Random(seed)
-    words = ["".join(chance.choices("abcdefghijklmnop", k=chance.randint(2, 8))) for _ in range(300)]
-    folder.mkdir(parents=True)
-    for number in range(num_files):
-        lines = [" ".join(chance.choices(words, k=9)) for _ in range(20)]
-        (folder / f"note-{number:02}.md").write_text(f"# Note {number}\n\n" + "\n".join(lines) + "\n")
-    return folder
 
 
 @pytest.fixture(scope="session")
