@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from gristmill import artifact
 from gristmill.errors import Failure, InputError
 from gristmill.pipeline import locked, run
 from gristmill.recipe import Recipe
+from gristmill.report.batch import batch_text
+from gristmill.streaming import Batches, Stage
+from gristmill.tokenizer import Tokenizer
+from gristmill.train.figures import Step
+from gristmill.train.log import MetricsLog
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -141,6 +147,66 @@ def test_figures_reach_mlflow_and_a_dead_server_stops_nothing(tiny_recipe: MakeR
     assert logged.outputs.model_outputs
     dead = "sqlite:////nowhere/at/all.db"
     run(tiny_recipe("train.tracking.enabled=true", f"train.tracking.uri={dead}"), tmp_path / "b", until="train")
+
+
+def test_a_resumed_run_goes_on_in_its_mlflow_run_and_sends_nothing_twice(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/tracking.db"
+    recipe = tiny_recipe("train.tracking.enabled=true", f"train.tracking.uri={uri}")
+
+    def dies(log: MetricsLog, step: Step) -> None:
+        if step.step == 7:  # after the checkpoint of step 6; step 7 is sent by the time the process ends
+            raise MemoryError
+        train(log, step)
+
+    train = MetricsLog.train
+    monkeypatch.setattr(MetricsLog, "train", dies)
+    with pytest.raises(MemoryError):
+        run(recipe, tmp_path / "run", until="train")
+    monkeypatch.undo()
+    (checkpoint,) = (tmp_path / "run").glob("train/*/step-00000006")
+    shutil.rmtree(checkpoint)  # so it goes on from step 4, and steps 5 and 6 come again
+    run(recipe, tmp_path / "run", until="train")
+    client = MlflowClient(uri)
+    (logged,) = client.search_runs([client.get_experiment_by_name("gristmill").experiment_id])
+    assert logged.info.status == "FINISHED"
+    for name in ("loss", "source_tokens.notes", "grad_norm"):
+        assert [point.step for point in client.get_metric_history(logged.info.run_id, name)] == list(range(1, 9))
+    (bits,) = (n for n in logged.data.metrics if n == "held_out_bits_per_byte.all")
+    assert [point.step for point in client.get_metric_history(logged.info.run_id, bits)] == [2, 4, 6, 8]
+
+
+def test_a_tracking_server_that_never_answers_costs_a_bounded_wait_at_the_end(
+    tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gristmill.train.tracking.SERVER_PATIENCE_S", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # it takes connections and says nothing
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        folder = run(tiny_recipe("train.tracking.enabled=true", f"train.tracking.uri={uri}"), tmp_path, until="train")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 9))
+
+
+def test_a_global_step_can_be_looked_at(tiny_run: Path) -> None:
+    checkpoint = artifact.load(tiny_run / keys(tiny_run)["train"])
+    tokenizer, shards = (Tokenizer.load(tiny_run / keys(tiny_run)["tokenizer"]), tiny_run / keys(tiny_run)["shards"])
+    curriculum = [Stage(**stage) for stage in checkpoint.manifest["config"]["curriculum"]]
+    batch = Batches(shards, 64, 4, 8, curriculum, 0).batch(5)
+    said = "\n".join(batch_text(tiny_run, 5, full=True))
+    for tokens, documents in zip(batch.tokens, batch.document_ids, strict=True):
+        for number in range(documents.max() + 1):
+            ids = tokens[documents == number]
+            assert tokenizer.decode(ids[ids != tokenizer.eot_id].tolist()) in said
+    assert said.startswith("step 5 of 8: 4 sequences of 64 tokens, stage 1 of the curriculum")
+    assert said == "\n".join(batch_text(checkpoint.path, 5, full=True))
+    assert max(map(len, batch_text(tiny_run, 5))) < 120
+    with pytest.raises(InputError, match="--step 8 must be from 0 to 7"):
+        batch_text(tiny_run, 8)
 
 
 def test_the_same_recipe_gives_the_same_bits_elsewhere(tiny_run: Path, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -85,7 +85,10 @@ def run(recipe: Recipe, out: Path | None = None, until: StageName | None = None)
     ranks = join(recipe.train.rank_timeout_s)
     console.quiet = ranks.rank > 0
     with locked(folder) if ranks.rank == 0 else nullcontext(), Signals() as signals:
-        return _Run(recipe, folder, signals, ranks).stages(wanted, finish=until is None)
+        try:
+            return _Run(recipe, folder, signals, ranks).stages(wanted, finish=until is None)
+        finally:
+            ranks.leave()
 
 
 class Signals:

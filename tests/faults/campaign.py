@@ -42,7 +42,7 @@ model: {{d_model: 64, n_layers: 2, n_heads: 4, kv_n_heads: 2, ffn_hidden_size: 9
 train: {{steps: 24, batch_tokens: 512, seq_len: 64, micro_batch: 2, log_every: 1, dtype: float32, threads: 1,
   rank_timeout_s: 20, optimizer: {{name: muon, lr: 0.01}}, checkpoint: {{every: {every}, keep: 2}},
   tracking: {{enabled: false}}}}
-evaluate: {{training_bytes: 2000}}
+evaluate: {{training_bytes: 2000, prompt_tokens: 16, sample_tokens: 8}}
 """
 
 
@@ -289,37 +289,41 @@ def fill(file: Path) -> None:
             pass
 
 
-def all_of_it(campaign: Campaign, share: float) -> Iterator[Tally]:
+def faults(campaign: Campaign, share: float) -> dict[str, Callable[[], Tally]]:
     """The whole campaign, or a share of it."""
-    count = lambda whole: max(1, round(whole * share))  # noqa: E731
-    faults: list[Callable[[], Tally]] = [
-        lambda: campaign.kills(count(160), 1),
-        lambda: campaign.kills(count(40), 2),
-        lambda: campaign.damage("flip", count(40)),
-        lambda: campaign.damage("cut", count(20)),
-        lambda: campaign.damage("delete", count(20)),
-        campaign.full_disk,
-        campaign.stopped_rank,
-        lambda: campaign.signals(count(40)),
-        campaign.other_world_sizes,
-    ]
-    for fault in faults:
-        started = time.monotonic()
-        tally = fault()
-        tally.seconds = time.monotonic() - started
-        yield tally
+
+    def count(whole: int) -> int:
+        return max(1, round(whole * share))
+
+    return {
+        "kill": lambda: campaign.kills(count(160), ranks=1),
+        "kill-rank": lambda: campaign.kills(count(40), ranks=2),
+        "flip": lambda: campaign.damage("flip", count(40)),
+        "cut": lambda: campaign.damage("cut", count(20)),
+        "delete": lambda: campaign.damage("delete", count(20)),
+        "disk": campaign.full_disk,
+        "stop-rank": campaign.stopped_rank,
+        "sigterm": lambda: campaign.signals(count(40)),
+        "world-size": campaign.other_world_sizes,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="of the number of faults")
+    parser.add_argument("--only", nargs="*", help="some of: kill, kill-rank, flip, cut, delete, disk, ...")
     parser.add_argument("--table", type=Path, help="a Markdown file whose table of faults is written anew")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         campaign = Campaign(work, write_recipe(work))
         rows, notes = [], []
-        for tally in all_of_it(campaign, args.share):
+        for name, fault in faults(campaign, args.share).items():
+            if args.only and name not in args.only:
+                continue
+            started = time.monotonic()
+            tally = fault()
+            tally.seconds = time.monotonic() - started
             print(tally.row(), f"{tally.seconds:.0f} s", *tally.notes, flush=True)
             rows.append(tally.row())
             notes += [f"{tally.name}: {note}" for note in tally.notes]

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 BEAT_S = 1.0
 MISSED_BEATS = 10  # after so many a rank counts as gone: far above a pause of the scheduler
+LEAVE_S = 5.0  # that rank 0 waits for the others to go
 TIMEOUT_S = 300.0  # for a rank that computes but does not arrive
 
 
@@ -87,6 +88,16 @@ class Ranks:
             self._wait_for(name)
             yield False
 
+    def leave(self) -> None:
+        """The last call, whatever happened. Rank 0, which may keep the store, goes last, unless the others are gone."""
+        with suppress(Failure):
+            if self.rank > 0:
+                self._ask("set", f"left/{self.rank}", "")
+            until = time.monotonic() + LEAVE_S
+            others = [f"left/{rank}" for rank in range(1, self.world_size)] if self.rank == 0 else []
+            while others and not self._ask("check", others) and time.monotonic() < until:
+                time.sleep(BEAT_S / 20)
+
     def _wait_for(self, key: str) -> None:
         seen, missed = self._beats([0]), 0
         while not self._ask("check", [key]):
@@ -123,7 +134,7 @@ class Ranks:
     def _beats(self, ranks: Sequence[int]) -> dict[int, int]:
         return {rank: self._ask("add", f"beat/{rank}", 0) for rank in ranks}
 
-    def _ask(self, call: Literal["get", "add", "check"], *args: Any) -> Any:
+    def _ask(self, call: Literal["get", "set", "add", "check"], *args: Any) -> Any:
         """Ask the store; it lives with torchrun's agent, or else with rank 0."""
         try:
             return getattr(self.store, call)(*args)

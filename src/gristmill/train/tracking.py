@@ -19,7 +19,8 @@ from gristmill.progress import console
 from gristmill.train.config import TrackingConfig
 
 FLUSH_EVERY_S = 10.0
-PATIENCE_S = 10.0  # at the end, with a server that does not answer: counted from when it was asked
+# At the end, with what was asked and has not answered: a server may be dead, a database here is only slow.
+SERVER_PATIENCE_S, LOCAL_PATIENCE_S = 10.0, 60.0
 MAX_PARAM_CHARS = 500  # MLflow refuses longer values on some backends
 
 
@@ -57,7 +58,8 @@ class Tracking:
     def close(self, status: str) -> None:
         """Send what is left and end the run as "FINISHED", "KILLED" or "FAILED"."""
         self._put(("close", status))
-        while self._thread is not None and self._thread.is_alive() and time.monotonic() - self._asked < PATIENCE_S:
+        patience_s = SERVER_PATIENCE_S if self._uri.startswith("http") else LOCAL_PATIENCE_S
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() - self._asked < patience_s:
             self._thread.join(0.1)
 
     def _work(self) -> None:
