@@ -8,7 +8,7 @@ from pathlib import Path
 import gristmill
 
 LAYERS = [
-    ["errors", "artifact", "progress"],
+    ["errors", "artifact", "progress", "session"],
     ["kernels", "tokenizer", "streaming"],
     ["model", "corpus", "evaluate"],
     ["parallel", "hub"],
@@ -17,7 +17,10 @@ LAYERS = [
     ["recipe", "pipeline", "cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-SAME_LAYER = {("artifact", "errors"), ("pipeline", "recipe"), ("cli", "pipeline"), ("cli", "recipe")}
+SAME_LAYER = {
+    *(("artifact", "errors"), ("session", "artifact"), ("session", "errors"), ("session", "progress")),
+    *(("pipeline", "recipe"), ("cli", "pipeline"), ("cli", "recipe")),
+}
 ROOT = Path(gristmill.__file__).parent
 
 

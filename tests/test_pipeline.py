@@ -10,9 +10,10 @@ import pytest
 
 from gristmill import artifact
 from gristmill.errors import Failure, InputError
-from gristmill.pipeline import locked, run
+from gristmill.pipeline import run
 from gristmill.recipe import Recipe
 from gristmill.report.batch import batch_text
+from gristmill.session import locked
 from gristmill.streaming import Batches, Stage
 from gristmill.tokenizer import Tokenizer
 from gristmill.train.figures import Step

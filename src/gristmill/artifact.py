@@ -290,19 +290,19 @@ def load(path: Path) -> Artifact:
         data = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} is not an artifact: it has no {MANIFEST}") from None
-    return Artifact(path, parse_manifest(data, file))
+    return Artifact(path, parse_manifest(data, str(file)))
 
 
-def parse_manifest(data: bytes, file: Path | str) -> dict[str, Any]:
-    """Raises Failure, which names `file`, when the manifest does not match its own seal."""
+def parse_manifest(data: bytes, name: str) -> dict[str, Any]:
+    """The manifest that a file's bytes are. Raises Failure, which begins with `name`, when they are damaged."""
     try:
         manifest = json.loads(data)
         seal = manifest.pop("manifest")
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise Failure(f"{file} is damaged: not a manifest") from None
+        raise Failure(f"{name} is damaged: not a manifest") from None
     if hashlib.sha256(canonical(manifest)).hexdigest() != seal or canonical({**manifest, "manifest": seal}) != data:
-        raise Failure(f"{file} is damaged: its text does not match its own hash")
-    return manifest
+        raise Failure(f"{name} is damaged: its text does not match its own hash")
+    return dict(manifest)
 
 
 def load_ours(path: Path) -> Artifact | None:

@@ -3,18 +3,16 @@
 This file alone knows all stages. What a stage does is in its room; here is only what it is given.
 """
 
-import fcntl
 import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -32,7 +30,7 @@ from gristmill.artifact import (
     verify,
 )
 from gristmill.corpus.build import build_corpus, fingerprint
-from gristmill.errors import Failure, InputError
+from gristmill.errors import Failure
 from gristmill.evaluate.bits_per_byte import bits_per_byte
 from gristmill.evaluate.build import build_evaluation
 from gristmill.evaluate.documents import read_documents
@@ -46,7 +44,9 @@ from gristmill.progress import console
 from gristmill.recipe import Recipe, curriculum_of, keyed, plain
 from gristmill.report.collect import collect, collect_run
 from gristmill.report.page import write
+from gristmill.session import Signals, Stopped, locked
 from gristmill.streaming.build import build_shards
+from gristmill.streaming.remote import build_remote, read_manifest
 from gristmill.tokenizer import Tokenizer, build_tokenizer
 from gristmill.train.checkpoint import LATEST, Identity, checkpoint_path, read_state
 from gristmill.train.display import Display, duration
@@ -62,14 +62,6 @@ FORMATS: dict[StageName, int] = {"corpus": 1, "tokenizer": 1, "shards": 1, "trai
 # The estimate printed at the start, measured with the quickstart on two Zen 4 cores (docs/LOG.md).
 EXPECTED_MFU = 0.5
 EXPECTED_OTHER_S = 120.0
-
-
-class Stopped(BaseException):
-    """The user (SIGINT) or the system (SIGTERM) ended the run; all that was committed stands."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 def run(recipe: Recipe, out: Path | None = None, until: StageName | None = None) -> Path:
@@ -89,49 +81,6 @@ def run(recipe: Recipe, out: Path | None = None, until: StageName | None = None)
             return _Run(recipe, folder, signals, ranks).stages(wanted, finish=until is None)
         finally:
             ranks.leave()
-
-
-class Signals:
-    """Turns SIGINT and SIGTERM into Stopped; while `graceful`, the first one only sets `event`."""
-
-    def __init__(self) -> None:
-        self.event = threading.Event()
-        self.graceful = False
-        self.signum = signal.SIGINT
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        self.signum = signal.Signals(signum)
-        if not self.graceful or self.event.is_set():
-            raise Stopped(signum)
-        self.event.set()
-        console.print(f"\n  {self.signum.name}: saving what is done (again to stop at once)")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Refuse a second run on one folder. The lock goes with the process, however it ends."""
-    try:
-        (folder / STATE).mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"--out {folder} is or lies below a file; name a folder") from None
-    with (folder / STATE / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Failure(
-                f"{folder} is in use by another gristmill process; wait for it or choose another --out"
-            ) from None
-        yield
 
 
 class _Run:
@@ -178,6 +127,8 @@ class _Run:
         hashes = {parent: artifact.content for parent, artifact in inputs.items()}
         if name == "corpus":
             hashes = self.fingerprint
+        if name == "shards" and self.recipe.shards.remote:
+            hashes |= {"remote": self.remote["content"]}
         key = stage_key(name, FORMATS[name], config, hashes)
         return key, self.folder / name / key[:8], config, inputs
 
@@ -222,6 +173,12 @@ class _Run:
             case "export":
                 return keyed(r.export), self.inputs("train", "evaluate")
 
+    @cached_property
+    def remote(self) -> dict[str, Any]:
+        """The manifest of the shards that lie elsewhere."""
+        assert self.recipe.shards.remote
+        return read_manifest(self.recipe.shards.remote)
+
     def inputs(self, *names: StageName) -> dict[str, Artifact]:
         return {name: self.done[name] for name in names}
 
@@ -236,6 +193,8 @@ class _Run:
             case "tokenizer":
                 given = self.start["start"].path / TOKENIZER if self.start else None
                 return build_tokenizer(r.tokenizer, self.path("corpus"), out, given)
+            case "shards" if r.shards.remote:
+                return build_remote(r.shards, self.remote, self.done["corpus"], self.done["tokenizer"], out)
             case "shards":
                 tokenizer = Tokenizer.load(self.path("tokenizer"))
                 return build_shards(
@@ -266,6 +225,7 @@ class _Run:
             identity,
             self.signals.event,
             self.ranks,
+            r.shards.source(),
         )
         try:
             if self.ranks.rank == 0:

@@ -120,7 +120,7 @@ def test_a_manifest_cannot_have_a_file_written_elsewhere(there: Path, tmp_path: 
 
 
 def test_a_url_that_cannot_be_opened_is_said_at_once(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"copy_to=gopher://x cannot be opened.*gristmill\[remote\]"):
+    with pytest.raises(InputError, match="copy_to=gopher://x: fsspec knows no protocol 'gopher'"):
         in_folder(tmp_path, CheckpointConfig(copy_to="gopher://x"))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from gristmill import artifact
 from gristmill.errors import InputError
 from gristmill.inference.load import find_model
-from gristmill.streaming import Batches, Stage
+from gristmill.streaming import Batches, Remote, Stage
 from gristmill.tokenizer import Tokenizer
 
 EXCERPT = 64  # characters of a document that a line shows
@@ -27,7 +27,9 @@ def batch_text(path: Path, step: int, full: bool = False) -> Iterator[str]:
     curriculum = [Stage(**stage) for stage in checkpoint.manifest["config"]["curriculum"]]
     shards, tokenizer = (input_of(checkpoint, name) for name in ("shards", "tokenizer"))
     steps, length = train["steps"], train["seq_len"]
-    batches = Batches(shards, length, train["batch_tokens"] // length, steps, curriculum, train["seed"])
+    url = artifact.load(shards).metrics.get("remote")
+    remote = Remote(url=url) if url else None
+    batches = Batches(shards, length, train["batch_tokens"] // length, steps, curriculum, train["seed"], remote)
     if not 0 <= step < steps:
         raise InputError(f"--step {step} must be from 0 to {steps - 1}")
     return lines(batches, Tokenizer.load(tokenizer), step, steps, length, full)

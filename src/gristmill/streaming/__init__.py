@@ -6,7 +6,7 @@ functions in.
 
 from gristmill.streaming.batches import Batch, Batches
 from gristmill.streaming.build import build_shards
-from gristmill.streaming.config import ShardsConfig
+from gristmill.streaming.config import Remote, ShardsConfig
 from gristmill.streaming.mds import MDSReader, MDSWriter
 from gristmill.streaming.merge import merge
 from gristmill.streaming.order import Stage, check_curriculum
@@ -16,6 +16,7 @@ __all__ = [
     "Batches",
     "MDSReader",
     "MDSWriter",
+    "Remote",
     "ShardsConfig",
     "Stage",
     "build_shards",

@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from gristmill.errors import InputError
+from gristmill.streaming.ahead import Ahead
+from gristmill.streaming.cache import Cache
+from gristmill.streaming.config import Remote
 from gristmill.streaming.mds import INDEX, MDSReader
 from gristmill.streaming.order import Ints, Order, Stage, Windows, boundaries
+from gristmill.streaming.remote import REMOTE
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,9 @@ class Batches:
     """The batches of a run, by step, in any order and from any process.
 
     shards: directory with one MDS directory per source. steps: of the whole run; the curriculum's fractions refer
-    to them. Raises InputError where seq_len does not divide the blocks or the curriculum names unknown sources.
+    to them. remote: where the shard files lie when `shards` has only their indexes; they are read through the node's
+    cache, and those of the next steps are fetched ahead. Raises InputError where seq_len does not divide the blocks,
+    the curriculum names unknown sources or the cache cannot be used.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class Batches:
         steps: int,
         curriculum: Sequence[Stage],
         seed: int,
+        remote: Remote | None = None,
     ) -> None:
         if min(seq_len, sequences_per_batch, steps) < 1:
             raise InputError(
@@ -60,7 +67,17 @@ class Batches:
             self._order = Order(curriculum, self.source_names, steps, sequences_per_batch, seed)
         except ValueError as problem:
             raise InputError(str(problem)) from None
-        self._readers = [MDSReader(shards / name) for name in self.source_names]
+        if remote is None and (shards / REMOTE).exists():
+            raise InputError(f"{shards} holds indexes alone, and its shards lie elsewhere; say where (shards.remote)")
+        self._fetching: Ahead | None = None
+        if remote:
+            cache = Cache(remote)
+            files = [cache.files(name) for name in self.source_names]
+            self._readers = [MDSReader(shards / name, f) for name, f in zip(self.source_names, files, strict=True)]
+            cache.check_limit(max(reader.largest_file for reader in self._readers))
+            self._fetching = Ahead(files, self._readers, self._shards_of, steps, cache.limit_bytes // 2)
+        else:
+            self._readers = [MDSReader(shards / name) for name in self.source_names]
         self._seq_len, self._sequences_per_batch, self._steps = seq_len, sequences_per_batch, steps
         blocks = [len(reader[0]["tokens"]) - 1 for reader in self._readers]
         self._windows_per_block = blocks[0] // seq_len
@@ -100,6 +117,14 @@ class Batches:
 
         Raises ValueError when `step` is outside of the run or `world_size` does not divide the batch.
         """
+        self._look(step, rank, world_size)
+        return self._read(step, rank, world_size)
+
+    def _look(self, step: int, rank: int, world_size: int) -> None:
+        if self._fetching:
+            self._fetching.look(step, rank, world_size)
+
+    def _read(self, step: int, rank: int, world_size: int) -> Batch:
         sources, windows = self.samples(step, rank, world_size)
         length = self._seq_len
         ids = np.empty((len(sources), length + 1), np.int64)
@@ -124,11 +149,21 @@ class Batches:
         with ThreadPoolExecutor(workers, "batches") as pool:
             waiting: deque[Future[Batch]] = deque()
             for step in steps:
-                waiting.append(pool.submit(self.batch, step, rank, world_size))
+                self._look(step, rank, world_size)  # here, in the order of the steps
+                waiting.append(pool.submit(self._read, step, rank, world_size))
                 if len(waiting) > workers:  # each thread has one to work on while the oldest is trained on
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+
+    def _shards_of(self, step: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+        """(source, shard) of all that a batch reads."""
+        sources, windows = self.samples(step, rank, world_size)
+        found: list[tuple[int, int]] = []
+        for source in np.unique(sources).tolist():
+            blocks = windows[sources == source] // self._windows_per_block
+            found += [(source, shard) for shard in np.unique(self._readers[source].shard_of(blocks)).tolist()]
+        return found
 
     def source_counts(self, step: int) -> dict[str, int]:
         """How many sequences of each source the steps before `step` trained on. `step` may be the number of steps."""

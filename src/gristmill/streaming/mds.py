@@ -10,9 +10,10 @@ import hashlib
 import json
 import mmap
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -20,7 +21,11 @@ from gristmill.errors import Failure, InputError
 from gristmill.streaming.compression import compress, decompress, parse
 from gristmill.streaming.encodings import encoding
 
+if TYPE_CHECKING:
+    from gristmill.streaming.cache import ShardFiles
+
 INDEX = "index.json"
+OPEN_SHARDS = 16  # of a reader: twice what the order of windows needs at once, for where an epoch passes into the next
 
 
 class MDSWriter:
@@ -115,15 +120,16 @@ class MDSReader:
     """Random access to a directory of shards: `len(reader)`, `reader[i]` -> {column: value}.
 
     Shards are mapped into memory, so that only the touched pages are read, and arrays are read-only views of the map.
-    A shard's size and hashes are checked when it is first used. Compressed shards are unpacked into unnamed
-    temporary files.
+    A shard's size and hashes are checked when it is opened; few are open at a time. Compressed shards are unpacked into
+    unnamed temporary files. With `files`, only the index lies in `path`, and shards come from a cache of a remote
+    directory. Threads may share a reader.
 
     Raises InputError when `path` has no index or one that cannot be read here, Failure (from `reader[i]`) when
     a shard is missing or damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, files: "ShardFiles | None" = None) -> None:
+        self._path, self._files = path, files
         try:
             index = json.loads((path / INDEX).read_text(encoding="utf-8"))
             self._shards: list[dict[str, Any]] = index["shards"]
@@ -138,7 +144,8 @@ class MDSReader:
         self._columns = [_columns(path, shard) for shard in self._shards]
         self.samples_per_shard: list[int] = counts
         self._ends = np.cumsum(counts, dtype=np.int64)
-        self._open: dict[int, tuple[memoryview, np.ndarray[Any, Any]]] = {}
+        self._open: dict[int, tuple[memoryview, np.ndarray[Any, Any]]] = {}  # in order of use
+        self._lock = threading.Lock()  # over _open
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -147,9 +154,7 @@ class MDSReader:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         shard = int(np.searchsorted(self._ends, i, side="right"))
-        if shard not in self._open:
-            self._open[shard] = self._load(self._shards[shard])
-        data, offsets = self._open[shard]
+        data, offsets = self._opened(shard)
         at = i - int(self._ends[shard])  # negative: counted from the shard's end
         try:
             return _decode(self._columns[shard], data[int(offsets[at - 1]) : int(offsets[at])])
@@ -157,9 +162,39 @@ class MDSReader:
             file = self._file(self._shards[shard]["raw_data"])
             raise Failure(f"{file} is damaged: sample {i} cannot be read: {problem}") from None
 
+    @property
+    def largest_file(self) -> int:
+        """Bytes of the largest shard file."""
+        return max((stored(shard)["bytes"] for shard in self._shards), default=0)
+
+    def shard_of(self, samples: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """The shard that each sample lies in. [n] -> [n]"""
+        return np.searchsorted(self._ends, samples, side="right")
+
+    def stored(self, shard: int) -> dict[str, Any]:
+        """What the index says of a shard's file as it lies in its directory: `basename`, `bytes`, `hashes`."""
+        return stored(self._shards[shard])
+
+    def _opened(self, shard: int) -> tuple[memoryview, np.ndarray[Any, Any]]:
+        """A shard's bytes and its samples' offsets. Before another is opened, what is too much is closed, or evicted: a
+        file without a name takes its place on the disk until nobody maps it."""
+        with self._lock:
+            if shard in self._open:
+                if self._files is not None:
+                    self._files.touch(self.stored(shard))
+                self._open[shard] = self._open.pop(shard)
+            else:
+                for old in list(self._open):
+                    evicted = self._files is not None and not self._files.holds(self.stored(old))
+                    if evicted or len(self._open) >= OPEN_SHARDS:
+                        del self._open[old]
+                self._open[shard] = self._load(self._shards[shard])
+            return self._open[shard]
+
     def _load(self, shard: Mapping[str, Any]) -> tuple[memoryview, np.ndarray[Any, Any]]:
         raw, packed = shard["raw_data"], shard["zip_data"]
-        if packed is None or self._file(raw).exists():  # MosaicML's reader leaves unpacked files beside or instead
+        unpacked = self._files is None and self._file(raw).exists()  # MosaicML's reader leaves them beside or instead
+        if packed is None or unpacked:
             data = self._map(raw)
         else:
             data = _unpack(self._file(packed), self._map(packed), shard["compression"], raw["bytes"])
@@ -183,23 +218,40 @@ class MDSReader:
         return self._path / name
 
     def _map(self, info: Mapping[str, Any]) -> memoryview:
+        if self._files is not None:
+            return self._files.map(info)
         try:
             with self._file(info).open("rb") as file:
-                data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                data = mapped(file)
         except FileNotFoundError:
             raise Failure(f"{self._file(info)} is missing") from None
-        except ValueError:  # an empty file cannot be mapped
-            data = memoryview(b"")
         self._check(info, data)
         return data
 
     def _check(self, info: Mapping[str, Any], data: memoryview) -> None:
-        file = self._file(info)
-        if len(data) != info["bytes"]:
-            raise Failure(f"{file} is damaged: it has {len(data)} bytes, the index says {info['bytes']}")
-        for algorithm, expected in info["hashes"].items():
-            if digest(algorithm, data) != expected:
-                raise Failure(f"{file} is damaged: its {algorithm} does not match the index")
+        if what := damage(info, data):
+            raise Failure(f"{self._file(info)} is damaged: {what}")
+
+
+def stored(shard: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(shard["zip_data"] or shard["raw_data"])
+
+
+def mapped(file: BinaryIO) -> memoryview:
+    try:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except ValueError:  # an empty file cannot be mapped
+        return memoryview(b"")
+
+
+def damage(info: Mapping[str, Any], data: memoryview) -> str | None:
+    """What of a file does not match the index, or None."""
+    if len(data) != info["bytes"]:
+        return f"it has {len(data)} bytes, the index says {info['bytes']}"
+    for algorithm, expected in info["hashes"].items():
+        if digest(algorithm, data) != expected:
+            return f"its {algorithm} does not match the index"
+    return None
 
 
 def digest(algorithm: str, data: bytes | memoryview) -> str:

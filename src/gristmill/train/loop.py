@@ -29,6 +29,7 @@ from gristmill.kernels.memory import keep_freed_memory
 from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.streaming.batches import Batch, Batches
+from gristmill.streaming.config import Remote
 from gristmill.streaming.order import Stage
 from gristmill.train.checkpoint import (
     Checkpoints,
@@ -96,16 +97,18 @@ def train(
     identity: Identity,
     stop: threading.Event,
     ranks: Ranks = ALONE,
+    remote: Remote | None = None,
 ) -> Iterator[Event]:
     """Train up to `cfg.steps`, from the newest good checkpoint in `folder`, saving there.
 
-    start: the model whose weights training begins with; None begins with random ones.
+    start: the model whose weights training begins with; None begins with random ones. remote: where the shard files
+    lie when `shards` has only their indexes.
 
     When `stop` is set on any rank, the step under way is dropped, what was done is saved, and the generator ends.
     Raises Failure when training diverges, a checkpoint cannot be saved, or a rank has gone.
     """
     keep_freed_memory()
-    batches = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed)
+    batches = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed, remote)
     resumed, damage = newest(folder, identity.key, cfg.checkpoint, ranks)
     compute = apply_compute(choose_compute(cfg, ranks, read_state(resumed.path).compute if resumed else None))
     model = begin(cfg, model_cfg, compute, None if resumed else start)

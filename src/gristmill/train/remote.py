@@ -6,7 +6,8 @@ count.
 from pathlib import Path, PurePosixPath
 
 from gristmill.artifact import MANIFEST, Artifact, load, parse_manifest, remove, sha256_file, sync, write_atomically
-from gristmill.errors import Failure, InputError
+from gristmill.errors import Failure
+from gristmill.streaming.remote import filesystem
 from gristmill.train.config import CheckpointConfig
 
 
@@ -14,15 +15,8 @@ class Remote:
     """One training's place there. Raises InputError for a URL that nothing here can open."""
 
     def __init__(self, url: str, key: str) -> None:
-        try:
-            from fsspec.core import url_to_fs
-
-            self.fs, root = url_to_fs(url)
-        except (ImportError, ValueError) as problem:
-            raise InputError(
-                f"copy_to={url} cannot be opened: {problem}; `pip install 'gristmill[remote]'` brings what s3:// needs"
-            ) from None
-        self.url, self.key, self.root = url, key, f"{root.rstrip('/')}/{key[:8]}"
+        self.fs, root = filesystem("train.checkpoint.copy_to", url)
+        self.url, self.key, self.root = url, key, f"{root}/{key[:8]}"
 
     def committed(self) -> dict[int, str]:
         """Step -> path of the checkpoints that have a manifest."""
