@@ -13,12 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from gristmill.train.storage import write_verified
 
 from gristmill.errors import Failure, InputError
 from gristmill.hub.tensors import open_weights
 from gristmill.model import ModelConfig, Transformer
-from gristmill.parallel.ranks import ALONE
+from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.streaming import Batch, Batches, ShardsConfig, Stage, build_shards
 from gristmill.train.checkpoint import Identity, SaveFailed, checkpoint_path, latest_checkpoint, read_state
 from gristmill.train.config import CheckpointConfig, GuardConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -27,6 +26,7 @@ from gristmill.train.loop import Event, Reached, Saved, Skipped, Started, Step, 
 from gristmill.train.machine import apply_compute
 from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
 from gristmill.train.schedule import learning_rate_scale
+from gristmill.train.storage import write_verified
 
 MODEL = ModelConfig(
     d_model=32, n_layers=2, n_heads=4, kv_n_heads=2, ffn_hidden_size=16, moe_num_experts=4, moe_top_k=2,
@@ -330,6 +330,13 @@ def test_a_spike_is_left_out_when_asked_for(
         cfg = replace(CFG, guard=GuardConfig(sigmas=sigmas, window=8))
         seen = list(events(shards, tokenizer, tmp_path / str(sigmas), cfg))
         assert [event.step for event in seen if isinstance(event, Skipped)] == expected
+
+
+def test_a_batch_that_the_processes_cannot_share_evenly_is_refused(
+    shards: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="is 16 sequences of 32, which 3 processes cannot share evenly"):
+        next(train(CFG, MODEL, shards, tokenizer, None, tmp_path, CURRICULUM, IDENTITY, threading.Event(), Ranks(0, 3)))
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_training_or_does_not(

@@ -22,7 +22,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from gristmill.artifact import Artifact, load
-from gristmill.errors import Failure
+from gristmill.errors import Failure, InputError
 from gristmill.hub.tensors import open_weights
 from gristmill.kernels.loss import cross_entropy
 from gristmill.kernels.memory import keep_freed_memory
@@ -108,6 +108,11 @@ def train(
     Raises Failure when training diverges, a checkpoint cannot be saved, or a rank has gone.
     """
     keep_freed_memory()
+    if cfg.sequences_per_batch % ranks.world_size:
+        raise InputError(
+            f"train.batch_tokens={cfg.batch_tokens} is {cfg.sequences_per_batch} sequences of {cfg.seq_len}, which "
+            f"{ranks.world_size} processes cannot share evenly; start a number that divides it, or change batch_tokens"
+        )
     batches = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed, remote)
     resumed, damage = newest(folder, identity.key, cfg.checkpoint, ranks)
     compute = apply_compute(choose_compute(cfg, ranks, read_state(resumed.path).compute if resumed else None))
