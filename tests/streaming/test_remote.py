@@ -99,7 +99,7 @@ def test_every_batch_is_the_local_one_whatever_the_store_does(
     store.chance = lambda: chance.choice(faults) if chance.random() < 0.3 else None
     where = Remote(url=store.url, cache=str(tmp_path / "cache"), cache_bytes=cache_bytes)
     local, batches = open_batches(shards, None), open_batches(indexes, where)
-    for step in range(STEPS):
+    for step in range(0, STEPS, 1 if cache_bytes > 10_000 else 4):
         assert equal(batches.batch(step), local.batch(step))
         assert num_bytes(where) <= cache_bytes
     assert sum(store.asked.values()) > len(store.asked)
@@ -178,7 +178,7 @@ def test_a_flipped_byte_and_a_cut_file_in_the_cache_are_fetched_again(
     shards: Path, indexes: Path, store: Store, where: Remote, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = MDSReader(shards / "code")
-    assert all(same_samples(reader_of(indexes, where), expected, i) for i in range(1))
+    assert same_samples(reader_of(indexes, where), expected, 0)
     (file,) = files_of(where, ".shard")
     good = file.read_bytes()
     for damaged in (good[:50] + bytes([good[50] ^ 4]) + good[51:], good[:-1], b""):
@@ -259,7 +259,7 @@ def test_files_of_others_are_never_removed(shards: Path, indexes: Path, store: S
     for folder in (own, other, where.directory):
         (folder / "mine").write_bytes(bytes(10_000))
     for name in ("url", "a.shard", "b.partial"):
-        (other / name).write_text("mine")
+        (other / name).write_bytes(b"\xffmine")
     mine = [file for file in files_of(where) if file.name == "mine" or file.parent == other]
     assert all(same_samples(reader, MDSReader(shards / "code"), i) for i in range(len(reader)))
     assert all(file.exists() for file in mine)
