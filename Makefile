@@ -30,6 +30,7 @@ bench: .venv/locked
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/time_to_quality.py
 	$(BIN)/python benchmarks/moe_vs_dense.py
+	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/tokenizer.py
 

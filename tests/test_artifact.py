@@ -1,6 +1,7 @@
 """Artifacts: complete or absent, sealed, and traceable."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from gristmill.artifact import (
     lineage,
     load,
     prepare,
+    remove,
     stage_key,
     standing,
     verify,
@@ -44,6 +46,15 @@ def test_a_committed_artifact_is_never_overwritten(tmp_path: Path) -> None:
     make(tmp_path / "x")
     with pytest.raises(Failure, match="never overwritten"):
         prepare(tmp_path / "x")
+
+
+def test_an_artifact_that_is_removed_in_part_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "x")
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (path / "a.txt").unlink())  # killed after the first file
+    remove(tmp_path / "x")
+    assert (tmp_path / "x" / "deep" / "b.bin").exists()
+    with pytest.raises(InputError, match="has no manifest"):
+        load(tmp_path / "x")
 
 
 def test_every_flipped_byte_of_every_file_is_found(tmp_path: Path) -> None:
