@@ -330,9 +330,10 @@ class _Run:
         going_on = f"going on at step {started.step:,}; " if started.step else ""
         left = self.recipe.train.steps - started.step
         counts, compute = count_params(self.recipe.model), started.compute
+        each = f" of each of {self.ranks.world_size} processes" if self.ranks.world_size > 1 else ""
         console.print(
             f"  {going_on}{left:,} steps; {counts.total_params / 1e6:.1f}M parameters, "
-            f"{counts.active_params / 1e6:.1f}M active; {compute['dtype']} on {compute['threads']} threads, "
+            f"{counts.active_params / 1e6:.1f}M active; {compute['dtype']} on {compute['threads']} threads{each}, "
             f"{compute['kernels']} kernels"
         )
 
