@@ -1,6 +1,7 @@
 """The command line: one subcommand per verb, no logic. Each verb is a plain Python function elsewhere."""
 
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -283,7 +284,12 @@ def lineage(path: PathArg) -> None:
 
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 bad input, 75 saved on SIGTERM (run again), 130 Ctrl-C."""
-    sys.exit(_exit_code(lambda: app(standalone_mode=False)))
+    code = _exit_code(lambda: app(standalone_mode=False))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # gloo's threads may wait for a rank that is gone, and then abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 UsageError: Any = typer.BadParameter.__base__  # typer carries a private copy of click, where this is at home

@@ -8,6 +8,7 @@ import itertools
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -153,17 +154,46 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
     timeout = timedelta(seconds=timeout_s)
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    mine: Any = PrefixStore("gristmill", store)
+    try:
+        store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+        mine: Any = PrefixStore(_meet(store, rank, world_size, timeout_s), store)
+        dist.init_process_group(backend, store=mine, rank=rank, world_size=world_size, timeout=timeout)
+    except Failure:
+        raise
+    except (RuntimeError, ValueError) as problem:
+        raise Failure(f"the processes of this training did not find each other: {problem}") from None
     mine.set(f"who/{rank}", f"process {os.getpid()} on {os.uname().nodename}")
     beating = threading.Thread(target=_beat, args=(mine.clone(), rank), name="beat", daemon=True)
     beating.start()
     return Ranks(rank, world_size, mine, timeout_s)
+
+
+def _meet(store: Any, rank: int, world_size: int, timeout_s: float) -> str:
+    """A name for this meeting of the ranks, new each time: torchrun keeps one store over its restarts, and what the
+    processes before left there, such as their addresses, must not be read.
+
+    Rank 0 proposes one; each rank answers with a word of its own, and goes in when it finds its word among those that
+    rank 0 has heard. Raises Failure when the others do not come.
+    """
+    word, until = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank == 0:
+        store.set("meeting", word)
+    while time.monotonic() < until:
+        name = store.get("meeting").decode()
+        store.set(f"{name}/{rank}", word)
+        answers = [f"{name}/{other}" for other in range(world_size)]
+        if rank == 0 and store.check(answers):
+            store.set(f"{name}/heard", " ".join(store.get(answer).decode() for answer in answers))
+        if store.check([f"{name}/heard"]) and word in store.get(f"{name}/heard").decode().split():
+            return name
+        time.sleep(BEAT_S / 20)
+    raise Failure(
+        f"rank {rank} waited {timeout_s:.0f} s for all {world_size} ranks to start; look at what the others say"
+    )
 
 
 def _beat(store: Any, rank: int) -> None:
