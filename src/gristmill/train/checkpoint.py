@@ -337,7 +337,7 @@ def latest_checkpoint(folder: Path, key: str) -> tuple[Artifact | None, list[str
     """The newest checkpoint under this key whose every byte is right, and what is wrong with newer ones."""
     damage: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
-        if not (path / MANIFEST).exists():
+        if not _is_committed(path):
             continue  # saving it was interrupted
         try:
             artifact, problems = load(path), verify(path).problems
@@ -355,10 +355,10 @@ def discard_unusable(folder: Path, step: int) -> None:
     """Remove what training cannot go on from: checkpoints beyond `step`, which are damaged, and half-written ones.
     `latest` then names the one at `step`."""
     for path in sorted(folder.glob("step-*")):
-        if path > checkpoint_path(folder, step) or not (path / MANIFEST).exists():
+        if path > checkpoint_path(folder, step) or not _is_committed(path):
             remove(path)
-    if checkpoint_path(folder, step).exists():
-        _point_to(checkpoint_path(folder, step))
+    if (newest := checkpoint_path(folder, step)).exists():
+        _point_to(newest)
     else:
         (folder / LATEST).unlink(missing_ok=True)
 
