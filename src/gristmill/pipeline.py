@@ -3,6 +3,7 @@
 This file alone knows all stages. What a stage does is in its room; here is only what it is given.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -236,6 +237,7 @@ class _Run:
                 raise Stopped(self.signals.signum if self.signals.event.is_set() else signal.SIGTERM)
             return load(checkpoint_path(folder, r.train.steps))
         finally:
+            events.close()  # a save under way is finished while the folder is still locked
             self.signals.graceful = False
 
     def stopped(self, folder: Path) -> bool:
@@ -423,7 +425,7 @@ def summary(artifact: Artifact) -> str:
         case "shards":
             return f"{sum(s['tokens'] for s in m['sources'].values()):,} training tokens"
         case "checkpoint":
-            return f"{m['train_tokens']:,} tokens, loss {m['final_loss']:.3f}"
+            return f"{m['train_tokens']:,} tokens, loss {m['final_loss'] or math.nan:.3f}"
         case "evaluate":
             ours, baselines = m["test"]["bits_per_byte"]["all"], m["baselines"]
             return (

@@ -23,7 +23,8 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Turns SIGINT and SIGTERM into Stopped; while `graceful`, the first one only sets `event`."""
+    """Turns SIGINT and SIGTERM into Stopped; while `graceful`, the first one only sets `event`, and SIGTERM never does
+    more."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
@@ -41,6 +42,8 @@ class Signals:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self.graceful and self.event.is_set() and signum == signal.SIGTERM:
+            return  # schedulers and launchers send it more than once
         self.signum = signal.Signals(signum)
         if not self.graceful or self.event.is_set():
             raise Stopped(signum)

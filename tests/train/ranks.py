@@ -6,6 +6,7 @@ Both are forked from a server that has imported what they need and runs no threa
 import multiprocessing
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Processes:
 def _serve(ranks: Ranks, store: Path, end: Connection) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=ranks.rank, world_size=ranks.world_size)
+    ranks = replace(ranks, store=dist.FileStore(f"{store}-of-turns", ranks.world_size))
     while job := end.recv():
         function, args = job
         try:

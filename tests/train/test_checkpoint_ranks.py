@@ -22,6 +22,7 @@ from test_checkpoint import (
     tensors_of,
     zeros,
 )
+from torch.distributed import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -177,7 +178,7 @@ class Alone(Ranks):
 
 def test_a_rank_that_is_not_heard_of_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PARTS_TIMEOUT_S", 0.0)
-    (event,) = saved(in_folder(tmp_path, ranks=Alone(0, 2)), 1)
+    (event,) = saved(in_folder(tmp_path, ranks=Alone(0, 2, HashStore())), 1)
     assert isinstance(event, SaveFailed)
     assert "lacks what rank 1 had to write within 0 s; every rank must see the same folder" in event.reason
     assert steps_in(tmp_path) == []

@@ -22,6 +22,7 @@ from gristmill.streaming import Batch, Batches, ShardsConfig, Stage, build_shard
 from gristmill.train.checkpoint import Identity, SaveFailed, checkpoint_path, latest_checkpoint, read_state
 from gristmill.train.config import CheckpointConfig, GuardConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from gristmill.train.figures import Sums
+from gristmill.train.guard import Guard
 from gristmill.train.loop import Event, Reached, Saved, Skipped, Started, Step, apply_recompute, gradients, train
 from gristmill.train.machine import apply_compute
 from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
@@ -38,6 +39,7 @@ CFG = TrainConfig(
 )  # fmt: skip
 CURRICULUM = (Stage(until=0.5, mix={"a": 1, "b": 1}), Stage(until=1.0, mix={"a": 1, "b": 3}))
 IDENTITY = Identity("key", {}, {})
+JUDGE = Guard.judge
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,34 @@ def test_a_resumed_training_is_bitwise_the_unbroken_one(shards: Path, tokenizer:
     last = resumed[-1]
     assert isinstance(last, Saved)
     assert last.artifact.content == whole[-1].artifact.content
+
+
+def test_a_stop_before_the_first_figures_is_saved(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def judge(guard: Guard, *figures: float) -> str | None:
+        seen.append(figures)
+        if len(seen) == 3:
+            stop.set()
+        return JUDGE(guard, *figures)
+
+    seen: list[tuple[float, ...]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guard, "judge", judge)
+        got = list(events(shards, tokenizer, tmp_path, replace(CFG, log_every=10), stop))
+    assert [(type(event), event.step) for event in got[1:]] == [(Step, 3), (Saved, 3)]
+    assert next(events(shards, tokenizer, tmp_path)).step == 3
+
+
+def test_nothing_is_removed_when_no_checkpoint_is_whole(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
+    list(events(shards, tokenizer, tmp_path, replace(CFG, checkpoint=CheckpointConfig(every=20, keep=1))))
+    (checkpoint_path(tmp_path, 20) / "state.json").unlink()
+    mine = tmp_path / "step-00000020-good"
+    mine.mkdir()
+    with pytest.raises(Failure, match=r"no checkpoint in .* is whole: .*state.json is missing; put a good copy there"):
+        list(events(shards, tokenizer, tmp_path))
+    assert (checkpoint_path(tmp_path, 20) / "model.safetensors").exists()
+    assert mine.exists()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(

@@ -15,6 +15,7 @@ import copy
 import errno
 import json
 import queue
+import re
 import shutil
 import threading
 import time
@@ -126,6 +127,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.cfg, self.identity, self.model_cfg = folder, cfg, identity, model_cfg
         self.tokenizer, self.start, self.ranks = tokenizer, start, ranks
+        self.failed = False  # the last save, as far as `finished` has told; known to rank 0
         self._layouts: list[Layout] = []
         self._thread: threading.Thread | None = None
         self._events: queue.SimpleQueue[Saved | SaveFailed] = queue.SimpleQueue()
@@ -141,6 +143,8 @@ class Checkpoints:
         """
         asked = time.perf_counter()
         self.close()
+        with self.ranks.turn():
+            pass  # rank 0's save may have been copied elsewhere, for longer than ranks wait for each other
         groups = {"model": model, "optimizer": optimizer}
         if not self._layouts:
             self._layouts = [Layout(stem, tensors, self.ranks) for stem, tensors in groups.items()]
@@ -152,7 +156,7 @@ class Checkpoints:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         job = _Save(state.step, path, copies, canonical(asdict(state)), copy.deepcopy(dict(metrics)), asked)
-        self._thread = threading.Thread(target=self._run, args=(job,), name=f"save-{state.step}")
+        self._thread = threading.Thread(target=self._run, args=(job,), name=f"save-{state.step}", daemon=True)
         job.stalled_s = time.perf_counter() - asked
         self._thread.start()
 
@@ -164,7 +168,9 @@ class Checkpoints:
             raise bug
         events = []
         while not self._events.empty():
-            events.append(self._events.get())
+            event = self._events.get()
+            self.failed = isinstance(event, SaveFailed) and not event.stands
+            events.append(event)
         return events
 
     def wait(self) -> list[Saved | SaveFailed]:
@@ -318,6 +324,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def step_folders(folder: Path) -> list[Path]:
+    """Those of checkpoints, ascending; what a user has put beside them under another name is theirs."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+
+
 def read_state(checkpoint: Path) -> State:
     return State(**json.loads((checkpoint / STATE).read_text()))
 
@@ -336,7 +347,7 @@ def load_tensors(checkpoint: Path, model: Mapping[str, Tensor], optimizer: Mappi
 def latest_checkpoint(folder: Path, key: str) -> tuple[Artifact | None, list[str]]:
     """The newest checkpoint under this key whose every byte is right, and what is wrong with newer ones."""
     damage: list[str] = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    for path in reversed(step_folders(folder)):
         if not _is_committed(path):
             continue  # saving it was interrupted
         try:
@@ -354,7 +365,7 @@ def latest_checkpoint(folder: Path, key: str) -> tuple[Artifact | None, list[str
 def discard_unusable(folder: Path, step: int) -> None:
     """Remove what training cannot go on from: checkpoints beyond `step`, which are damaged, and half-written ones.
     `latest` then names the one at `step`."""
-    for path in sorted(folder.glob("step-*")):
+    for path in step_folders(folder):
         if path > checkpoint_path(folder, step) or not _is_committed(path):
             remove(path)
     if (newest := checkpoint_path(folder, step)).exists():
@@ -365,7 +376,7 @@ def discard_unusable(folder: Path, step: int) -> None:
 
 def prune_checkpoints(folder: Path, cfg: CheckpointConfig) -> None:
     """Remove what the rule does not keep."""
-    committed = {int(path.name.removeprefix("step-")): path for path in folder.glob("step-*") if _is_committed(path)}
+    committed = {int(path.name.removeprefix("step-")): path for path in step_folders(folder) if _is_committed(path)}
     for step in sorted(committed.keys() - cfg.kept(committed)):
         remove(committed[step])
 

@@ -1,5 +1,6 @@
 """What a training reports of its steps."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ class Figures:
             "total_params": self.counts.total_params,
             "active_params": self.counts.active_params,
             "flops_per_token": self.flops_per_token,
-            "final_loss": self.last_loss,
+            "final_loss": self.last_loss if math.isfinite(self.last_loss) else None,
         }
 
     def trained(self, done: int, skipped: list[int]) -> int:

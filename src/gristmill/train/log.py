@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -32,16 +32,19 @@ class MetricsLog:
 
     def resume(self, step: int) -> None:
         """Go on from the checkpoint at `step`, in another process."""
-        self.cut(step)
+        self._keep(lambda record: step > 0 and record["step"] <= step)
         self._seconds = max((record.get("seconds", 0.0) for record in read_metrics(self.file)), default=0.0)
         if step > 0:
             self.write("resume", {"step": step, "seconds": self._seconds})
 
     def cut(self, step: int) -> None:
-        """Forget what came after `step`."""
+        """Training went back: forget what came after `step`, but not why."""
+        self._keep(lambda record: record["step"] <= step or record["kind"] == "skipped")
+
+    def _keep(self, wanted: Callable[[Record], bool]) -> None:
         lines = self._unwritten.splitlines(keepends=True)
-        self._unwritten = "".join(line for line in lines if json.loads(line)["step"] <= step)
-        kept = [record for record in read_metrics(self.file) if record["step"] <= step and step > 0]
+        self._unwritten = "".join(line for line in lines if wanted(json.loads(line)))
+        kept = [record for record in read_metrics(self.file) if wanted(record)]
         write_atomically(self.file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def train(self, step: "Step") -> None:

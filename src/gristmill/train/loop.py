@@ -13,6 +13,7 @@ for event in train(cfg, model_cfg, shards, tokenizer, start, folder, curriculum,
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,13 +99,14 @@ def train(
     stop: threading.Event,
     ranks: Ranks = ALONE,
     remote: Remote | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event]:
     """Train up to `cfg.steps`, from the newest good checkpoint in `folder`, saving there.
 
     start: the model whose weights training begins with; None begins with random ones. remote: where the shard files
     lie when `shards` has only their indexes.
 
     When `stop` is set on any rank, the step under way is dropped, what was done is saved, and the generator ends.
+    Closing it waits for a save under way.
     Raises Failure when training diverges, a checkpoint cannot be saved, or a rank has gone.
     """
     keep_freed_memory()
@@ -115,68 +117,72 @@ def train(
         )
     batches = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed, remote)
     resumed, damage = newest(folder, identity.key, cfg.checkpoint, ranks)
-    compute = apply_compute(choose_compute(cfg, ranks, read_state(resumed.path).compute if resumed else None))
+    compute = choose_compute(cfg, ranks, read_state(resumed.path).compute if resumed else None)
+    compute = apply_compute(ranks.scatter([compute] * ranks.world_size if ranks.rank == 0 else None))
     model = begin(cfg, model_cfg, compute, None if resumed else start)
     optimizer, guard = Optimizer(cfg.optimizer, model), Guard(cfg.guard)
     done = saved = go_on(resumed, model, optimizer, guard) if resumed else 0
-    checkpoints = Checkpoints(folder, cfg.checkpoint, identity, model_cfg, tokenizer, start, ranks)
-    figures = Figures(cfg, model_cfg, batches, gemm_flops(model.compute_dtype))
-    yield Started(done, model, compute, figures.gemm_flops, damage)
+    with closing(Checkpoints(folder, cfg.checkpoint, identity, model_cfg, tokenizer, start, ranks)) as checkpoints:
+        figures = Figures(cfg, model_cfg, batches, gemm_flops(model.compute_dtype) * ranks.world_size)
+        yield Started(done, model, compute, figures.gemm_flops, damage)
 
-    def save() -> None:
-        if not all(param.isfinite().all() for param in model.parameters()):
-            raise Failure(f"weights are not finite at step {done}: training diverged; lower train.optimizer.lr")
-        state = State(done, compute, guard.state())
-        checkpoints.save(state, model.state_dict(), optimizer.state(), figures.summary(done, guard.skipped))
+        def save() -> None:
+            if not all(param.isfinite().all() for param in model.parameters()):
+                raise Failure(f"weights are not finite at step {done}: training diverged; lower train.optimizer.lr")
+            state = State(done, compute, guard.state())
+            checkpoints.save(state, model.state_dict(), optimizer.state(), figures.summary(done, guard.skipped))
 
-    def upcoming() -> Generator[Batch]:
-        steps = (step for step in range(done, cfg.steps) if step not in guard.skipped)
-        return batches.ahead(steps, cfg.workers, ranks.rank, ranks.world_size)
+        def upcoming() -> Generator[Batch]:
+            steps = (step for step in range(done, cfg.steps) if step not in guard.skipped)
+            return batches.ahead(steps, cfg.workers, ranks.rank, ranks.world_size)
 
-    waiting = upcoming()
-    figures.clock = time.perf_counter()
-    lr = grad_norm = 0.0
-    while done < cfg.steps:
-        if done not in guard.skipped:
-            torch.manual_seed(cfg.seed + done)  # the router's jitter: random, and the same after a resume
-            sums = gradients(model, next(waiting), cfg, len(batches.source_names), stop, ranks)
-            if sums is None:
-                break
-            norm = optimizer.clip()
-            if reason := guard.judge(sums.loss(cfg.batch_tokens), norm):
-                optimizer.drop()
-                guard.skip(done)
-                if cfg.guard.policy != "skip":
-                    yield from settled(checkpoints.wait(), cfg.checkpoint)
-                if cfg.guard.policy == "stop" or guard.too_many(done):
-                    raise Failure(diverged(cfg, done, reason))
-                back = (
-                    newest(folder, identity.key, cfg.checkpoint, ranks)[0] if cfg.guard.policy == "roll_back" else None
-                )
-                yield Skipped(done, reason, read_state(back.path).step if back else None)
-                if back:
-                    waiting.close()
-                    done = saved = go_on(back, model, optimizer, guard)
-                    waiting = upcoming()
-                    figures.drop()
-                    continue
-            else:
-                lr, grad_norm = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, done, cfg.steps), norm
-                optimizer.step(lr)
-                figures.add(done, sums)
-        done += 1
-        due = done % cfg.checkpoint.every == 0 or done == cfg.steps
-        if (due or done % cfg.log_every == 0) and not figures.empty:
+        waiting = upcoming()
+        figures.clock = time.perf_counter()
+        lr = grad_norm = 0.0
+        while done < cfg.steps:
+            if done not in guard.skipped:
+                # The router's jitter: random, another on each rank, and the same after a resume.
+                torch.manual_seed(cfg.seed + done + (ranks.rank << 40))
+                sums = gradients(model, next(waiting), cfg, len(batches.source_names), stop, ranks)
+                if sums is None:
+                    break
+                norm = optimizer.clip()
+                if reason := guard.judge(sums.loss(cfg.batch_tokens), norm):
+                    optimizer.drop()
+                    guard.skip(done)
+                    if cfg.guard.policy != "skip":
+                        yield from settled(checkpoints.wait(), cfg.checkpoint)
+                    if cfg.guard.policy == "stop" or guard.too_many(done):
+                        raise Failure(diverged(cfg, done, reason))
+                    rolls = cfg.guard.policy == "roll_back"
+                    back = newest(folder, identity.key, cfg.checkpoint, ranks)[0] if rolls else None
+                    yield Skipped(done, reason, read_state(back.path).step if back else None)
+                    if back:
+                        waiting.close()
+                        done = saved = go_on(back, model, optimizer, guard)
+                        waiting = upcoming()
+                        figures.drop()
+                        continue
+                else:
+                    lr, grad_norm = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, done, cfg.steps), norm
+                    optimizer.step(lr)
+                    figures.add(done, sums)
+            done += 1
+            due = done % cfg.checkpoint.every == 0 or done == cfg.steps
+            if (due or done % cfg.log_every == 0) and not figures.empty:
+                yield figures.since_last(done, lr, grad_norm, guard.skipped)
+            if due:
+                yield Reached(done, figures.trained(done, guard.skipped), model)
+                save()
+                saved = done
+                figures.clock = time.perf_counter()  # saving and whatever the caller did are not training time
+            yield from settled(checkpoints.finished(), cfg.checkpoint, last=done == cfg.steps)
+        if not figures.empty:
             yield figures.since_last(done, lr, grad_norm, guard.skipped)
-        if due:
-            yield Reached(done, figures.trained(done, guard.skipped), model)
+        yield from settled(checkpoints.wait(), cfg.checkpoint, last=done == cfg.steps)
+        if ranks.from_first(done > saved or checkpoints.failed):  # stopped between two, or without the last one
             save()
-            saved = done
-            figures.clock = time.perf_counter()  # saving and whatever the caller did are not training time
-        yield from settled(checkpoints.finished(), cfg.checkpoint)
-    if done > saved:  # stopped between two checkpoints
-        save()
-    yield from settled(checkpoints.wait(), cfg.checkpoint, last=True)
+        yield from settled(checkpoints.wait(), cfg.checkpoint, last=True)
 
 
 def begin(cfg: TrainConfig, model_cfg: ModelConfig, compute: dict[str, Any], start: Path | None) -> Transformer:
@@ -231,6 +237,11 @@ def newest(folder: Path, key: str, cfg: CheckpointConfig, ranks: Ranks) -> tuple
             if found is None and cfg.copy_to:
                 found, more = fetch_latest(cfg.copy_to, folder, key)
                 damage += more
+            if found is None and damage:
+                raise Failure(
+                    f"no checkpoint in {folder} is whole: {'; '.join(damage)}; put a good copy there, or remove them "
+                    "all to begin anew"
+                )
             discard_unusable(folder, read_state(found.path).step if found else 0)
     step = ranks.from_first(read_state(found.path).step if found else 0)
     return (found or load(checkpoint_path(folder, step)) if step else None), damage
