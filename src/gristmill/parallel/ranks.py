@@ -50,7 +50,7 @@ class Ranks:
         """Rank 0's number, on all ranks."""
         if self.world_size == 1:
             return number
-        told = torch.tensor([number if self.rank == 0 else 0])
+        told = torch.tensor([number if self.rank == 0 else 0], dtype=torch.int64)  # a bool, too
         self.sum(told)
         return int(told)
 
