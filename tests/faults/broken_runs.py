@@ -3,7 +3,6 @@ that a child trains a few milliseconds after it was started.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import socket
@@ -15,10 +14,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from gristmill import artifact
+from forked import SERVER
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["gristmill.pipeline"])
+from gristmill import artifact
 
 
 def child(recipe: str, overrides: Sequence[str], out: str, environment: dict[str, str], log: str) -> None:

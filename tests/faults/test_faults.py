@@ -15,21 +15,21 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Campaign]:
 
 
 def test_kill_9_in_and_out_of_saves_changes_nothing(campaign: Campaign) -> None:
-    tally = campaign.kills(8, ranks=1)
-    assert tally.while_saving >= 3
+    tally = campaign.kills(6, ranks=1)
+    assert tally.while_saving >= 2
 
 
 def test_kill_9_of_a_rank_ends_the_other_and_changes_nothing(campaign: Campaign) -> None:
-    campaign.kills(2, ranks=2)
+    campaign.kills(1, ranks=2)
 
 
 @pytest.mark.parametrize("kind", ["flip", "cut", "delete"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(campaign: Campaign, kind: str) -> None:
-    campaign.damage(kind, 2)
+    campaign.damage(kind, 1)
 
 
 def test_signals_at_any_moment_save_and_change_nothing(campaign: Campaign) -> None:
-    campaign.signals(4)
+    campaign.signals(3)
 
 
 def test_any_number_of_processes_goes_on_where_another_was(campaign: Campaign) -> None:

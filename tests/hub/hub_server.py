@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -26,6 +25,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from forked import SERVER
 
 from gristmill.cli import _exit_code
 
@@ -292,8 +293,6 @@ SHARD = "model-00002-of-00002.safetensors"
 TOKEN = "hf_thisIsTheSecretOfTheTests"
 
 Jobs = list[tuple[str, str | None, Path | None]]  # name, revision, out
-FORKS = multiprocessing.get_context("forkserver")  # with torch in memory, which takes longest to open
-FORKS.set_forkserver_preload(["gristmill.cli", "gristmill.hub.importing"])
 
 
 def serve(connection: Connection, home: Path, env: dict[str, str]) -> None:
@@ -338,9 +337,9 @@ class Client:
     """A process that pulls. `extra`: of its environment."""
 
     def __init__(self, endpoint: str, home: Path, **extra: str) -> None:
-        self.connection, theirs = FORKS.Pipe()
+        self.connection, theirs = SERVER.Pipe()
         env = environment(endpoint, home) | extra
-        self.process = FORKS.Process(target=serve, args=(theirs, home, env), daemon=True)
+        self.process = SERVER.Process(target=serve, args=(theirs, home, env), daemon=True)
         self.process.start()
         theirs.close()
 

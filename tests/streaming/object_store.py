@@ -4,7 +4,6 @@
 none.
 """
 
-import multiprocessing
 import random
 import socket
 import struct
@@ -20,6 +19,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
+from forked import SERVER
 
 from gristmill.streaming import Batches, MDSReader, Remote, Stage, remote
 from gristmill.streaming.cache import Cache
@@ -125,8 +125,6 @@ def closed_port() -> int:
 
 # ---- processes that read -------------------------------------------------------------------------------
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["gristmill.streaming", "fsspec.implementations.http"])
 CURRICULUM = (Stage(until=0.5, mix={"code": 3, "prose": 1}), Stage(until=1.0, mix={"prose": 2, "tiny": 1}))
 STEPS = 40
 
@@ -158,7 +156,7 @@ def read_samples(local: Path, where: Remote, seed: int, times: float, wrong: Any
 
 def start_reader(local: Path, where: Remote, seed: int, times: float) -> Any:
     """A process of `read_samples` and its verdict."""
-    wrong = FORKS.Value("b", 0)
-    process = FORKS.Process(target=read_samples, args=(local, where, seed, times, wrong), daemon=True)
+    wrong = SERVER.Value("b", 0)
+    process = SERVER.Process(target=read_samples, args=(local, where, seed, times, wrong), daemon=True)
     process.start()
     return process, wrong

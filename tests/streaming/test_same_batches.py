@@ -1,7 +1,6 @@
 """The global batches of 200 steps: the same from any number of processes and threads, through kills of them."""
 
 import hashlib
-import multiprocessing
 import random
 from collections.abc import Iterator
 from dataclasses import fields
@@ -9,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import SERVER
 
 from gristmill.streaming import Batch, Batches, Stage
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["gristmill.streaming"])
 STEPS, SEQUENCES = 200, 8
 CURRICULUM = (
     Stage(until=0.4, mix={"code": 3, "prose": 1}),

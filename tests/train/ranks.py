@@ -3,7 +3,6 @@
 Both are forked from a server that has imported what they need and runs no threads.
 """
 
-import multiprocessing
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,21 +12,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forked import SERVER
 
 from gristmill.parallel.ranks import Ranks
-
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["gristmill.train.checkpoint", "torch.distributed.tensor", "hypothesis", "pytest"])
 
 
 class Processes:
     """`world_size` ranks that wait for functions to run."""
 
     def __init__(self, world_size: int, folder: Path) -> None:
-        pipes = [context.Pipe() for _ in range(world_size)]
+        pipes = [SERVER.Pipe() for _ in range(world_size)]
         self.ends = [ours for ours, _ in pipes]
         self.processes = [
-            context.Process(target=_serve, args=(Ranks(rank, world_size), folder / "store", theirs), daemon=True)
+            SERVER.Process(target=_serve, args=(Ranks(rank, world_size), folder / "store", theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self.processes:

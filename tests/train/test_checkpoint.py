@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from forked import SERVER
 from hypothesis import given
 from hypothesis import strategies as st
-from ranks import context
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -239,7 +239,7 @@ def test_a_disk_that_refuses_is_reported_and_older_checkpoints_stand(
 FULL_DISK = """
 import os, sys, torch
 from pathlib import Path
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {above!r}]
 from test_checkpoint import in_folder, is_of, saved, checkpoint_path, Saved, latest_checkpoint, KEY
 folder = Path("/mnt/training")
 checkpoints = in_folder(folder)
@@ -266,7 +266,7 @@ def small_disk_available() -> bool:
 @pytest.mark.skipif(not small_disk_available(), reason="not run: no user namespaces for a small tmpfs here")
 def test_a_real_full_disk_and_a_real_read_only_one_leave_the_older_checkpoints(tmp_path: Path) -> None:
     script = tmp_path / "full.py"
-    script.write_text(FULL_DISK.format(here=str(Path(__file__).parent)))
+    script.write_text(FULL_DISK.format(here=str(Path(__file__).parent), above=str(Path(__file__).parents[1])))
     command = f"mount -t tmpfs -o size=200k none /mnt && {sys.executable} {script}"
     result = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
@@ -370,8 +370,8 @@ def save_until_killed(folder: Path, first: int, end: Connection) -> None:
 def test_a_process_that_is_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
     chance, step, half_written = random.Random(0), 0, 0
     for _ in range(8):
-        ours, theirs = context.Pipe()
-        child = context.Process(target=save_until_killed, args=(tmp_path, step + 1, theirs))
+        ours, theirs = SERVER.Pipe()
+        child = SERVER.Process(target=save_until_killed, args=(tmp_path, step + 1, theirs))
         child.start()
         theirs.close()
         committed = [ours.recv()]
