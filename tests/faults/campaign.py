@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from broken_runs import Run, copied, wait
+from forked import SERVER
 from texts import write_texts
 
 from gristmill.pipeline import run
@@ -71,6 +72,9 @@ class Campaign:
         self.work, self.recipe = work, recipe
         self.chance = random.Random(seed)
         self.number = 0
+        ready = SERVER.Process(target=int)  # the server has imported all that it needs: runs are timed without that
+        ready.start()
+        ready.join()
         self.prepared = run(load_recipe(str(recipe)), work / "prepared", "shards")
         self.unbroken: dict[int, tuple[str, list[dict[str, object]], float]] = {}
 
