@@ -4,7 +4,7 @@
 # make bench        the figures in benchmarks/results: three hours; its trainings go on where they were
 # make exact        300 random models against transformers and a naive NumPy forward
 # make stress       longer randomised tests
-# make faults       kill -9, flipped bits, full disks, lost ranks: 40 minutes, the table of docs/reliability.md
+# make faults       kill -9, flipped bits, full disks, lost ranks: writes the table of docs/reliability.md
 # make interop      MosaicML Streaming's own reader and writer beside ours, installed into .interop
 # make sanitize     the native kernels under the address and undefined-behaviour sanitizers
 # All of them set up .venv from the lock first, once.
