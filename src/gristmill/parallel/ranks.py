@@ -54,9 +54,6 @@ class Ranks:
         self.sum(told)
         return int(told)
 
-    def barrier(self) -> None:
-        self.from_first(0)
-
     def gather(self, value: T) -> list[T] | None:
         """Every rank's value, on rank 0. Values travel between our own processes only, and are never stored."""
         if self.world_size == 1:
