@@ -161,7 +161,7 @@ def loss_of(model: Transformer, tokens_BS: Tensor, document_ids_BS: Tensor) -> t
     positions_BS = torch.arange(S, device=tokens_BS.device).expand(B, -1)
     hidden, routing = model(tokens_BS, positions_BS, packed(document_ids_BS))
     nll, each = cross_entropy(hidden[:, :-1].flatten(0, 1), model.output_weight, tokens_BS[:, 1:].flatten())
-    return nll / each.numel() + routing.balance_loss, each
+    return nll / each.numel() + routing.balance_loss(), each
 
 
 def ours(cfg: ModelConfig, in_documents: bool) -> Step:

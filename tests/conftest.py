@@ -1,11 +1,12 @@
 """Shared by all tests: eager kernels on one thread (quick to start, the same everywhere), and a tiny run to look at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from ranks import Processes
 from texts import write_texts
 
 from gristmill.recipe import Recipe, load_recipe
@@ -35,6 +36,21 @@ export: {{checked_sequences: 2, checked_greedy: 1}}
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Two ranks, which serve all tests that ask for them."""
+    processes = Processes(2, tmp_path_factory.mktemp("two"))
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    processes = Processes(4, tmp_path_factory.mktemp("four"))
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from random_models import Layout, draw, packed_row
 from torch import Tensor
 from transformers.models.dbrx.modeling_dbrx import load_balancing_loss_func
 
-from gristmill.model import ModelConfig, packed
+from gristmill.model import ModelConfig, Routing, packed
 from gristmill.model.transformer import MoE
 
 E, K, LAYERS, TOKENS = 16, 4, 4, 16
@@ -50,7 +50,7 @@ def test_each_of_the_two_computes_its_definition(layout: Layout, seed: int, tmp_
     _, routing = ours(tokens, positions, packed(ids))
     top_k, weight = case.cfg.moe_top_k, case.cfg.moe_loss_weight
     assert float(auxiliary) == pytest.approx(pooled(choices.probs, top_k), rel=1e-5)
-    assert float(routing.balance_loss) == pytest.approx(weight * per_layer(choices.probs, top_k), rel=1e-5)
+    assert float(routing.balance_loss()) == pytest.approx(weight * per_layer(choices.probs, top_k), rel=1e-5)
 
 
 def losses(logits_LTE: Tensor) -> tuple[float, float]:
@@ -58,7 +58,10 @@ def losses(logits_LTE: Tensor) -> tuple[float, float]:
     moe = MoE(ModelConfig(d_model=E, n_heads=1, kv_n_heads=1, moe_num_experts=E, moe_top_k=K, ffn_hidden_size=1))
     with torch.no_grad():
         moe.router.weight.copy_(torch.eye(E))
-        ours = sum(float(moe(logits_TE)[1]) for logits_TE in logits_LTE) / LAYERS
+        probs, counts = (
+            torch.stack(each) for each in zip(*(moe(logits_TE)[1:] for logits_TE in logits_LTE), strict=True)
+        )
+        ours = float(Routing(1.0, probs, counts).balance_loss())
     return WEIGHT * ours, WEIGHT * float(load_balancing_loss_func(tuple(logits_LTE), E, K))
 
 

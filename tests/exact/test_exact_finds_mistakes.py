@@ -143,15 +143,15 @@ def attention(*, clips: str = "qkv", clips_last: bool = False, norms_last: bool 
 
 
 def parallel_block(self: ours.Block, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Any:
-    out, balance, counts = self.ffn(self.norm_2(x).flatten(0, 1))
-    return x + self.attn(self.norm_1(x), layer, cos, sin, attend) + out.view_as(x), balance, counts
+    out, probs, counts = self.ffn(self.norm_2(x).flatten(0, 1))
+    return x + self.attn(self.norm_1(x), layer, cos, sin, attend) + out.view_as(x), probs, counts
 
 
 def post_norm_block(self: ours.Block, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Any:
     x = self.norm_1(x)
     x = self.norm_2(x + self.attn(x, layer, cos, sin, attend))
-    out, balance, counts = self.ffn(x.flatten(0, 1))
-    return x + out.view_as(x), balance, counts
+    out, probs, counts = self.ffn(x.flatten(0, 1))
+    return x + out.view_as(x), probs, counts
 
 
 def router_in_bf16(model: Transformer, patch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,6 @@ from gristmill.parallel.ranks import Ranks
 from gristmill.train import checkpoint as module
 from gristmill.train import storage
 from gristmill.train.checkpoint import Saved, SaveFailed, State, checkpoint_path, load_tensors
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    processes = Processes(2, tmp_path_factory.mktemp("processes"))
-    yield processes
-    processes.close()
 
 
 def save_on_ranks(ranks: Ranks, folder: Path, *steps: int) -> list[Saved | SaveFailed]:

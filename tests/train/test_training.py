@@ -17,13 +17,16 @@ import torch
 from gristmill.errors import Failure, InputError
 from gristmill.hub.tensors import open_weights
 from gristmill.model import ModelConfig, Transformer
-from gristmill.parallel.ranks import ALONE, Ranks
+from gristmill.parallel.apply import parallel_model
+from gristmill.parallel.ranks import Ranks
 from gristmill.streaming import Batch, Batches, ShardsConfig, Stage, build_shards
+from gristmill.train.balance import Balance
 from gristmill.train.checkpoint import Identity, SaveFailed, checkpoint_path, latest_checkpoint, read_state
 from gristmill.train.config import CheckpointConfig, GuardConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from gristmill.train.figures import Sums
+from gristmill.train.gradients import Gradients
 from gristmill.train.guard import Guard
-from gristmill.train.loop import Event, Reached, Saved, Skipped, Started, Step, apply_recompute, gradients, train
+from gristmill.train.loop import Event, Reached, Saved, Skipped, Started, Step, train
 from gristmill.train.machine import apply_compute
 from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
 from gristmill.train.schedule import learning_rate_scale
@@ -77,9 +80,11 @@ def events(
     return train(cfg, MODEL, shards, tokenizer, None, folder, CURRICULUM, IDENTITY, stop or threading.Event())
 
 
-def test_twenty_steps_follow_the_golden_curve(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
-    golden = json.loads(Path(__file__).with_name("golden_losses.json").read_text())
-    cfg = replace(CFG, optimizer=OptimizerConfig(name="adamw", lr=0.01))  # Muon works in bf16, which differs by machine
+@pytest.mark.parametrize("balance", ["global", "micro_batch"])
+def test_twenty_steps_follow_the_golden_curve(balance: str, shards: Path, tokenizer: Path, tmp_path: Path) -> None:
+    golden = json.loads(Path(__file__).with_name("golden_losses.json").read_text())[balance]
+    adamw = OptimizerConfig(name="adamw", lr=0.01)  # Muon works in bf16, which differs by machine
+    cfg = replace(CFG, optimizer=adamw, balance=balance)  # type: ignore[arg-type]
     losses = [event.loss for event in events(shards, tokenizer, tmp_path, cfg) if isinstance(event, Step)]
     assert losses == pytest.approx(golden, rel=1e-3)
     assert losses[-1] < losses[0] - 1.5
@@ -155,16 +160,21 @@ def test_only_the_last_checkpoints_are_kept(shards: Path, tokenizer: Path, tmp_p
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000016", "step-00000020"]
 
 
+def leave_gradients(model: Transformer, batch: Batch, cfg: TrainConfig) -> None:
+    balance = Balance(cfg, model)
+    balance.load([[10, 5, 3, 2], [1, 2, 3, 4]])
+    assert Gradients(model, cfg, balance, 2, Path("nowhere")).of(batch, threading.Event())
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 16])
 def test_gradients_do_not_depend_on_the_micro_batch(shards: Path, micro_batch: int) -> None:
     cfg = replace(CFG, micro_batch=micro_batch)
-    shape = replace(MODEL, moe_loss_weight=0.0)  # MegaBlocks' balancing loss belongs to the micro-batch
     batch = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, CURRICULUM, 0).batch(3)
 
     def run(micro: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        model = Transformer(shape)
-        gradients(model, batch, replace(cfg, micro_batch=micro), 2, threading.Event(), ALONE)
+        model = Transformer(MODEL)
+        leave_gradients(model, batch, replace(cfg, micro_batch=micro))
         return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
     whole, split = run(16), run(micro_batch)
@@ -239,14 +249,12 @@ def test_recomputed_blocks_give_the_same_gradients_bit_for_bit(shards: Path) -> 
     cfg = replace(MODEL, moe_jitter_eps=0.1)
     batches = Batches(shards, CFG.seq_len, CFG.sequences_per_batch, CFG.steps, CURRICULUM, CFG.seed)
     found = []
-    for recompute in (False, True):
+    for recompute in ("none", "selective", "full"):
         torch.manual_seed(3)
-        model = Transformer(cfg)
-        if recompute:
-            apply_recompute(model)
-        gradients(model, batches.batch(0), CFG, 2, threading.Event(), ALONE)
+        model = parallel_model(cfg, torch.float32, "cpu", None, recompute, False)  # type: ignore[arg-type]
+        leave_gradients(model, batches.batch(0), CFG)
         found.append([param.grad for param in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
 
 
 def test_the_schedule_warms_up_holds_and_decays_to_zero() -> None:
@@ -283,13 +291,15 @@ def test_a_saved_model_is_the_one_that_was_looked_at(shards: Path, tokenizer: Pa
 def poisoned(patch: pytest.MonkeyPatch, *steps: int) -> None:
     """The gradient of these steps (from 0) is not a number."""
 
-    def poison(model: Transformer, batch: Batch, cfg: TrainConfig, *rest: Any) -> Sums | None:
-        sums = gradients(model, batch, cfg, *rest)
-        if torch.initial_seed() - cfg.seed in steps:
-            model.wte.weight.grad[3, 3] = torch.nan
+    whole = Gradients.of
+
+    def poison(self: Gradients, batch: Batch, stop: threading.Event) -> Sums | None:
+        sums = whole(self, batch, stop)
+        if torch.initial_seed() - self.cfg.seed in steps:
+            self.model.wte.weight.grad[3, 3] = torch.nan
         return sums
 
-    patch.setattr("gristmill.train.loop.gradients", poison)
+    patch.setattr(Gradients, "of", poison)
 
 
 @pytest.mark.parametrize("policy", ["skip", "roll_back"])
@@ -349,13 +359,15 @@ def test_a_training_that_diverges_ends_and_its_checkpoints_stand(
 def test_a_spike_is_left_out_when_asked_for(
     shards: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spiking(model: Transformer, batch: Batch, cfg: TrainConfig, *rest: Any) -> Sums | None:
-        sums = gradients(model, batch, cfg, *rest)
-        if torch.initial_seed() - cfg.seed == 15:
-            model.wte.weight.grad *= 1e4
+    whole = Gradients.of
+
+    def spiking(self: Gradients, batch: Batch, stop: threading.Event) -> Sums | None:
+        sums = whole(self, batch, stop)
+        if torch.initial_seed() - self.cfg.seed == 15:
+            self.model.wte.weight.grad *= 1e4
         return sums
 
-    monkeypatch.setattr("gristmill.train.loop.gradients", spiking)
+    monkeypatch.setattr(Gradients, "of", spiking)
     for sigmas, expected in ((None, []), (6.0, [15])):
         cfg = replace(CFG, guard=GuardConfig(sigmas=sigmas, window=8))
         seen = list(events(shards, tokenizer, tmp_path / str(sigmas), cfg))

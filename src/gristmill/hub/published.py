@@ -101,6 +101,8 @@ def layout_of(cfg: ModelConfig) -> Layout:
 
 def model_type_of(cfg: ModelConfig) -> str:
     """The published layout that can say this configuration. Raises InputError when none can."""
+    if cfg.moe_router_bias:
+        raise InputError("no published layout has moe_router_bias; train with another train.balance to publish")
     own_head_size = cfg.head_dim * cfg.n_heads != cfg.d_model
     match cfg.norm:
         case "layer_norm" if not (cfg.qk_norm or cfg.tie_word_embeddings or own_head_size or cfg.norm_eps != 1e-5):

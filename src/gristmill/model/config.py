@@ -11,6 +11,8 @@ class ModelConfig:
     `vocab_size` None means: the tokenizer's, rounded up to a multiple of 128 (the recipe fills it in).
     `head_size` None means: d_model / n_heads. `qk_norm`: each head's query and key pass an RMSNorm before they turn.
     `ffn` "dense" replaces the experts by one GLU of width `ffn_hidden_size`: the same interface, for comparison.
+    `moe_router_bias` adds a number to each expert's probability when experts are chosen (train.balance: bias moves it);
+    no published layout has a place for it.
     Qwen3-MoE is `norm` "rms_norm" with `qk_norm`, no clipping and a head size of its own.
     """
 
@@ -34,6 +36,7 @@ class ModelConfig:
     moe_loss_weight: float = 0.05
     moe_jitter_eps: float = 0.0
     moe_normalize_expert_weights: float | None = 1.0
+    moe_router_bias: bool = False
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:

@@ -34,10 +34,21 @@ def packed(document_ids_BS: Tensor) -> Attend:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the routers did. `balance_loss`: scalar, already weighted. `counts_LE`: assignments to each expert."""
+    """What the routers did. `probs_LE`: each expert's mean probability. `counts_LE`: the assignments that it got."""
 
-    balance_loss: Tensor
+    weight: float
+    probs_LE: Tensor
     counts_LE: Tensor
+
+    def balance_loss(self, shares_LE: Tensor | None = None) -> Tensor:
+        """MegaBlocks' form, weighted: E times the share of assignments (no gradient) times the mean probability, summed
+        over the experts, the mean over the layers. Without the weight it is 1 when balanced.
+
+        shares_LE: of assignments, when they are known of more tokens than these; None: as these tokens went.
+        """
+        if shares_LE is None:
+            shares_LE = self.counts_LE.float() / self.counts_LE[0].sum()
+        return self.weight * self.probs_LE.shape[1] * (shares_LE * self.probs_LE).sum(1).mean()
 
 
 class Linear(nn.Module):
@@ -125,23 +136,27 @@ class MoE(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.router = Linear(cfg.d_model, cfg.moe_num_experts, cfg.initializer_range)
+        self.router_bias: Tensor | None  # no parameter: training moves it, not the optimizer
+        self.register_buffer("router_bias", torch.zeros(cfg.moe_num_experts) if cfg.moe_router_bias else None)
         self.experts = Experts(cfg)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the output [T, D], the balancing loss (1 when balanced) and the counts [E]."""
+        """Returns the output [T, D], the mean probabilities [E] and the counts [E]."""
         cfg, E = self.cfg, self.cfg.moe_num_experts
         routed = upcast(x_TD)
         if self.training and cfg.moe_jitter_eps:
             routed = routed * torch.empty_like(routed).uniform_(1 - cfg.moe_jitter_eps, 1 + cfg.moe_jitter_eps)
         probs_TE = self.router(routed).softmax(-1)
-        weights_TK, ids_TK = probs_TE.topk(cfg.moe_top_k, dim=-1)
+        if self.router_bias is None:
+            weights_TK, ids_TK = probs_TE.topk(cfg.moe_top_k, dim=-1)
+        else:  # it decides who is chosen, and not what the chosen count for
+            ids_TK = (probs_TE + self.router_bias).topk(cfg.moe_top_k, dim=-1).indices
+            weights_TK = probs_TE.gather(-1, ids_TK)
         if cfg.moe_normalize_expert_weights is not None:
             weights_TK = weights_TK / weights_TK.norm(p=cfg.moe_normalize_expert_weights, dim=-1, keepdim=True)
         counts_E = torch.zeros(E, dtype=torch.long, device=x_TD.device)
         counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())  # bincount would wait for a GPU
-        # MegaBlocks' form: the share of assignments (no gradient) times the mean probability, per layer.
-        balance = E * (counts_E.float() / ids_TK.numel() * probs_TE.mean(0)).sum()
-        return self.experts(x_TD, weights_TK, ids_TK), balance, counts_E
+        return self.experts(x_TD, weights_TK, ids_TK), probs_TE.mean(0), counts_E
 
 
 class DenseGLU(nn.Module):
@@ -155,7 +170,7 @@ class DenseGLU(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, up = F.linear(x_TD, self.w1.to(x_TD.dtype)), F.linear(x_TD, self.v1.to(x_TD.dtype))
         out = (F.silu(gate) * up) @ self.w2.to(x_TD.dtype)
-        return out, x_TD.new_zeros((), dtype=torch.float32), torch.tensor([len(x_TD)], device=x_TD.device)
+        return out, x_TD.new_zeros(1, dtype=torch.float32), torch.tensor([len(x_TD)], device=x_TD.device)
 
 
 class Block(nn.Module):
@@ -176,21 +191,34 @@ class Block(nn.Module):
         self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor, Tensor]:
         x_BSD = x_BSD + self.attn(self.norm_1(x_BSD), layer, cos, sin, attend)
-        out_TD, balance, counts_E = self.ffn(self.norm_2(x_BSD).flatten(0, 1))
-        return x_BSD + out_TD.view_as(x_BSD), balance, counts_E
+        out_TD, probs_E, counts_E = self.ffn(self.norm_2(x_BSD).flatten(0, 1))
+        return x_BSD + out_TD.view_as(x_BSD), probs_E, counts_E
 
 
 class Transformer(nn.Module):
-    """Token ids to final hidden states; `logits` (or a chunked loss over `output_weight`) finishes the job."""
+    """Token ids to final hidden states; `logits` (or a chunked loss over `output_weight`) finishes the job.
 
-    def __init__(self, cfg: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+    made: called with each block when it has its weights and the next has none yet: a model that no memory holds whole
+    can be given away in parts.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        made: Callable[[Block], None] = lambda block: None,
+    ) -> None:
         super().__init__()
         assert cfg.vocab_size is not None, "the recipe or the checkpoint fills in vocab_size"
         self.cfg = cfg
         self.compute_dtype = compute_dtype
         self.wte = nn.Embedding(cfg.vocab_size, cfg.d_model)
         nn.init.normal_(self.wte.weight, std=cfg.initializer_range)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList()
+        for _ in range(cfg.n_layers):
+            block = Block(cfg)
+            self.blocks.append(block)
+            made(block)
         self.norm_f = norm(cfg)
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.d_model, cfg.vocab_size, cfg.initializer_range)
@@ -199,13 +227,12 @@ class Transformer(nn.Module):
         """Returns hidden states [B, S, D] in `compute_dtype`, and the routing."""
         x_BSD = self.wte(tokens_BS).to(self.compute_dtype)
         cos, sin = rotary_angles(positions_BS, self.cfg.head_dim, self.cfg.rope_theta)
-        balances, counts = [], []
+        probs, counts = [], []
         for layer, block in enumerate(self.blocks):
-            x_BSD, balance, counts_E = block(x_BSD, layer, cos, sin, attend)
-            balances.append(balance)
+            x_BSD, probs_E, counts_E = block(x_BSD, layer, cos, sin, attend)
+            probs.append(probs_E)
             counts.append(counts_E)
-        balance_loss = self.cfg.moe_loss_weight * torch.stack(balances).mean()
-        return self.norm_f(x_BSD), Routing(balance_loss, torch.stack(counts))
+        return self.norm_f(x_BSD), Routing(self.cfg.moe_loss_weight, torch.stack(probs), torch.stack(counts))
 
     @property
     def output_weight(self) -> Tensor:

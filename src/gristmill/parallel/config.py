@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Three sizes; how often all of it is repeated, each time with other sequences, follows from the number of processes.
+    """Three sizes. How often all of it is repeated, with other sequences, follows from the number of processes.
 
     `shard`: ranks over which each weight, its gradient and its moments are split (FSDP; with repeats, HSDP). 1 leaves
     them whole on every rank, null takes all ranks that `context` leaves.

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
+from gristmill.parallel.config import ParallelConfig
+
 OPERATIONAL = {"key": False}
 
 
@@ -129,8 +131,13 @@ class TrainConfig:
     """`batch_tokens` a step = sequences of `seq_len`, run `micro_batch` sequences at a time.
 
     `dtype` and `threads` None mean: what the machine does best; what was chosen is recorded in the first checkpoint
-    and enforced when training goes on. `recompute` keeps only what enters each block and computes the block again in
-    the backward pass: the same numbers in less memory, up to a third slower. `workers` threads prepare batches ahead.
+    and enforced when training goes on; so is `compile`, which has torch compile each block. `recompute` saves memory:
+    what the backward pass needs again is not kept but computed again, of a block its experts (`selective`) or all
+    (`full`, up to a third slower). A `micro_batch` that memory has no room for is halved, and the batch stays.
+    `balance` says which assignments the balancing loss counts: those of the whole batch before (`global`: the same
+    whatever the number of ranks and micro-batches), or of this rank's tokens so far in the batch (`rank`), or of the
+    micro-batch (as MegaBlocks). `bias` has no loss: after each batch, an expert that got more than the mean is
+    `bias_rate` less likely to be chosen, and the others more. `workers` threads prepare batches ahead.
     Of several processes, one that does not arrive within `rank_timeout_s` seconds ends the others.
     """
 
@@ -147,7 +154,11 @@ class TrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     log_every: int = field(default=10, metadata=OPERATIONAL)
-    recompute: bool = field(default=False, metadata=OPERATIONAL)
+    balance: Literal["global", "rank", "micro_batch", "bias"] = "global"
+    bias_rate: float = 0.001
+    parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=OPERATIONAL)
+    recompute: Literal["none", "selective", "full"] = field(default="none", metadata=OPERATIONAL)
+    compile: bool = field(default=False, metadata=OPERATIONAL)
     workers: int = field(default=1, metadata=OPERATIONAL)
     rank_timeout_s: float = field(default=300.0, metadata=OPERATIONAL)
 
@@ -164,6 +175,13 @@ class TrainConfig:
             raise ValueError(
                 f"workers={self.workers} must not be negative, rank_timeout_s={self.rank_timeout_s} be positive"
             )
+        if self.seq_len % (2 * self.parallel.context) and self.parallel.context > 1:
+            raise ValueError(
+                f"seq_len={self.seq_len} must be a multiple of 2 x parallel.context={self.parallel.context}: each rank "
+                "takes a piece from the front of a sequence and one from its back"
+            )
+        if self.bias_rate <= 0:
+            raise ValueError(f"bias_rate={self.bias_rate} must be positive")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**31 - 1")
         if self.threads is not None and self.threads < 1:

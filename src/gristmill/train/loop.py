@@ -15,23 +15,23 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from gristmill.artifact import Artifact, load
 from gristmill.errors import Failure, InputError
-from gristmill.hub.tensors import open_weights
-from gristmill.kernels.loss import cross_entropy
 from gristmill.kernels.memory import keep_freed_memory
-from gristmill.model import ModelConfig, Transformer, packed
+from gristmill.model import ModelConfig, Transformer
+from gristmill.parallel.apply import parallel_model
+from gristmill.parallel.config import Layout, lay_out
+from gristmill.parallel.mesh import Mesh, local, make_mesh
 from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.streaming.batches import Batch, Batches
 from gristmill.streaming.config import Remote
 from gristmill.streaming.order import Stage
+from gristmill.train.balance import Balance
 from gristmill.train.checkpoint import (
     Checkpoints,
     Identity,
@@ -45,7 +45,8 @@ from gristmill.train.checkpoint import (
     read_state,
 )
 from gristmill.train.config import CheckpointConfig, TrainConfig
-from gristmill.train.figures import Figures, Step, Sums
+from gristmill.train.figures import Figures, Step
+from gristmill.train.gradients import Gradients
 from gristmill.train.guard import Guard
 from gristmill.train.machine import apply_compute, choose_compute, gemm_flops
 from gristmill.train.optimizer import Optimizer
@@ -110,31 +111,30 @@ def train(
     Raises Failure when training diverges, a checkpoint cannot be saved, or a rank has gone.
     """
     keep_freed_memory()
-    if cfg.sequences_per_batch % ranks.world_size:
-        raise InputError(
-            f"train.batch_tokens={cfg.batch_tokens} is {cfg.sequences_per_batch} sequences of {cfg.seq_len}, which "
-            f"{ranks.world_size} processes cannot share evenly; start a number that divides it, or change batch_tokens"
-        )
+    layout = layout_of(cfg, ranks)
     batches = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed, remote)
     resumed, damage = newest(folder, identity.key, cfg.checkpoint, ranks)
-    compute = choose_compute(cfg, ranks, read_state(resumed.path).compute if resumed else None)
+    compute = choose_compute(cfg, layout, read_state(resumed.path).compute if resumed else None)
     compute = apply_compute(ranks.scatter([compute] * ranks.world_size if ranks.rank == 0 else None))
-    model = begin(cfg, model_cfg, compute, None if resumed else start)
-    optimizer, guard = Optimizer(cfg.optimizer, model), Guard(cfg.guard)
-    done = saved = go_on(resumed, model, optimizer, guard) if resumed else 0
+    mesh = make_mesh(layout, compute["device"]) if layout.split > 1 else None
+    model = begin(cfg, model_cfg, compute, mesh, None if resumed else start)
+    optimizer = Optimizer(cfg.optimizer, model, ranks, layout.replicate)
+    guard, balance = Guard(cfg.guard), Balance(cfg, model)
+    gradients = Gradients(model, cfg, balance, len(batches.source_names), folder, ranks, mesh)
+    done = saved = go_on(resumed, model, optimizer, guard, balance) if resumed else 0
     with closing(Checkpoints(folder, cfg.checkpoint, identity, model_cfg, tokenizer, start, ranks)) as checkpoints:
         figures = Figures(cfg, model_cfg, batches, gemm_flops(model.compute_dtype) * ranks.world_size)
         yield Started(done, model, compute, figures.gemm_flops, damage)
 
         def save() -> None:
-            if not all(param.isfinite().all() for param in model.parameters()):
+            if not all_finite(model, ranks):
                 raise Failure(f"weights are not finite at step {done}: training diverged; lower train.optimizer.lr")
-            state = State(done, compute, guard.state())
+            state = State(done, compute, guard.state(), balance.state())
             checkpoints.save(state, model.state_dict(), optimizer.state(), figures.summary(done, guard.skipped))
 
         def upcoming() -> Generator[Batch]:
             steps = (step for step in range(done, cfg.steps) if step not in guard.skipped)
-            return batches.ahead(steps, cfg.workers, ranks.rank, ranks.world_size)
+            return batches.ahead(steps, cfg.workers, ranks.rank // layout.context, layout.data)
 
         waiting = upcoming()
         figures.clock = time.perf_counter()
@@ -143,7 +143,7 @@ def train(
             if done not in guard.skipped:
                 # The router's jitter: random, another on each rank, and the same after a resume.
                 torch.manual_seed(cfg.seed + done + (ranks.rank << 40))
-                sums = gradients(model, next(waiting), cfg, len(batches.source_names), stop, ranks)
+                sums = gradients.of(next(waiting), stop)
                 if sums is None:
                     break
                 norm = optimizer.clip()
@@ -159,13 +159,14 @@ def train(
                     yield Skipped(done, reason, read_state(back.path).step if back else None)
                     if back:
                         waiting.close()
-                        done = saved = go_on(back, model, optimizer, guard)
+                        done = saved = go_on(back, model, optimizer, guard, balance)
                         waiting = upcoming()
                         figures.drop()
                         continue
                 else:
                     lr, grad_norm = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, done, cfg.steps), norm
                     optimizer.step(lr)
+                    balance.learn(sums.counts_LE)
                     figures.add(done, sums)
             done += 1
             due = done % cfg.checkpoint.every == 0 or done == cfg.steps
@@ -185,46 +186,38 @@ def train(
         yield from settled(checkpoints.wait(), cfg.checkpoint, last=True)
 
 
-def begin(cfg: TrainConfig, model_cfg: ModelConfig, compute: dict[str, Any], start: Path | None) -> Transformer:
+def layout_of(cfg: TrainConfig, ranks: Ranks) -> Layout:
+    """How the training lies over its processes. Raises InputError when they cannot share the work evenly."""
+    try:
+        layout = lay_out(cfg.parallel, ranks.world_size)
+    except ValueError as problem:
+        raise InputError(f"train.parallel: {problem}") from None
+    if cfg.sequences_per_batch % layout.data:
+        raise InputError(
+            f"train.batch_tokens={cfg.batch_tokens} is {cfg.sequences_per_batch} sequences of {cfg.seq_len}, which "
+            f"{layout.data} processes cannot share evenly; start a number that divides it, or change batch_tokens"
+        )
+    return layout
+
+
+def begin(
+    cfg: TrainConfig, model_cfg: ModelConfig, compute: dict[str, Any], mesh: Mesh | None, start: Path | None
+) -> Transformer:
     """A model with the weights of `start`, or random ones."""
     torch.manual_seed(cfg.seed)
-    model = Transformer(model_cfg, getattr(torch, compute["dtype"])).to(compute["device"])
-    if cfg.recompute:
-        apply_recompute(model)
+    # Random numbers come from the CPU, the same for one GPU as for none; many ranks make theirs where they are needed.
+    device = compute["device"] if mesh else "cpu"
+    dtype = getattr(torch, compute["dtype"])
+    model = parallel_model(model_cfg, dtype, device, mesh, cfg.recompute, compute["compile"]).to(compute["device"])
     if start:
-        model.load_state_dict({name: weight.load() for name, weight in open_weights(start).items()})
+        load_tensors(start, model.state_dict(), {})
     return model
 
 
-def gradients(
-    model: Transformer, batch: Batch, cfg: TrainConfig, num_sources: int, stop: threading.Event, ranks: Ranks
-) -> Sums | None:
-    """Add the gradient of the mean loss over the global batch's tokens, a micro-batch of this rank's at a time.
-
-    None, and no gradient, when a rank was asked to stop meanwhile.
-    """
-    device = model.output_weight.device
-    sums = Sums.zero(num_sources, model.cfg, device)
-    arrays = (batch.tokens, batch.targets, batch.positions, batch.document_ids, batch.sources)
-    tensors = [torch.from_numpy(array).to(device) for array in arrays]
-    for start in range(0, len(batch.tokens), cfg.micro_batch):
-        if stop.is_set():
-            break
-        tokens, targets, positions, documents, sources = (t[start : start + cfg.micro_batch] for t in tensors)
-        hidden, routing = model(tokens, positions, packed(documents))
-        nll_sum, nll_T = cross_entropy(hidden.flatten(0, 1), model.output_weight, targets.flatten())
-        share = tokens.shape[0] / cfg.sequences_per_batch
-        (nll_sum / cfg.batch_tokens + routing.balance_loss * share).backward()
-        nll_N = torch.zeros_like(sums.nll_N).index_add_(0, sources, nll_T.detach().view_as(tokens).double().sum(1))
-        sums.add(nll_N, routing.balance_loss.detach() * share, routing.counts_LE)
-    stopping = torch.tensor(float(stop.is_set()), device=device)
-    ranks.sum(stopping, sums.nll_N, sums.balance, sums.counts_LE)
-    if stopping:
-        for param in model.parameters():
-            param.grad = None
-        return None
-    ranks.sum(*(param.grad for param in model.parameters() if param.grad is not None))
-    return sums
+def all_finite(model: Transformer, ranks: Ranks) -> bool:
+    bad = torch.tensor(float(sum(not bool(local(param).isfinite().all()) for param in model.parameters())))
+    ranks.sum(bad)
+    return not bad
 
 
 def newest(folder: Path, key: str, cfg: CheckpointConfig, ranks: Ranks) -> tuple[Artifact | None, list[str]]:
@@ -247,11 +240,12 @@ def newest(folder: Path, key: str, cfg: CheckpointConfig, ranks: Ranks) -> tuple
     return (found or load(checkpoint_path(folder, step)) if step else None), damage
 
 
-def go_on(found: Artifact, model: Transformer, optimizer: Optimizer, guard: Guard) -> int:
+def go_on(found: Artifact, model: Transformer, optimizer: Optimizer, guard: Guard, balance: Balance) -> int:
     """Everything as it was when the checkpoint was saved; returns its step."""
     state = read_state(found.path)
     load_tensors(found.path, model.state_dict(), optimizer.state())
     guard.load(state.guard)
+    balance.load(state.counts)
     return state.step
 
 
@@ -272,10 +266,3 @@ def diverged(cfg: TrainConfig, step: int, reason: str) -> str:
         f"{count}at step {step} {reason}: training diverged; lower train.optimizer.lr (now {cfg.optimizer.lr}); "
         "checkpoints before it stand"
     )
-
-
-def apply_recompute(model: Transformer) -> None:
-    """Each block keeps its input alone and is computed again in the backward pass (Chen et al., 2016,
-    arXiv:1604.06174); the router's jitter is drawn again from the same state."""
-    for block in model.blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

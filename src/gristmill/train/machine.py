@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from gristmill.errors import InputError
 from gristmill.kernels import native
-from gristmill.parallel.ranks import Ranks
+from gristmill.parallel.config import Layout
 from gristmill.train.config import TrainConfig
 
 
@@ -35,12 +36,13 @@ def gemm_flops(dtype: torch.dtype) -> float:
     return 2.0 * size**3 / min(times)
 
 
-def choose_compute(cfg: TrainConfig, ranks: Ranks, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
+def choose_compute(cfg: TrainConfig, layout: Layout, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
     """The settings that decide rounding: as recorded, or else from the configuration and the machine.
 
-    On another number of ranks sums are rounded anew anyway, so there the threads are chosen again.
+    On ranks that are laid out in another way sums are rounded anew anyway, so there the threads are chosen again.
     """
-    if recorded and recorded["ranks"] == ranks.world_size:
+    lies = asdict(layout)
+    if recorded and recorded["layout"] == lies:
         return recorded
     on_gpu = torch.cuda.is_available()
     chosen = {
@@ -48,9 +50,10 @@ def choose_compute(cfg: TrainConfig, ranks: Ranks, recorded: dict[str, Any] | No
         "dtype": cfg.dtype or str(best_dtype()).removeprefix("torch."),
         "threads": cfg.threads or torch.get_num_threads(),
         "kernels": "gpu" if on_gpu else native.in_use(),
-        "ranks": ranks.world_size,
+        "compile": cfg.compile,
+        "layout": lies,
     }
-    return chosen if recorded is None else recorded | {name: chosen[name] for name in ("threads", "ranks")}
+    return chosen if recorded is None else recorded | {name: chosen[name] for name in ("threads", "layout")}
 
 
 def apply_compute(compute: dict[str, Any]) -> dict[str, Any]:

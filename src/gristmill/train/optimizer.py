@@ -2,15 +2,20 @@
 
 Muon orthogonalises the momentum of one matrix, and our parameters hold several: the experts are stacked and q, k and v
 are fused. Each is handed on as a view of its own, sharing memory with the parameter and its momentum; the checkpoint
-sees whole tensors only.
+sees whole tensors only. Of a sharded model each rank updates its part; Muon's matrices are made whole for that, each on
+one rank.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gristmill.model import Transformer
+from gristmill.parallel.mesh import local
+from gristmill.parallel.ranks import ALONE, Ranks
+from gristmill.parallel.wholes import Wholes
 from gristmill.train.config import OptimizerConfig
 from gristmill.train.muon import muon_update
 
@@ -19,13 +24,17 @@ class Optimizer:
     """Updates all parameters: `clip` the gradients, then `step` or `drop` them. `state()` and `load()` speak in names:
     "momentum/blocks.0.attn.Wqkv.weight"."""
 
-    def __init__(self, cfg: OptimizerConfig, model: Transformer) -> None:
-        self.cfg = cfg
+    def __init__(self, cfg: OptimizerConfig, model: Transformer, ranks: Ranks = ALONE, replicas: int = 1) -> None:
+        """ranks, replicas: of a sharded model, all its ranks, and how many of them have the same part."""
+        self.cfg, self.ranks, self.replicas = cfg, ranks, replicas
         self.params = dict(model.named_parameters())
         self.matrices = muon_matrices(model) if cfg.name == "muon" else {}
+        # What this rank has of each: of a whole parameter it is the parameter itself.
+        self.parts = {name: _part(param) for name, param in self.params.items()}
+        self.sharded = any(part is not self.params[name] for name, part in self.parts.items())
         others = {name: param for name, param in self.params.items() if name not in self.matrices}
         self.adamw = torch.optim.AdamW(
-            others.values(),
+            [self.parts[name] for name in others],
             lr=cfg.lr,
             betas=(cfg.beta1, cfg.beta2),
             eps=1e-10,
@@ -34,8 +43,10 @@ class Optimizer:
         )
         self._state: dict[str, Tensor] = {}
         for name, param in others.items():
-            first, second, count = torch.zeros_like(param), torch.zeros_like(param), param.new_zeros(())
-            self.adamw.state[param] = {"exp_avg": first, "exp_avg_sq": second, "step": count}
+            first, second = torch.zeros_like(param), torch.zeros_like(param)
+            count = torch.zeros((), device=param.device)
+            its = {"exp_avg": local(first), "exp_avg_sq": local(second), "step": count}
+            self.adamw.state[self.parts[name]] = its
             self._state |= {f"exp_avg/{name}": first, f"exp_avg_sq/{name}": second, f"count/{name}": count}
         self.momentum = {name: torch.zeros_like(self.params[name]) for name in self.matrices}
         self._state |= {f"momentum/{name}": momentum for name, momentum in self.momentum.items()}
@@ -43,10 +54,19 @@ class Optimizer:
 
     def clip(self) -> float:
         """Bring the norm of all gradients down to `clip_norm`; returns what it was."""
-        return float(nn.utils.clip_grad_norm_(self.params.values(), self.cfg.clip_norm))
+        if not self.sharded:
+            return float(nn.utils.clip_grad_norm_(self.params.values(), self.cfg.clip_norm))
+        for name, param in self.params.items():
+            self.parts[name].grad = None if param.grad is None else local(param.grad)
+        grads = [part.grad for part in self.parts.values() if part.grad is not None]
+        squares = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+        self.ranks.sum(squares)
+        norm = (squares / self.replicas).sqrt()
+        torch._foreach_mul_(grads, (self.cfg.clip_norm / (norm + 1e-6)).clamp(max=1.0).float())
+        return float(norm)
 
     def step(self, lr: float) -> None:
-        """Update every parameter at rate `lr` and drop the gradients."""
+        """Update every parameter at rate `lr` and drop the gradients, which `clip` has seen."""
         for group in self.adamw.param_groups:
             group["lr"] = lr * (self.cfg.embedding_lr_ratio if self.matrices else 1.0)
         self.adamw.step()
@@ -55,23 +75,41 @@ class Optimizer:
         self.drop()
 
     def drop(self) -> None:
-        for param in self.params.values():
+        for param in (*self.params.values(), *self.parts.values()):
             param.grad = None
 
     @torch.no_grad()
     def _muon_step(self, lr: float) -> None:
-        params = [self.params[name].detach() for name in self.matrices]
-        grads = [grad for name in self.matrices if (grad := self.params[name].grad) is not None]
-        momenta = list(self.momentum.values())
+        params = [self.parts[name].detach() for name in self.matrices]
+        grads = [grad for name in self.matrices if (grad := self.parts[name].grad) is not None]
+        momenta = [local(momentum) for momentum in self.momentum.values()]
         torch._foreach_lerp_(momenta, grads, 1 - self.cfg.momentum)
         torch._foreach_lerp_(grads, momenta, self.cfg.momentum)  # Nesterov's, in the gradients: they are dropped anyway
         if self.cfg.weight_decay:
             torch._foreach_mul_(params, 1 - lr * self.cfg.weight_decay)
-        muon_update(self._views(params), self._views(grads), lr, self.dtype)
+        if self.sharded:
+            self._update_by_wholes(dict(zip(self.matrices, grads, strict=True)), lr)
+        else:
+            rows = list(self.matrices.values())
+            muon_update(_views(params, rows), _views(grads, rows), lr, self.dtype)
 
-    def _views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        pairs = zip(tensors, self.matrices.values(), strict=True)
-        return [matrix for tensor, rows in pairs for matrix in matrices_of(tensor, rows)]
+    def _update_by_wholes(self, grads: dict[str, Tensor], lr: float) -> None:
+        alike: dict[object, list[str]] = {}
+        for name in grads:
+            param = self.params[name]
+            assert isinstance(param, DTensor)
+            alike.setdefault((param.shape, param.placements, self.matrices[name]), []).append(name)
+        for names in alike.values():
+            first, rows = self.params[names[0]], self.matrices[names[0]]
+            assert isinstance(first, DTensor)
+            exchange = Wholes(first)
+            wholes = exchange.gathered([grads[name] for name in names])
+            moves = torch.zeros_like(wholes)
+            if len(wholes):  # there may be more ranks than matrices
+                each = [rows] * len(wholes)
+                muon_update(_views(moves.unbind(), each), _views(wholes.unbind(), each), lr, self.dtype)
+            parts = exchange.returned(moves, len(names))
+            torch._foreach_add_([self.parts[name].detach() for name in names], parts)
 
     def state(self) -> dict[str, Tensor]:
         return self._state
@@ -101,3 +139,11 @@ def muon_matrices(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 def matrices_of(tensor: Tensor, rows: tuple[int, ...]) -> list[Tensor]:
     return list(tensor.split(rows) if rows else tensor.unbind())
+
+
+def _views(tensors: Sequence[Tensor], rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    return [matrix for tensor, its in zip(tensors, rows, strict=True) for matrix in matrices_of(tensor, its)]
+
+
+def _part(param: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(local(param.detach())) if isinstance(param, DTensor) else param

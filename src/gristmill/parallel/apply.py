@@ -1,0 +1,106 @@
+"""What is done to the model so that it trains on many ranks, in less memory, or compiled: steps, from outside.
+
+A block is treated when it has just got its weights and the next has none, so that no rank ever holds the whole model.
+"""
+
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
+
+from gristmill.errors import InputError
+from gristmill.model import ModelConfig, Transformer
+from gristmill.model.transformer import Block, MoE
+from gristmill.parallel.dispatch import split_experts
+from gristmill.parallel.mesh import EXPERT, Mesh
+
+Recompute = Literal["none", "selective", "full"]
+
+
+def parallel_model(
+    cfg: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    mesh: Mesh | None,
+    recompute: Recompute,
+    compile: bool,
+) -> Transformer:
+    """A model with random weights, the same ones on any number of ranks; each keeps its part.
+
+    mesh: None leaves every weight whole. On the meta device it has shapes and no memory.
+    """
+    if mesh:
+        check_shapes(cfg, mesh)
+
+    def made(block: Block) -> None:
+        if mesh and mesh.layout.expert > 1 and isinstance(block.ffn, MoE):
+            split_experts(block.ffn.experts, mesh.experts[EXPERT])  # before FSDP, which splits what is left
+        apply_recompute(block, recompute)
+        if compile:
+            block.compile()  # what it computes, and not FSDP's gathering around it
+        if mesh:
+            shard_block(block, mesh, dtype)
+
+    with torch.device(device):
+        model = Transformer(cfg, dtype, made)
+    if mesh:
+        _fully_shard(model, mesh, dtype)  # embedding, last norm and output: gathered from a step's start to its end
+    return model
+
+
+def apply_recompute(block: Block, what: Recompute) -> None:
+    """Compute again in the backward pass what the forward pass then need not keep (Chen et al., 2016,
+    arXiv:1604.06174). The router's jitter is drawn again from the same state.
+
+    full: a block keeps what enters it. selective: it keeps its attention, whose cost grows with the sequence, and
+    computes its experts again, whose activations are the most.
+    """
+    match what:
+        case "none":
+            return
+        case "selective":
+            module: nn.Module = block.ffn
+        case "full":
+            module = block
+    module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def shard_block(block: Block, mesh: Mesh, dtype: torch.dtype) -> None:
+    """FSDP: a block's weights are gathered when it computes. Stacked experts are split inside each expert, so that
+    there may be more ranks than experts, and each expert lies on as many ranks as the others."""
+    if isinstance(block.ffn, MoE):
+        # Whole experts would leave ranks without any; rows F are many and divide well.
+        _fully_shard(block.ffn.experts, mesh, dtype, dim=1, experts=True)
+        if dtype != torch.float32:  # the router's product is in fp32, and its weights stay so on the way
+            _fully_shard(block.ffn.router, mesh, torch.float32)
+    _fully_shard(block, mesh, dtype)
+
+
+def _fully_shard(module: nn.Module, mesh: Mesh, dtype: torch.dtype, dim: int = 0, experts: bool = False) -> None:
+    """Weights travel in `dtype`, gradients in fp32. These are added up: the loss is divided by the whole batch."""
+    grid = mesh.experts if experts else mesh.dense
+    if EXPERT in (grid.mesh_dim_names or ()):
+        grid = grid[tuple(name for name in grid.mesh_dim_names or () if name != EXPERT)]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(module, mesh=grid, mp_policy=policy, shard_placement_fn=lambda param: Shard(dim))
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+
+
+def check_shapes(cfg: ModelConfig, mesh: Mesh) -> None:
+    """Raises InputError where the experts cannot be split as asked."""
+    layout = mesh.layout
+    if cfg.ffn == "dense" and layout.expert > 1:
+        raise InputError(f"train.parallel.expert={layout.expert}: model.ffn=dense has no experts; set it to 1")
+    if cfg.moe_num_experts % layout.expert:
+        raise InputError(f"train.parallel.expert={layout.expert} must divide moe_num_experts={cfg.moe_num_experts}")
+    if cfg.ffn == "moe" and cfg.ffn_hidden_size % layout.expert_split:
+        raise InputError(
+            f"ffn_hidden_size={cfg.ffn_hidden_size} must be a multiple of the {layout.expert_split} ranks that an "
+            "expert is split over (shard x context / expert); change train.parallel.shard or expert"
+        )

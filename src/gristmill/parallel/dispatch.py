@@ -1,0 +1,52 @@
+"""Expert parallelism: each rank has some of the experts, and tokens travel to those that they were routed to.
+
+Shapes: T tokens of this rank, D model, E experts, K experts a token, R rows that arrive here, W ranks.
+
+It takes the place of the experts' forward. Each (token, k) pair is a row; rows are sorted by expert, which is by rank,
+sent with their weights, go through the local experts, and come back to be added up (GShard, Lepikhin et al., 2020,
+arXiv:2006.16668, without its capacity: a rank takes as many rows as are sent to it).
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from gristmill.kernels.experts import experts
+from gristmill.model.transformer import Experts
+from gristmill.parallel.mesh import local
+
+
+def split_experts(module: Experts, mesh: DeviceMesh) -> None:
+    """Leave this rank its share of the experts, and have tokens sent to where theirs are."""
+    for name in ("w1", "v1", "w2"):
+        whole = getattr(module, name).detach()
+        part = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)  # all have the whole: nothing is sent
+        setattr(module, name, torch.nn.Parameter(part))
+    module.forward = partial(dispatched, module, mesh.get_group())  # type: ignore[method-assign]
+
+
+def dispatched(module: Experts, group: Any, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    """`kernels.experts.experts`, with rows exchanged among the ranks of `group`; the gradient goes the same ways."""
+    w1, v1, w2 = (local(weight) for weight in (module.w1, module.v1, module.w2))
+    (T, K), W, here = ids_TK.shape, dist.get_world_size(group), len(w1)
+    order = ids_TK.flatten().argsort(stable=True)
+    counts_E = torch.bincount(ids_TK.flatten(), minlength=W * here)
+    arriving_E = torch.empty_like(counts_E)  # W ranks x our experts
+    dist.all_to_all_single(arriving_E, counts_E, group=group)
+    rows_2W = torch.stack([counts_E, arriving_E]).view(2, W, here).sum(2)
+    sent, received = rows_2W.tolist()  # waits for the device
+    exchange = partial(all_to_all_single_autograd, group=group)
+    x_RD = exchange(x_TD[order // K], received, sent)
+    weights_R = exchange(weights_TK.flatten()[order], received, sent)
+    ids_R = torch.arange(here, device=x_TD.device).repeat(W).repeat_interleave(arriving_E)
+    y_RD = experts(x_RD, weights_R[:, None], ids_R[:, None], w1, v1, w2)
+    rows_AD = exchange(y_RD, sent, received)
+    slot_A = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=order.device))
+    return F.embedding_bag(slot_A.view(T, K), rows_AD, mode="sum")

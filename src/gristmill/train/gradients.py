@@ -1,0 +1,133 @@
+"""The gradient of one global batch: this rank's sequences, a micro-batch at a time, added up over all ranks."""
+
+import json
+import threading
+from pathlib import Path
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from gristmill.artifact import write_atomically
+from gristmill.errors import Failure
+from gristmill.kernels.loss import cross_entropy
+from gristmill.model import Transformer, packed
+from gristmill.parallel.context import share_sequences
+from gristmill.parallel.mesh import Mesh
+from gristmill.parallel.ranks import ALONE, Ranks
+from gristmill.progress import console
+from gristmill.streaming.batches import Batch
+from gristmill.train.balance import Balance
+from gristmill.train.config import TrainConfig
+from gristmill.train.figures import Sums
+
+MICRO_BATCH = "micro_batch.json"  # in the training's folder: what memory had room for, when that was less than asked
+
+
+class Gradients:
+    """Leaves in each parameter the gradient of the mean loss over all tokens of the global batch.
+
+    mesh: of a sharded model, or None, where every rank has all weights. folder: where a smaller micro-batch is noted.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        cfg: TrainConfig,
+        balance: Balance,
+        num_sources: int,
+        folder: Path,
+        ranks: Ranks = ALONE,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self.model, self.cfg, self.balance, self.num_sources = model, cfg, balance, num_sources
+        self.ranks, self.mesh = ranks, mesh
+        self.note = folder / MICRO_BATCH
+        self.micro_batch = min(cfg.micro_batch, ranks.from_first(self._noted()))
+
+    def of(self, batch: Batch | None, stop: threading.Event) -> Sums | None:
+        """batch: this rank's part. None, and no gradient, when a rank was asked to stop meanwhile, or has no batch
+        because of that. Raises Failure when memory has no room for it."""
+        if self.mesh and self._any(stop.is_set() or batch is None):
+            return None  # before the first exchange: from there on all ranks go the same way
+        sums = None
+        while sums is None and batch is not None:
+            try:
+                sums = self._own(batch, stop)
+            except RuntimeError as problem:
+                if not out_of_memory(problem):
+                    raise
+                self._halve()
+        if not self.mesh and self._any(stop.is_set() or batch is None):
+            self.drop()
+            return None
+        assert sums is not None
+        self.ranks.sum(sums.nll_N, sums.balance, sums.counts_LE)
+        if not self.mesh:
+            self.ranks.sum(*(param.grad for param in self.model.parameters() if param.grad is not None))
+        return sums
+
+    def _own(self, batch: Batch, stop: threading.Event) -> Sums:
+        """This rank's part of the sums; its gradients, or with a mesh those of all."""
+        model, cfg = self.model, self.cfg
+        device = model.output_weight.device
+        sums = Sums.zero(self.num_sources, model.cfg, device)
+        arrays = (batch.tokens, batch.targets, batch.positions, batch.document_ids, batch.sources)
+        tensors = [torch.from_numpy(array).to(device) for array in arrays]
+        for start in range(0, len(batch.tokens), self.micro_batch):
+            if stop.is_set() and not self.mesh:
+                break
+            end = start + self.micro_batch
+            if isinstance(model, FSDPModule):
+                model.set_requires_all_reduce(end >= len(batch.tokens))  # repeats of the shards meet once a batch
+            tokens, targets, positions, documents, sources = (t[start:end] for t in tensors)
+            if self.mesh and self.mesh.context:
+                columns, attend = share_sequences(documents, self.mesh.context)
+                tokens, targets, positions = (t[:, columns] for t in (tokens, targets, positions))
+            else:
+                attend = packed(documents)
+            hidden, routing = model(tokens, positions, attend)
+            nll_sum, nll_T = cross_entropy(hidden.flatten(0, 1), model.output_weight, targets.flatten())
+            share = tokens.numel() / cfg.batch_tokens
+            balance = self.balance.loss(routing, sums.counts_LE + routing.counts_LE) * share
+            (nll_sum / cfg.batch_tokens + balance).backward()
+            nll_N = torch.zeros_like(sums.nll_N).index_add_(0, sources, nll_T.detach().view_as(tokens).double().sum(1))
+            sums.add(nll_N, balance.detach(), routing.counts_LE)
+        return sums
+
+    def drop(self) -> None:
+        for param in self.model.parameters():
+            param.grad = None
+
+    def _any(self, here: bool) -> bool:
+        told = torch.tensor(float(here))
+        self.ranks.sum(told)
+        return bool(told)
+
+    def _noted(self) -> int:
+        try:
+            note = json.loads(self.note.read_text())
+        except (OSError, ValueError):
+            return self.cfg.micro_batch
+        return int(note["fits"]) if note["asked"] == self.cfg.micro_batch else self.cfg.micro_batch
+
+    def _halve(self) -> None:
+        """Go on with half the micro-batch; a rank of a sharded model cannot, since the others wait inside a layer."""
+        cfg, tried = self.cfg, self.micro_batch
+        if tried == 1:
+            raise Failure(
+                f"rank {self.ranks.rank} has no memory for one sequence of train.seq_len={cfg.seq_len}: set "
+                "train.recompute=full, raise train.parallel.shard or context, or lower seq_len"
+            )
+        self.micro_batch = tried // 2
+        write_atomically(self.note, json.dumps({"asked": cfg.micro_batch, "fits": self.micro_batch}).encode())
+        said = f"rank {self.ranks.rank} has no memory for train.micro_batch={tried}: {self.micro_batch} from here on"
+        if self.mesh:
+            raise Failure(f"{said}; run the same command, or torchrun with --max-restarts, which does it by itself")
+        console.print(f"  {said}, in the same batches", style="yellow", markup=False)
+        self.drop()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def out_of_memory(problem: RuntimeError) -> bool:
+    return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)

@@ -1,0 +1,134 @@
+"""Three steps on 2 and 4 ranks, however the model is split over them, are three steps of one process: each loss, each
+gradient, each weight; with experts that are unequally busy, and one that gets nothing."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import Processes
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from gristmill.model import ModelConfig, Transformer
+from gristmill.parallel.apply import parallel_model
+from gristmill.parallel.config import ParallelConfig, lay_out
+from gristmill.parallel.mesh import Mesh, make_mesh
+from gristmill.parallel.ranks import ALONE, Ranks
+from gristmill.streaming import Batch
+from gristmill.streaming.order import boundaries
+from gristmill.train.balance import Balance
+from gristmill.train.config import OptimizerConfig, TrainConfig
+from gristmill.train.gradients import Gradients
+from gristmill.train.optimizer import Optimizer
+
+SEQUENCES, LENGTH, VOCABULARY = 4, 32, 101  # a prime: no split is even
+MODEL = ModelConfig(
+    d_model=32, n_layers=2, n_heads=4, kv_n_heads=2, ffn_hidden_size=24, moe_num_experts=8, moe_top_k=2,
+    vocab_size=VOCABULARY, max_seq_len=LENGTH, moe_loss_weight=0.1, moe_router_bias=True,
+    moe_normalize_expert_weights=None,  # else an idle expert's gradient is rounding errors, which AdamW inflates
+)  # fmt: skip
+CFG = TrainConfig(steps=3, batch_tokens=SEQUENCES * LENGTH, seq_len=LENGTH, micro_batch=1, balance="bias")
+WAYS = {
+    "fsdp": ParallelConfig(shard=None),
+    "hsdp": ParallelConfig(shard=2),
+    "ep": ParallelConfig(shard=None, expert=4),
+    "ep x fsdp": ParallelConfig(shard=None, expert=2),
+    "ep x hsdp": ParallelConfig(shard=2, expert=2),
+    "cp": ParallelConfig(shard=1, context=4),
+    "cp x fsdp": ParallelConfig(shard=2, context=2),
+    "cp x ep x fsdp": ParallelConfig(shard=2, context=2, expert=2),
+    "cp x replicas": ParallelConfig(shard=1, context=2),
+}
+Found = tuple[list[float], list[list[list[int]]], dict[str, Tensor], dict[str, Tensor]]
+
+
+def batch_of(step: int) -> Batch:
+    """Documents that end anywhere."""
+    chance = np.random.default_rng(step)
+    ids = chance.integers(0, VOCABULARY, (SEQUENCES, LENGTH + 1))
+    starts = [np.sort(chance.choice(LENGTH, int(chance.integers(0, 5)), replace=False)) for _ in range(SEQUENCES)]
+    positions, documents = boundaries(starts, LENGTH)
+    return Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), positions, documents, np.arange(SEQUENCES) % 2)
+
+
+def part_of(batch: Batch, number: int, count: int) -> Batch:
+    rows = slice(number * SEQUENCES // count, (number + 1) * SEQUENCES // count)
+    return Batch(*(array[rows] for array in vars(batch).values()))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def unequal(model: Transformer) -> None:
+    """Expert 0 is never chosen, 1 and 2 more often than the others."""
+    for block in model.blocks:
+        block.ffn.router_bias[:3] += torch.tensor([-10.0, 0.05, 0.02])
+
+
+def three_steps(ranks: Ranks, cfg: TrainConfig, model_cfg: ModelConfig) -> Found:
+    """Losses, assignments, the gradients of the last step and the weights after it."""
+    layout = lay_out(cfg.parallel, ranks.world_size)
+    mesh: Mesh | None = make_mesh(layout, "cpu") if layout.split > 1 else None
+    torch.manual_seed(0)
+    model = parallel_model(model_cfg, torch.float32, "cpu", mesh, cfg.recompute, compile=False)
+    if model_cfg.moe_router_bias:
+        unequal(model)
+    optimizer = Optimizer(cfg.optimizer, model, ranks, layout.replicate)
+    balance = Balance(cfg, model)
+    gradients = Gradients(model, cfg, balance, 2, Path("nowhere"), ranks, mesh)
+    losses, counts, grads = [], [], {}
+    for step in range(cfg.steps):
+        mine = part_of(batch_of(step), ranks.rank // layout.context, layout.data)
+        sums = gradients.of(mine, threading.Event())
+        assert sums is not None
+        losses.append(sums.loss(cfg.batch_tokens) + float(sums.balance))
+        counts.append(sums.counts_LE.long().tolist())
+        norm = optimizer.clip()
+        grads = {name: whole(param.grad) for name, param in model.named_parameters()}
+        grads["norm"] = torch.tensor(norm)
+        optimizer.step(0.01)
+        balance.learn(sums.counts_LE)
+    return losses, counts, grads, {name: whole(tensor) for name, tensor in model.state_dict().items()}
+
+
+def assert_same(found: Found, expected: Found) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1] == expected[1]
+    for ours, theirs in zip(found[2:], expected[2:], strict=True):
+        assert ours.keys() == theirs.keys()
+        apart = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}
+        assert max(apart.values()) < 1e-4, {name: value for name, value in apart.items() if value >= 1e-4}
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("way", WAYS)
+def test_four_ranks_train_as_one(way: str, optimizer: Any, four: Processes) -> None:
+    cfg = replace(CFG, optimizer=OptimizerConfig(name=optimizer, lr=0.01))
+    expected = three_steps(ALONE, cfg, MODEL)
+    idle_and_busy = np.array(expected[1])[:, :, :2].sum((0, 1))
+    assert idle_and_busy[0] == 0
+    assert idle_and_busy[1] > 1.5 * np.array(expected[1]).sum() / MODEL.moe_num_experts
+    for found in four.run(three_steps, replace(cfg, parallel=WAYS[way]), MODEL):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("balance", ["global", "rank", "micro_batch"])
+@pytest.mark.parametrize("way", ["fsdp", "ep", "cp"])
+def test_two_ranks_train_as_one_with_each_balancing_loss(way: str, balance: Any, two: Processes) -> None:
+    """`rank` and `micro_batch` are other losses on other ranks, unless each rank's tokens are all that a loss sees."""
+    ways = {"fsdp": ParallelConfig(shard=2), "ep": ParallelConfig(shard=2, expert=2), "cp": ParallelConfig(context=2)}
+    cfg = replace(CFG, balance=balance, parallel=ways[way])
+    shape = replace(MODEL, moe_router_bias=False)
+    found = two.run(three_steps, cfg, shape)
+    alone = three_steps(ALONE, replace(cfg, parallel=ParallelConfig()), shape)
+    if balance == "global" or (balance == "micro_batch" and way != "cp"):
+        for each in found:
+            assert_same(each, alone)
+    else:
+        assert found[0][0] != pytest.approx(alone[0], rel=1e-7)
+    assert found[0][0] == found[1][0]
