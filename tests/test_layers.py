@@ -8,7 +8,7 @@ from pathlib import Path
 import gristmill
 
 LAYERS = [
-    ["errors", "artifact", "progress", "session"],
+    ["errors", "background", "artifact", "progress", "session"],
     ["kernels", "tokenizer", "streaming"],
     ["model", "corpus", "evaluate"],
     ["parallel", "hub"],

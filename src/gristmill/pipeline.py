@@ -214,7 +214,6 @@ class _Run:
             if problems := verify(start.path).problems:
                 raise Failure(f"{problems[0]}; import it again before training goes on from it")
         folder.mkdir(parents=True, exist_ok=True)
-        self.signals.graceful = True
         events = train(
             r.train,
             r.model,
@@ -248,7 +247,9 @@ class _Run:
     def follow(self, events: Iterator[Event]) -> None:
         """What a rank does that trains and has nothing to say."""
         for event in events:
-            if isinstance(event, Reached):
+            if isinstance(event, Started):
+                self.signals.graceful = True
+            elif isinstance(event, Reached):
                 with self.ranks.turn():
                     pass  # rank 0 measures the held-out loss
         with self.ranks.turn():
@@ -279,6 +280,7 @@ class _Run:
                 for event in events:
                     match event:
                         case Started():
+                            self.signals.graceful = True  # before, there is nothing to save
                             self.say_started(event)
                             log.resume(event.step)
                             machine = self.machine | event.compute | {"gemm_tflops": event.gemm_flops / 1e12}

@@ -1,9 +1,12 @@
 """Claims about batches: content against a naive loop over the blocks, order against world size and resume."""
 
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import SERVER
 
 from gristmill.errors import InputError
 from gristmill.streaming import Batch, Batches, MDSReader, Stage
@@ -69,6 +72,48 @@ def test_threads_that_work_ahead_change_nothing(shards: Path, workers: int) -> N
     alone = open_batches(shards)
     for step, batch in zip(steps, ahead, strict=True):
         assert equal(batch, alone.batch(step, 1, 2))
+
+
+def slow_reads(patch: pytest.MonkeyPatch, step: int) -> threading.Event:
+    """Reading that step ends when the event is set."""
+    arrived, read = threading.Event(), Batches._read
+
+    def slow(batches: Batches, its: int, *rest: int) -> Batch:
+        if its == step:
+            arrived.wait()
+        return read(batches, its, *rest)
+
+    patch.setattr(Batches, "_read", slow)
+    return arrived
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_stop_ends_the_wait_for_a_batch_and_not_the_batches_that_are_there(
+    shards: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived, stop = slow_reads(monkeypatch, 6), threading.Event()
+    ahead = open_batches(shards).ahead(range(STEPS), workers, stop=stop)
+    assert all(equal(next(ahead), open_batches(shards).batch(step)) for step in range(5))
+    threading.Timer(0.3, stop.set).start()
+    started = time.monotonic()
+    assert len(list(ahead)) == 1  # step 5
+    assert 0.2 < time.monotonic() - started < 5
+    arrived.set()
+
+
+def read_one_and_leave(shards: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        slow_reads(patch, 1)
+        next(open_batches(shards).ahead(range(STEPS), 1))
+
+
+def test_a_batch_that_never_comes_does_not_hold_the_end_of_the_process(shards: Path) -> None:
+    process = SERVER.Process(target=read_one_and_leave, args=(shards,))
+    process.start()
+    process.join(20)
+    alive = process.is_alive()
+    process.kill()
+    assert not alive
 
 
 def test_each_source_is_read_epoch_by_epoch_over_the_whole_run(shards: Path) -> None:

@@ -1,14 +1,16 @@
 """Batches of token windows from shards: `Batches.batch(step)` needs nothing but the step."""
 
 import difflib
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from gristmill.background import Answer
 from gristmill.errors import InputError
 from gristmill.streaming.ahead import Ahead
 from gristmill.streaming.cache import Cache
@@ -141,20 +143,35 @@ class Batches:
         positions, document_ids = boundaries(starts, length)
         return Batch(ids[:, :-1].copy(), ids[:, 1:].copy(), positions, document_ids, sources)
 
-    def ahead(self, steps: Iterable[int], workers: int, rank: int = 0, world_size: int = 1) -> Generator[Batch]:
-        """The batches of those steps, prepared by so many threads before they are asked for; 0 prepares none."""
+    def ahead(
+        self,
+        steps: Iterable[int],
+        workers: int,
+        rank: int = 0,
+        world_size: int = 1,
+        stop: threading.Event | None = None,
+    ) -> Generator[Batch]:
+        """The batches of those steps, prepared by so many threads before they are asked for; 0 prepares none.
+
+        Ends early when `stop` is set while the next batch must be waited for; a store on a network can take minutes.
+        Without threads the caller reads each batch itself, and nothing is heard meanwhile.
+        """
         if workers == 0:
             yield from (self.batch(step, rank, world_size) for step in steps)
             return
-        with ThreadPoolExecutor(workers, "batches") as pool:
-            waiting: deque[Future[Batch]] = deque()
-            for step in steps:
-                self._look(step, rank, world_size)  # here, in the order of the steps
-                waiting.append(pool.submit(self._read, step, rank, world_size))
-                if len(waiting) > workers:  # each thread has one to work on while the oldest is trained on
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        stop = stop or threading.Event()
+        reading: deque[Answer[Batch]] = deque()  # each thread has one to work on while the one before is trained on
+        for step in steps:
+            oldest = reading.popleft() if len(reading) == workers else None
+            batch = oldest and oldest.get(stop)
+            if oldest and batch is None:
+                return
+            self._look(step, rank, world_size)  # here, in the order of the steps
+            reading.append(Answer(partial(self._read, step, rank, world_size)))
+            if batch:
+                yield batch
+        while reading and (batch := reading.popleft().get(stop)):
+            yield batch
 
     def _shards_of(self, step: int, rank: int, world_size: int) -> list[tuple[int, int]]:
         """(source, shard) of all that a batch reads."""

@@ -10,15 +10,15 @@ import itertools
 import json
 import queue
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
 from gristmill.artifact import MANIFEST, Artifact, Built, canonical, parse_manifest
+from gristmill.background import Answer
 from gristmill.errors import Failure, InputError
 from gristmill.progress import console
 from gristmill.streaming.config import ShardsConfig
@@ -131,7 +131,7 @@ def _attempt(url: str, sink: BinaryIO, num_bytes: int | None) -> None:
                 raise Broken(f"it has more than the {num_bytes:,} bytes that it should have")
             sink.write(block)
     finally:
-        _started(file.close)  # nobody waits: after a stall another thread is still in there
+        Answer(file.close)  # nobody waits: after a stall another thread is still in there
     if num_bytes is not None and arrived < num_bytes:
         raise Broken(f"it ended after {arrived:,} of {num_bytes:,} bytes")
     sink.truncate()
@@ -154,27 +154,12 @@ def _open(url: str) -> BinaryIO:
 def _within_stall(call: Callable[[], T]) -> T:
     """What `call` returns, if that takes less than STALL_S. Raises Broken for everything that it raises."""
     try:
-        value, problem = _started(call).get(timeout=STALL_S)
+        value, problem = Answer(call).within(STALL_S)
     except queue.Empty:
         raise Broken(f"it sent nothing for {STALL_S:g} s") from None
     if problem is not None:
         raise Broken(*_explained(problem)) from problem
-    return value
-
-
-def _started(call: Callable[[], Any]) -> "queue.SimpleQueue[tuple[Any, Exception | None]]":
-    """Call in a thread of its own, which holds nothing up, not even the end of the process; gives its answer's place.
-    One that is given up answers into a place where nobody looks."""
-    answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            answers.put((call(), None))
-        except Exception as problem:
-            answers.put((None, problem))
-
-    threading.Thread(target=work, daemon=True).start()
-    return answers
+    return cast(T, value)
 
 
 def _explained(problem: Exception) -> tuple[str, bool]:

@@ -134,7 +134,7 @@ def train(
 
         def upcoming() -> Generator[Batch]:
             steps = (step for step in range(done, cfg.steps) if step not in guard.skipped)
-            return batches.ahead(steps, cfg.workers, ranks.rank // layout.context, layout.data)
+            return batches.ahead(steps, cfg.workers, ranks.rank // layout.context, layout.data, stop)
 
         waiting = upcoming()
         figures.clock = time.perf_counter()
@@ -143,7 +143,7 @@ def train(
             if done not in guard.skipped:
                 # The router's jitter: random, another on each rank, and the same after a resume.
                 torch.manual_seed(cfg.seed + done + (ranks.rank << 40))
-                sums = gradients.of(next(waiting), stop)
+                sums = gradients.of(next(waiting, None), stop)
                 if sums is None:
                     break
                 norm = optimizer.clip()

@@ -1,0 +1,88 @@
+"""SIGTERM while training waits for something: what was done is saved within the time that schedulers give."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from broken_runs import Run, copied, wait
+from campaign import write_recipe
+
+from gristmill.pipeline import run
+from gristmill.recipe import load_recipe
+
+PATIENCE_S = 30  # between SIGTERM and SIGKILL: Slurm's and Kubernetes' default, and torchrun's
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def prepared(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many small shards."""
+    small = load_recipe(str(recipe), ("shards.size_limit=2048",))
+    return run(small, tmp_path_factory.mktemp("prepared") / "run", "shards")
+
+
+@pytest.fixture
+def bucket(prepared: Path, tmp_path: Path) -> Path:
+    (shards,) = (prepared / "shards").iterdir()
+    return copied(shards, tmp_path / "bucket")
+
+
+def until(moment: Callable[[], bool], processes: list[BaseProcess]) -> None:
+    while not moment():
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.005)
+
+
+def stop(processes: list[BaseProcess]) -> float:
+    """Tell all of them; the seconds until the last has ended."""
+    started = time.monotonic()
+    for process in processes:
+        os.kill(process.pid or 0, signal.SIGTERM)
+    assert wait(processes, PATIENCE_S + 10) == [75] * len(processes)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stop_is_heard_while_a_batch_waits_for_the_network(
+    recipe: Path, prepared: Path, bucket: Path, tmp_path: Path, ranks: int
+) -> None:
+    def new(name: str) -> Run:
+        out = tmp_path / name
+        shutil.copytree(prepared / "corpus", out / "corpus")
+        shutil.copytree(prepared / "tokenizer", out / "tokenizer")
+        place = (f"shards.remote=file://{bucket}", f"shards.cache={out}-cache", "shards.cache_bytes=16384")
+        return Run(recipe, out, (*place, "train.workers=2"), ranks)
+
+    whole = new("whole")
+    assert whole.finish() == [0] * ranks, whole.said()
+
+    broken = new("broken")
+    shards = copied(bucket, tmp_path / "copy")
+    processes = broken.start()
+    until(lambda: broken.last_logged() >= 5, processes)
+    for file in bucket.glob("*/*.mds"):  # from now on the store says nothing
+        file.unlink()
+        os.mkfifo(file)
+    seen = -1
+    while broken.last_logged() > seen:  # what is in the cache is still trained on
+        seen = broken.last_logged()
+        time.sleep(2)
+    assert seen < 24
+    assert stop(processes) < PATIENCE_S
+    assert broken.committed()[-1] == broken.last_logged() == seen
+
+    shutil.rmtree(bucket)
+    shards.rename(bucket)
+    assert broken.finish() == [0] * ranks, broken.said()
+    assert broken.content() == whole.content()
+    assert broken.curve() == whole.curve()
