@@ -22,8 +22,8 @@ class Answer(Generic[T]):
         except Exception as problem:
             self._place.put((None, problem))
 
-    def within(self, timeout_s: float) -> tuple[T, None] | tuple[None, Exception]:
-        """The value, or what the call raised; to be had once. Raises queue.Empty when it takes longer."""
+    def within(self, timeout_s: float) -> tuple[T, Exception | None]:
+        """The value, and what the call raised instead; to be had once. Raises queue.Empty when it takes longer."""
         return self._place.get(timeout=timeout_s)
 
     def get(self, stop: threading.Event, poll_s: float = 0.1) -> T | None:

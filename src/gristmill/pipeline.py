@@ -84,6 +84,10 @@ def run(recipe: Recipe, out: Path | None = None, until: StageName | None = None)
             ranks.leave()
 
 
+class Abandoned(Exception):
+    """A stop came while the held-out loss was measured."""
+
+
 class _Run:
     """One call of `run`: the artifacts so far, by stage."""
 
@@ -136,7 +140,7 @@ class _Run:
     def stage(self, name: StageName) -> Artifact:
         key, path, config, inputs = self.identity(name)
         artifact = standing(checkpoint_path(path, self.recipe.train.steps) if name == "train" else path, key)
-        if artifact is not None:
+        if artifact is not None and (name != "train" or self.is_validated(path)):
             console.print(f"{name:<10}[bright_black]stands  {artifact.path.relative_to(self.folder)}[/]")
             return artifact
         if not self.estimated:
@@ -239,6 +243,11 @@ class _Run:
             events.close()  # a save under way is finished while the folder is still locked
             self.signals.graceful = False
 
+    def is_validated(self, folder: Path) -> bool:
+        """Whether the finished model's held-out loss was measured; a stop may have come before."""
+        log = MetricsLog(folder / METRICS)
+        return not log.file.exists() or log.has("validation", self.recipe.train.steps)
+
     def stopped(self, folder: Path) -> bool:
         """Whether this process, or another rank, was told to stop."""
         last = checkpoint_path(folder, self.recipe.train.steps)
@@ -268,9 +277,19 @@ class _Run:
         last: Artifact | None = None
         status = "FAILED"
 
+        def heed() -> None:
+            if self.signals.event.is_set():
+                raise Abandoned
+
         def validate(at: Reached) -> None:
+            if at.again and log.has("validation", at.step):
+                return
             assert r.evaluate.context_length is not None
-            bits = bits_per_byte(validation, ModelScorer(at.model, r.evaluate.context_length), tokenizer)
+            scorer = ModelScorer(at.model, r.evaluate.context_length, heed)
+            try:
+                bits = bits_per_byte(validation, scorer, tokenizer)
+            except Abandoned:
+                return  # whoever goes on from this step measures it first
             log.write("validation", {"step": at.step, "tokens": at.tokens, "bits_per_byte": bits})
             tracking.metrics({"held_out_bits_per_byte": bits}, at.step)
             display.held_out(bits["all"])

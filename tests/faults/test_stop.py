@@ -7,15 +7,19 @@ import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from broken_runs import Run, copied, wait
 from campaign import write_recipe
 
+from gristmill.inference.scorer import ModelScorer
 from gristmill.pipeline import run
 from gristmill.recipe import load_recipe
+from gristmill.session import Stopped
 
 PATIENCE_S = 30  # between SIGTERM and SIGKILL: Slurm's and Kubernetes' default, and torchrun's
+SCORE = ModelScorer._score
 pytestmark = pytest.mark.timeout(180)
 
 
@@ -86,3 +90,35 @@ def test_a_stop_is_heard_while_a_batch_waits_for_the_network(
     assert broken.finish() == [0] * ranks, broken.said()
     assert broken.content() == whole.content()
     assert broken.curve() == whole.curve()
+
+
+# ---- while the held-out loss is measured ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_validation_that_a_stop_ended_is_made_good_before_training_goes_on(
+    recipe: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    ours = load_recipe(str(recipe), ("train.steps=6", "train.checkpoint.every=2", "shards.size_limit=2048"))
+    whole, broken = (Run(recipe, copied(prepared, tmp_path / name)) for name in ("whole", "broken"))
+    monkeypatch.setattr("gristmill.inference.scorer.TILE_TOKENS", 128)  # a validation takes several forward passes
+    run(ours, whole.out, "train")
+
+    def score(scorer: ModelScorer, *args: Any) -> Any:
+        if broken.last_logged() == step and not told:
+            told.append(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return SCORE(scorer, *args)
+
+    told: list[int] = []
+    monkeypatch.setattr(ModelScorer, "_score", score)
+    with pytest.raises(Stopped):
+        run(ours, broken.out, "train")
+    assert broken.committed()[-1] == step
+    assert [record["step"] for record in broken.curve() if record["kind"] == "validation"] == list(range(2, step, 2))
+    run(ours, broken.out, "train")
+    assert broken.curve() == whole.curve()
+    assert broken.content() == whole.content()
+    before = broken.curve()
+    run(ours, broken.out, "train")
+    assert broken.curve() == before

@@ -1,7 +1,7 @@
 """The built-in `Scorer`: any model in this process, also one in the middle of its training."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,15 +25,19 @@ class Job(NamedTuple):
 
 
 class ModelScorer:
-    """`window`: the context in tokens, at most the model's `max_seq_len`; normally the length that it trained at."""
+    """`window`: the context in tokens, at most the model's `max_seq_len`; normally the length that it trained at.
 
-    def __init__(self, model: Transformer, window: int) -> None:
+    heed: called before each forward pass of `loglikelihood`, which ends with whatever it raises.
+    """
+
+    def __init__(self, model: Transformer, window: int, heed: Callable[[], None] = lambda: None) -> None:
         if not 2 <= window <= model.cfg.max_seq_len:
             raise InputError(
                 f"context_length={window} must be from 2 to the model's max_seq_len={model.cfg.max_seq_len}"
             )
         self.model = model
         self.window = window
+        self.heed = heed
 
     @torch.inference_mode()
     def loglikelihood(self, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -41,6 +45,7 @@ class ModelScorer:
         totals = torch.zeros(len(sequences), dtype=torch.float64)
         with evaluating(self.model):
             for length, jobs in self._tiles(sequences):
+                self.heed()
                 totals.index_add_(0, torch.tensor([job.sequence for job in jobs]), self._score(sequences, jobs, length))
         return totals.tolist()
 

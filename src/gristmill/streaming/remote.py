@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit
 
 from gristmill.artifact import MANIFEST, Artifact, Built, canonical, parse_manifest
@@ -159,7 +159,7 @@ def _within_stall(call: Callable[[], T]) -> T:
         raise Broken(f"it sent nothing for {STALL_S:g} s") from None
     if problem is not None:
         raise Broken(*_explained(problem)) from problem
-    return cast(T, value)
+    return value
 
 
 def _explained(problem: Exception) -> tuple[str, bool]:

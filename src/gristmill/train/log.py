@@ -47,6 +47,9 @@ class MetricsLog:
         kept = [record for record in read_metrics(self.file) if wanted(record)]
         write_atomically(self.file, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
+    def has(self, kind: str, step: int) -> bool:
+        return any(record["kind"] == kind and record["step"] == step for record in read_metrics(self.file))
+
     def train(self, step: "Step") -> None:
         figures = asdict(step)
         figures["seconds"] = round(figures["seconds"] + self._seconds, 3)

@@ -5,8 +5,8 @@ for event in train(cfg, model_cfg, shards, tokenizer, start, folder, curriculum,
         case Started(): ...     # once, new or resumed
         case Step(): ...        # the figures since the last one
         case Skipped(): ...     # a step that was not sane was left out
-        case Reached(): ...     # a checkpoint's step: the model may be looked at, not changed
-        case Saved(): ...       # a checkpoint is on disk, some steps later
+        case Reached(): ...     # at a checkpoint's step, also the one gone on from: look at the model, change nothing
+        case Saved(): ...       # a checkpoint is on disk, some time later
         case SaveFailed(): ...  # or it is not; the older ones stand
 """
 
@@ -78,11 +78,12 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Reached:
-    """`tokens`: trained on so far."""
+    """`tokens`: trained on so far. `again`: training goes on from here; the process before may have looked, or not."""
 
     step: int
     tokens: int
     model: Transformer
+    again: bool = False
 
 
 Event = Started | Step | Skipped | Reached | Saved | SaveFailed
@@ -125,6 +126,8 @@ def train(
     with closing(Checkpoints(folder, cfg.checkpoint, identity, model_cfg, tokenizer, start, ranks)) as checkpoints:
         figures = Figures(cfg, model_cfg, batches, gemm_flops(model.compute_dtype) * ranks.world_size)
         yield Started(done, model, compute, figures.gemm_flops, damage)
+        if done and due(cfg, done):
+            yield Reached(done, figures.trained(done, guard.skipped), model, again=True)
 
         def save() -> None:
             if not all_finite(model, ranks):
@@ -169,13 +172,12 @@ def train(
                     balance.learn(sums.counts_LE)
                     figures.add(done, sums)
             done += 1
-            due = done % cfg.checkpoint.every == 0 or done == cfg.steps
-            if (due or done % cfg.log_every == 0) and not figures.empty:
+            if (due(cfg, done) or done % cfg.log_every == 0) and not figures.empty:
                 yield figures.since_last(done, lr, grad_norm, guard.skipped)
-            if due:
-                yield Reached(done, figures.trained(done, guard.skipped), model)
-                save()
+            if due(cfg, done):
+                save()  # first: whoever looks may take long, and then a fault costs the looking alone
                 saved = done
+                yield Reached(done, figures.trained(done, guard.skipped), model)
                 figures.clock = time.perf_counter()  # saving and whatever the caller did are not training time
             yield from settled(checkpoints.finished(), cfg.checkpoint, last=done == cfg.steps)
         if not figures.empty:
@@ -184,6 +186,11 @@ def train(
         if ranks.from_first(done > saved or checkpoints.failed):  # stopped between two, or without the last one
             save()
         yield from settled(checkpoints.wait(), cfg.checkpoint, last=True)
+
+
+def due(cfg: TrainConfig, done: int) -> bool:
+    """Whether a checkpoint is saved after so many steps."""
+    return done % cfg.checkpoint.every == 0 or done == cfg.steps
 
 
 def layout_of(cfg: TrainConfig, ranks: Ranks) -> Layout:
