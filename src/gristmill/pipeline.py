@@ -34,7 +34,7 @@ from gristmill.corpus.build import build_corpus, fingerprint
 from gristmill.errors import Failure
 from gristmill.evaluate.bits_per_byte import bits_per_byte
 from gristmill.evaluate.build import build_evaluation
-from gristmill.evaluate.documents import read_documents
+from gristmill.evaluate.documents import Document, read_documents
 from gristmill.hub.checkpoint import TOKENIZER
 from gristmill.hub.export import build_export
 from gristmill.inference.load import load_model
@@ -259,10 +259,35 @@ class _Run:
             if isinstance(event, Started):
                 self.signals.graceful = True
             elif isinstance(event, Reached):
-                with self.ranks.turn():
-                    pass  # rank 0 measures the held-out loss
+                self.held_out(event, wanted=False)
         with self.ranks.turn():
             pass  # rank 0 has committed the last checkpoint
+
+    def held_out(self, at: Reached, wanted: bool) -> dict[str, float] | None:
+        """Bits per byte of the validation split, by all ranks together, if rank 0 wants them.
+
+        None when one is told to stop meanwhile: whoever goes on from this step measures it first.
+        """
+        if not self.ranks.from_first(wanted):
+            return None
+
+        def heed() -> None:
+            if self.ranks.any(self.signals.event.is_set()):
+                raise Abandoned
+
+        assert self.recipe.evaluate.context_length is not None
+        scorer = ModelScorer(at.model, self.recipe.evaluate.context_length, heed, self.ranks)
+        documents, tokenizer = self.validation
+        try:
+            return bits_per_byte(documents, scorer, tokenizer)
+        except Abandoned:
+            return None
+
+    @cached_property
+    def validation(self) -> tuple[list[Document], Tokenizer]:
+        """What is measured at each checkpoint."""
+        documents = read_documents(self.path("corpus"), "validation", self.recipe.evaluate.training_bytes)
+        return documents, Tokenizer.load(self.path("tokenizer"))
 
     def watch(self, events: Iterator[Event], folder: Path, identity: Identity) -> None:
         """Train, and keep the figures: in metrics.jsonl, in MLflow and on the screen."""
@@ -272,27 +297,8 @@ class _Run:
         tracking = Tracking(r.train.tracking, self.folder / STATE, r.name, identity.key)
         tracking.params({"model": plain(r.model), "train": keyed(r.train)})
         tracking.dataset(self.done["corpus"])
-        tokenizer = Tokenizer.load(self.path("tokenizer"))
-        validation = read_documents(self.path("corpus"), "validation", r.evaluate.training_bytes)
         last: Artifact | None = None
         status = "FAILED"
-
-        def heed() -> None:
-            if self.signals.event.is_set():
-                raise Abandoned
-
-        def validate(at: Reached) -> None:
-            if at.again and log.has("validation", at.step):
-                return
-            assert r.evaluate.context_length is not None
-            scorer = ModelScorer(at.model, r.evaluate.context_length, heed)
-            try:
-                bits = bits_per_byte(validation, scorer, tokenizer)
-            except Abandoned:
-                return  # whoever goes on from this step measures it first
-            log.write("validation", {"step": at.step, "tokens": at.tokens, "bits_per_byte": bits})
-            tracking.metrics({"held_out_bits_per_byte": bits}, at.step)
-            display.held_out(bits["all"])
 
         try:
             with Display(r.train.steps) as display:
@@ -314,8 +320,12 @@ class _Run:
                                 log.cut(event.back_to)
                             log.write("skipped", asdict(event))
                         case Reached():
-                            with self.ranks.turn():
-                                validate(event)
+                            seen = event.again and log.has("validation", event.step)
+                            if bits := self.held_out(event, wanted=not seen):
+                                figures = {"step": event.step, "tokens": event.tokens, "bits_per_byte": bits}
+                                log.write("validation", figures)
+                                tracking.metrics({"held_out_bits_per_byte": bits}, event.step)
+                                display.held_out(bits["all"])
                         case Saved():
                             last = event.artifact
                         case SaveFailed():

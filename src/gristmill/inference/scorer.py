@@ -13,6 +13,7 @@ from gristmill.evaluate import Window, windows
 from gristmill.inference.generate import decode, evaluating
 from gristmill.inference.sampler import Sampling
 from gristmill.model import Transformer
+from gristmill.parallel.ranks import ALONE, Ranks
 
 TILE_TOKENS = 8192  # positions in one forward pass
 SHORTEST = 64  # windows are padded to this times a power of two: few shapes, each of which costs a kernel to compile
@@ -27,10 +28,13 @@ class Job(NamedTuple):
 class ModelScorer:
     """`window`: the context in tokens, at most the model's `max_seq_len`; normally the length that it trained at.
 
-    heed: called before each forward pass of `loglikelihood`, which ends with whatever it raises.
+    heed: called before each forward pass of `loglikelihood`, which ends with whatever it raises. ranks: those that have
+    the model, whole or in parts; all of them call `loglikelihood` with the same sequences and share the work.
     """
 
-    def __init__(self, model: Transformer, window: int, heed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, model: Transformer, window: int, heed: Callable[[], None] = lambda: None, ranks: Ranks = ALONE
+    ) -> None:
         if not 2 <= window <= model.cfg.max_seq_len:
             raise InputError(
                 f"context_length={window} must be from 2 to the model's max_seq_len={model.cfg.max_seq_len}"
@@ -38,6 +42,7 @@ class ModelScorer:
         self.model = model
         self.window = window
         self.heed = heed
+        self.ranks = ranks
 
     @torch.inference_mode()
     def loglikelihood(self, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -46,7 +51,11 @@ class ModelScorer:
         with evaluating(self.model):
             for length, jobs in self._tiles(sequences):
                 self.heed()
-                totals.index_add_(0, torch.tensor([job.sequence for job in jobs]), self._score(sequences, jobs, length))
+                mine = jobs[self.ranks.rank :: self.ranks.world_size]
+                nats = self._score(sequences, mine or jobs[:1], length)  # all ranks go forward, or a layer would wait
+                if mine:
+                    totals.index_add_(0, torch.tensor([job.sequence for job in mine]), nats)
+        self.ranks.sum(totals)
         return totals.tolist()
 
     def generate(
@@ -87,7 +96,7 @@ class ModelScorer:
                 by_length[self._padded(window.end - window.start)].append(Job(number, window))
         for length in sorted(by_length, reverse=True):
             jobs = by_length[length]
-            rows = max(1, TILE_TOKENS // length)
+            rows = max(1, TILE_TOKENS // length) * self.ranks.world_size
             for start in range(0, len(jobs), rows):
                 yield length, jobs[start : start + rows]
 

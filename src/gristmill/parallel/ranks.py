@@ -54,6 +54,14 @@ class Ranks:
         self.sum(told)
         return int(told)
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank."""
+        if self.world_size == 1:
+            return here
+        told = torch.tensor(float(here))
+        self.sum(told)
+        return bool(told)
+
     def gather(self, value: T) -> list[T] | None:
         """Every rank's value, on rank 0. Values travel between our own processes only, and are never stored."""
         if self.world_size == 1:

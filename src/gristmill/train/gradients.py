@@ -47,7 +47,7 @@ class Gradients:
     def of(self, batch: Batch | None, stop: threading.Event) -> Sums | None:
         """batch: this rank's part. None, and no gradient, when a rank was asked to stop meanwhile, or has no batch
         because of that. Raises Failure when memory has no room for it."""
-        if self.mesh and self._any(stop.is_set() or batch is None):
+        if self.mesh and self.ranks.any(stop.is_set() or batch is None):
             return None  # before the first exchange: from there on all ranks go the same way
         sums = None
         while sums is None and batch is not None:
@@ -57,7 +57,7 @@ class Gradients:
                 if not out_of_memory(problem):
                     raise
                 self._halve()
-        if not self.mesh and self._any(stop.is_set() or batch is None):
+        if not self.mesh and self.ranks.any(stop.is_set() or batch is None):
             self.drop()
             return None
         assert sums is not None
@@ -97,11 +97,6 @@ class Gradients:
     def drop(self) -> None:
         for param in self.model.parameters():
             param.grad = None
-
-    def _any(self, here: bool) -> bool:
-        told = torch.tensor(float(here))
-        self.ranks.sum(told)
-        return bool(told)
 
     def _noted(self) -> int:
         try:

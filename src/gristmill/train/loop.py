@@ -222,9 +222,7 @@ def begin(
 
 
 def all_finite(model: Transformer, ranks: Ranks) -> bool:
-    bad = torch.tensor(float(sum(not bool(local(param).isfinite().all()) for param in model.parameters())))
-    ranks.sum(bad)
-    return not bad
+    return not ranks.any(not all(local(param).isfinite().all() for param in model.parameters()))
 
 
 def newest(folder: Path, key: str, cfg: CheckpointConfig, ranks: Ranks) -> tuple[Artifact | None, list[str]]:
