@@ -79,7 +79,7 @@ def three_steps(ranks: Ranks, cfg: TrainConfig, model_cfg: ModelConfig) -> Found
     if model_cfg.moe_router_bias:
         unequal(model)
     optimizer = Optimizer(cfg.optimizer, model, ranks, layout.replicate)
-    balance = Balance(cfg, model)
+    balance = Balance(cfg, model, ranks)
     gradients = Gradients(model, cfg, balance, 2, Path("nowhere"), ranks, mesh)
     losses, counts, grads = [], [], {}
     for step in range(cfg.steps):
@@ -92,7 +92,7 @@ def three_steps(ranks: Ranks, cfg: TrainConfig, model_cfg: ModelConfig) -> Found
         grads = {name: whole(param.grad) for name, param in model.named_parameters()}
         grads["norm"] = torch.tensor(norm)
         optimizer.step(0.01)
-        balance.learn(sums.counts_LE)
+        balance.after(sums.counts_LE)
     return losses, counts, grads, {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
@@ -120,13 +120,13 @@ def test_four_ranks_train_as_one(way: str, optimizer: Any, four: Processes) -> N
 @pytest.mark.parametrize("balance", ["global", "rank", "micro_batch"])
 @pytest.mark.parametrize("way", ["fsdp", "ep", "cp"])
 def test_two_ranks_train_as_one_with_each_balancing_loss(way: str, balance: Any, two: Processes) -> None:
-    """`rank` and `micro_batch` are other losses on other ranks, unless each rank's tokens are all that a loss sees."""
+    """`rank` and `micro_batch` are other losses on other numbers of ranks."""
     ways = {"fsdp": ParallelConfig(shard=2), "ep": ParallelConfig(shard=2, expert=2), "cp": ParallelConfig(context=2)}
-    cfg = replace(CFG, balance=balance, parallel=ways[way])
+    cfg = replace(CFG, balance=balance, parallel=ways[way], micro_batch=SEQUENCES)
     shape = replace(MODEL, moe_router_bias=False)
     found = two.run(three_steps, cfg, shape)
     alone = three_steps(ALONE, replace(cfg, parallel=ParallelConfig()), shape)
-    if balance == "global" or (balance == "micro_batch" and way != "cp"):
+    if balance == "global":
         for each in found:
             assert_same(each, alone)
     else:

@@ -44,7 +44,7 @@ class ModelScorer:
         self.heed = heed
         self.ranks = ranks
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: FSDP counts the versions of tensors
     def loglikelihood(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """Nats of each sequence's tokens after the first; see `gristmill.evaluate.Scorer`."""
         totals = torch.zeros(len(sequences), dtype=torch.float64)

@@ -256,5 +256,8 @@ _define(
     "attention_backward(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor out, Tensor lse, Tensor grad)"
     " -> (Tensor, Tensor, Tensor)",
     _attention_backward,
-    lambda q, k, v, starts, out, lse, grad: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    lambda q, k, v, starts, out, lse, grad: (
+        q.new_empty(q.shape),
+        *(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (k, v)),  # as they lie when summed over heads
+    ),
 )

@@ -68,13 +68,11 @@ class Identity:
 @dataclass(frozen=True)
 class State:
     """`compute`: device, dtype, threads, kernels. They decide how sums are rounded: enforced when training goes on.
-    `guard`: plain JSON that the loop keeps; floats come back to the last bit, NaN and infinity are refused.
-    `counts`: by layer, the assignments that each expert got in the last step."""
+    `guard`: plain JSON that the loop keeps; floats come back to the last bit, NaN and infinity are refused."""
 
     step: int
     compute: dict[str, Any]
     guard: dict[str, Any]
-    counts: list[list[int]] | None = None
 
 
 @dataclass(frozen=True)

@@ -134,10 +134,10 @@ class TrainConfig:
     and enforced when training goes on; so is `compile`, which has torch compile each block. `recompute` saves memory:
     what the backward pass needs again is not kept but computed again, of a block its experts (`selective`) or all
     (`full`, up to a third slower). A `micro_batch` that memory has no room for is halved, and the batch stays.
-    `balance` says which assignments the balancing loss counts: those of the whole batch before (`global`: the same
-    whatever the number of ranks and micro-batches), or of this rank's tokens so far in the batch (`rank`), or of the
-    micro-batch (as MegaBlocks). `bias` has no loss: after each batch, an expert that got more than the mean is
-    `bias_rate` less likely to be chosen, and the others more. `workers` threads prepare batches ahead.
+    `balance` says whose assignments the balancing loss counts: all ranks' in the batch so far (`global`), this rank's
+    in the batch so far (`rank`), or the micro-batch's (`micro_batch`, as MegaBlocks). `bias` has no loss: after each
+    batch an expert that got more than the mean is `bias_rate` less likely to be chosen, one that got less is more so.
+    `workers` threads prepare batches ahead.
     Of several processes, one that does not arrive within `rank_timeout_s` seconds ends the others.
     """
 

@@ -45,22 +45,23 @@ class Gradients:
         self.micro_batch = min(cfg.micro_batch, ranks.from_first(self._noted()))
 
     def of(self, batch: Batch | None, stop: threading.Event) -> Sums | None:
-        """batch: this rank's part. None, and no gradient, when a rank was asked to stop meanwhile, or has no batch
-        because of that. Raises Failure when memory has no room for it."""
-        if self.mesh and self.ranks.any(stop.is_set() or batch is None):
-            return None  # before the first exchange: from there on all ranks go the same way
+        """batch: this rank's part. None, and no gradient, when a rank was asked to stop, or has no batch because of
+        that. Alone a stop is heard between two micro-batches; many ranks agree on it before the first, since from there
+        on they wait for each other inside. Raises Failure when memory has no room."""
+        if self.ranks.any(stop.is_set() or batch is None):
+            return None
+        assert batch is not None
         sums = None
-        while sums is None and batch is not None:
+        while sums is None:
             try:
                 sums = self._own(batch, stop)
             except RuntimeError as problem:
                 if not out_of_memory(problem):
                     raise
                 self._halve()
-        if not self.mesh and self.ranks.any(stop.is_set() or batch is None):
+        if self.ranks.world_size == 1 and stop.is_set():
             self.drop()
             return None
-        assert sums is not None
         self.ranks.sum(sums.nll_N, sums.balance, sums.counts_LE)
         if not self.mesh:
             self.ranks.sum(*(param.grad for param in self.model.parameters() if param.grad is not None))
@@ -74,7 +75,7 @@ class Gradients:
         arrays = (batch.tokens, batch.targets, batch.positions, batch.document_ids, batch.sources)
         tensors = [torch.from_numpy(array).to(device) for array in arrays]
         for start in range(0, len(batch.tokens), self.micro_batch):
-            if stop.is_set() and not self.mesh:
+            if self.ranks.world_size == 1 and stop.is_set():
                 break
             end = start + self.micro_batch
             if isinstance(model, FSDPModule):
@@ -106,7 +107,7 @@ class Gradients:
         return int(note["fits"]) if note["asked"] == self.cfg.micro_batch else self.cfg.micro_batch
 
     def _halve(self) -> None:
-        """Go on with half the micro-batch; a rank of a sharded model cannot, since the others wait inside a layer."""
+        """Go on with half the micro-batch; one rank of many cannot, since the others wait for it somewhere inside."""
         cfg, tried = self.cfg, self.micro_batch
         if tried == 1:
             raise Failure(
@@ -116,7 +117,7 @@ class Gradients:
         self.micro_batch = tried // 2
         write_atomically(self.note, json.dumps({"asked": cfg.micro_batch, "fits": self.micro_batch}).encode())
         said = f"rank {self.ranks.rank} has no memory for train.micro_batch={tried}: {self.micro_batch} from here on"
-        if self.mesh:
+        if self.ranks.world_size > 1:
             raise Failure(f"{said}; run the same command, or torchrun with --max-restarts, which does it by itself")
         console.print(f"  {said}, in the same batches", style="yellow", markup=False)
         self.drop()

@@ -120,9 +120,9 @@ def train(
     mesh = make_mesh(layout, compute["device"]) if layout.split > 1 else None
     model = begin(cfg, model_cfg, compute, mesh, None if resumed else start)
     optimizer = Optimizer(cfg.optimizer, model, ranks, layout.replicate)
-    guard, balance = Guard(cfg.guard), Balance(cfg, model)
+    guard, balance = Guard(cfg.guard), Balance(cfg, model, ranks)
     gradients = Gradients(model, cfg, balance, len(batches.source_names), folder, ranks, mesh)
-    done = saved = go_on(resumed, model, optimizer, guard, balance) if resumed else 0
+    done = saved = go_on(resumed, model, optimizer, guard) if resumed else 0
     with closing(Checkpoints(folder, cfg.checkpoint, identity, model_cfg, tokenizer, start, ranks)) as checkpoints:
         figures = Figures(cfg, model_cfg, batches, gemm_flops(model.compute_dtype) * ranks.world_size)
         yield Started(done, model, compute, figures.gemm_flops, damage)
@@ -132,7 +132,7 @@ def train(
         def save() -> None:
             if not all_finite(model, ranks):
                 raise Failure(f"weights are not finite at step {done}: training diverged; lower train.optimizer.lr")
-            state = State(done, compute, guard.state(), balance.state())
+            state = State(done, compute, guard.state())
             checkpoints.save(state, model.state_dict(), optimizer.state(), figures.summary(done, guard.skipped))
 
         def upcoming() -> Generator[Batch]:
@@ -162,14 +162,14 @@ def train(
                     yield Skipped(done, reason, read_state(back.path).step if back else None)
                     if back:
                         waiting.close()
-                        done = saved = go_on(back, model, optimizer, guard, balance)
+                        done = saved = go_on(back, model, optimizer, guard)
                         waiting = upcoming()
                         figures.drop()
                         continue
                 else:
                     lr, grad_norm = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, done, cfg.steps), norm
                     optimizer.step(lr)
-                    balance.learn(sums.counts_LE)
+                    balance.after(sums.counts_LE)
                     figures.add(done, sums)
             done += 1
             if (due(cfg, done) or done % cfg.log_every == 0) and not figures.empty:
@@ -245,12 +245,11 @@ def newest(folder: Path, key: str, cfg: CheckpointConfig, ranks: Ranks) -> tuple
     return (found or load(checkpoint_path(folder, step)) if step else None), damage
 
 
-def go_on(found: Artifact, model: Transformer, optimizer: Optimizer, guard: Guard, balance: Balance) -> int:
+def go_on(found: Artifact, model: Transformer, optimizer: Optimizer, guard: Guard) -> int:
     """Everything as it was when the checkpoint was saved; returns its step."""
     state = read_state(found.path)
     load_tensors(found.path, model.state_dict(), optimizer.state())
     guard.load(state.guard)
-    balance.load(state.counts)
     return state.step
 
 
