@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from forked import SERVER
+from network import Network, enter
 
 from gristmill import artifact
 
 
-def child(recipe: str, overrides: Sequence[str], out: str, environment: dict[str, str], log: str) -> None:
-    """Run a recipe up to its trained model; exits as the command line does."""
+def child(recipe: str, overrides: Sequence[str], out: str, environment: dict[str, str], log: str, host: str) -> None:
+    """Run a recipe up to its trained model, on one of a network's hosts if named; exits as the command line does."""
     sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115 (the process ends with it)
+    if host:
+        enter(host)
     os.environ |= environment
     from gristmill.cli import _exit_code
     from gristmill.pipeline import run
@@ -47,6 +50,7 @@ class Run:
     out: Path
     overrides: tuple[str, ...] = ()
     ranks: int = 1
+    network: Network | None = None
 
     def start(self) -> list[BaseProcess]:
         """A process for each rank."""
@@ -58,7 +62,11 @@ class Run:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "MASTER_ADDR": "127.0.0.1"}
             environment = {name: str(value) for name, value in place.items()} | {"MASTER_PORT": port}
             log = str(self.out.with_name(f"{self.out.name}.{rank}.log"))
-            args = (str(self.recipe), self.overrides, str(self.out), environment, log)
+            host = ""
+            if self.network:
+                host = self.network.hosts[rank]
+                environment |= {"MASTER_ADDR": self.network.address, "GLOO_SOCKET_IFNAME": self.network.interface}
+            args = (str(self.recipe), self.overrides, str(self.out), environment, log, host)
             started.append(SERVER.Process(target=child, args=args, daemon=True))
         for process in started:
             process.start()

@@ -17,11 +17,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from broken_runs import Run, copied, wait
 from forked import SERVER
+from network import two_hosts
 from texts import write_texts
 
 from gristmill.pipeline import run
@@ -126,8 +127,11 @@ class Campaign:
                     victim.kill()
                     tally.hits += 1
                     tally.while_saving += saving
-                codes = wait(processes)
+                codes = wait(processes, 60)
                 assert set(codes) <= {0, 1, -signal.SIGKILL}, (codes, broken.said()[-3000:])
+                assert codes.count(-signal.SIGKILL) <= 1, (
+                    f"another rank did not end within 60 s: {broken.said()[-3000:]}"
+                )
                 if ranks > 1 and 1 in codes:
                     said = broken.said(codes.index(1))
                     assert "is gone" in said or "did not find each other" in said, said[-3000:]
@@ -250,6 +254,33 @@ class Campaign:
         self.check_end(broken, tally)
         return tally
 
+    def cut_off_rank(self) -> Tally:
+        """The network of one of two ranks is gone, without a word: both end in a bounded time, and say which it is."""
+        tally = Tally("a rank cut off (its network is gone)")
+        with two_hosts() as network:
+            broken = replace(self.new(2), network=network)
+            processes = broken.start()
+            while not broken.committed() and all(p.is_alive() for p in processes):
+                time.sleep(0.001)
+            network.cut_off(network.hosts[1])
+            asked = time.monotonic()
+            took: dict[int, float] = {}
+            while len(took) < 2 and time.monotonic() < asked + 60:
+                time.sleep(0.05)
+                ended = {rank for rank in (0, 1) if not processes[rank].is_alive()}
+                took |= {rank: time.monotonic() - asked for rank in ended - took.keys()}
+            codes = wait(processes, 0)
+        assert codes == [1, 1], (codes, broken.said(0)[-2000:], broken.said(1)[-2000:])
+        assert "rank 1 (process" in broken.said(0), broken.said(0)[-2000:]
+        assert "rank 1 is cut off" in broken.said(1), broken.said(1)[-2000:]
+        tally.hits += 1
+        tally.notes.append(
+            f"the other rank ended after {took[0]:.0f} s (timeout 20 s) and named it; it ended after {took[1]:.0f} s"
+        )
+        tally.lost.append(broken.last_logged() - max(broken.committed()))
+        self.check_end(replace(broken, network=None), tally)
+        return tally
+
     def other_world_sizes(self) -> Tally:
         """One process to two to four and back."""
         tally = Tally("1, 2, 4, 2, 1 processes in turn")
@@ -307,6 +338,7 @@ def faults(campaign: Campaign, share: float) -> dict[str, Callable[[], Tally]]:
         "delete": lambda: campaign.damage("delete", count(20)),
         "disk": campaign.full_disk,
         "stop-rank": campaign.stopped_rank,
+        "cut-off": campaign.cut_off_rank,
         "sigterm": lambda: campaign.signals(count(40)),
         "world-size": campaign.other_world_sizes,
     }

@@ -1,7 +1,9 @@
 """A short form of the campaign (`make faults`): every kind of fault, a few times."""
 
+import os
 from collections.abc import Iterator
 
+import network
 import pytest
 from campaign import Campaign, write_recipe
 
@@ -30,6 +32,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(campaign: Campa
 
 def test_signals_at_any_moment_save_and_change_nothing(campaign: Campaign) -> None:
     campaign.signals(3)
+
+
+def test_a_rank_that_is_cut_off_is_named_and_ends_itself(campaign: Campaign) -> None:
+    if problem := network.missing():
+        if "namespaces" in os.environ.get("GRISTMILL_REQUIRE", "").split(","):
+            pytest.fail(f"GRISTMILL_REQUIRE names namespaces: {problem}")
+        pytest.skip(problem)
+    campaign.cut_off_rank()
 
 
 def test_any_number_of_processes_goes_on_where_another_was(campaign: Campaign) -> None:

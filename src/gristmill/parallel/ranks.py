@@ -6,13 +6,15 @@ whose fault it is; so every rank leaves a beat in the common store each second, 
 
 import itertools
 import os
+import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,12 +23,14 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from gristmill.background import Answer
 from gristmill.errors import Failure
 
 T = TypeVar("T")
 
 BEAT_S = 1.0
 MISSED_BEATS = 10  # after so many a rank counts as gone: far above a pause of the scheduler
+ASK_S = BEAT_S * MISSED_BEATS  # for an answer of the store: a machine that was cut off gets none, and no error either
 LEAVE_S = 5.0  # that rank 0 waits for the others to go
 TIMEOUT_S = 300.0  # for a rank that computes but does not arrive
 
@@ -89,7 +93,7 @@ class Ranks:
         if self.rank == 0:
             yield True
             if self.world_size > 1:
-                self.store.set(name, "done")
+                self._ask("set", name, "done")
         else:
             self._wait_for(name)
             yield False
@@ -98,19 +102,17 @@ class Ranks:
         """The last call, whatever happened. Rank 0, which may keep the store, goes last, unless the others are gone."""
         with suppress(Failure):
             if self.rank > 0:
-                self._ask("set", f"left/{self.rank}", "")
+                self._ask("set", f"left/{self.rank}", "", patience_s=LEAVE_S)
             until = time.monotonic() + LEAVE_S
             others = [f"left/{rank}" for rank in range(1, self.world_size)] if self.rank == 0 else []
             while others and not self._ask("check", others) and time.monotonic() < until:
                 time.sleep(BEAT_S / 20)
 
     def _wait_for(self, key: str) -> None:
-        seen, missed = self._beats([0]), 0
+        pulse = Pulse(self)
         while not self._ask("check", [key]):
             time.sleep(BEAT_S / 4)
-            missed = 0 if (now := self._beats([0])) != seen else missed + 1
-            seen = now
-            if missed > 4 * MISSED_BEATS:
+            if pulse.missed([0]):
                 raise self._gone([0])
 
     def _together(self, call: Callable[[], object]) -> None:
@@ -127,28 +129,57 @@ class Ranks:
             return self._gone(gone)
         return Failure(
             f"rank {self.rank} waited {self.timeout_s:.0f} s for the others, and all of them are alive: one computes "
-            f"longer than that, or is out of step ({problem}); the same command goes on from the last checkpoint"
+            f"or reads for longer, or is out of step ({problem}); the same command goes on from the last checkpoint"
         )
 
     def _gone(self, ranks: Sequence[int]) -> Failure:
-        names = ", ".join(f"rank {rank} ({self._ask('get', f'who/{rank}').decode()})" for rank in ranks)
+        known = [rank for rank in ranks if self._ask("check", [f"who/{rank}"])]
+        who = {rank: f" ({self._ask('get', f'who/{rank}').decode()})" for rank in known}
+        names = ", ".join(f"rank {rank}{who.get(rank, '')}" for rank in ranks)
         return Failure(
             f"{names} is gone: killed, stopped or cut off; all others end here, and the same command goes on from the "
             "last checkpoint"
         )
 
-    def _beats(self, ranks: Sequence[int]) -> dict[int, int]:
+    def _beats(self, ranks: Collection[int]) -> dict[int, int]:
         return {rank: self._ask("add", f"beat/{rank}", 0) for rank in ranks}
 
-    def _ask(self, call: Literal["get", "set", "add", "check"], *args: Any) -> Any:
+    def _ask(self, call: Literal["get", "set", "add", "check"], *args: Any, patience_s: float = ASK_S) -> Any:
         """Ask the store; it lives with torchrun's agent, or else with rank 0."""
         try:
-            return getattr(self.store, call)(*args)
-        except RuntimeError:
+            answer, problem = Answer(partial(getattr(self.store, call), *args)).within(patience_s)
+        except queue.Empty:
+            raise Failure(
+                f"rank {self.rank} is cut off: the store that the ranks share did not answer for {patience_s:.0f} s; "
+                "look at this machine's network and at rank 0's; the same command goes on from the last checkpoint"
+            ) from None
+        if isinstance(problem, RuntimeError):
             raise Failure(
                 "the store that the ranks share is gone, and with it rank 0 or torchrun; all others end here, and the "
                 "same command goes on from the last checkpoint"
             ) from None
+        if problem is not None:
+            raise problem
+        return answer
+
+
+class Pulse:
+    """Watches beats for whoever waits for what no collective call brings. Any thread may have one."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._looked = 0.0
+        self._last: dict[int, tuple[int, float]] = {}  # the beat that was seen last, and since when
+
+    def missed(self, watched: Collection[int]) -> list[int]:
+        """Those that have left no beat for so long that they are gone; to be asked again and again."""
+        now = time.monotonic()
+        if now - self._looked > BEAT_S / 2:
+            self._looked = now
+            for rank, beat in self._ranks._beats(watched).items():
+                if rank not in self._last or self._last[rank][0] != beat:
+                    self._last[rank] = beat, now
+        return [rank for rank in watched if now - self._last[rank][1] > BEAT_S * MISSED_BEATS]
 
 
 ALONE = Ranks()
@@ -165,10 +196,15 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
         backend = "cpu:gloo,cuda:nccl"
     try:
         store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
-        mine: Any = PrefixStore(_meet(store, rank, world_size, timeout_s), store)
+        name, problem = Answer(partial(_meet, store, rank, world_size, timeout_s)).within(timeout_s + ASK_S)
+        if problem is not None:
+            raise problem
+        mine: Any = PrefixStore(name, store)
         dist.init_process_group(backend, store=mine, rank=rank, world_size=world_size, timeout=timeout)
     except Failure:
         raise
+    except queue.Empty:
+        raise Failure(f"rank {rank} is cut off: the store that the ranks share does not answer any more") from None
     except (RuntimeError, ValueError) as problem:
         raise Failure(f"the processes of this training did not find each other: {problem}") from None
     mine.set(f"who/{rank}", f"process {os.getpid()} on {os.uname().nodename}")

@@ -44,7 +44,7 @@ from gristmill.errors import Failure
 from gristmill.hub.checkpoint import CONFIG, TOKENIZER
 from gristmill.hub.folder import DOCUMENTS, GENERATION
 from gristmill.model import ModelConfig
-from gristmill.parallel.ranks import Ranks
+from gristmill.parallel.ranks import Pulse, Ranks
 from gristmill.train.config import CheckpointConfig
 from gristmill.train.remote import Remote
 from gristmill.train.storage import Layout, read_tensors, write_verified
@@ -258,7 +258,7 @@ class Checkpoints:
         """What the other ranks wrote, when all have. Raises Failure when one could not, or is not heard of."""
         found: dict[str, Any] = {}
         missing = set(range(1, self.ranks.world_size))
-        deadline = time.monotonic() + PARTS_TIMEOUT_S
+        deadline, pulse = time.monotonic() + PARTS_TIMEOUT_S, Pulse(self.ranks)
         while missing:
             for rank in [rank for rank in missing if _part(path, rank).exists()]:
                 part = json.loads(_part(path, rank).read_bytes())
@@ -267,6 +267,8 @@ class Checkpoints:
                 found |= part
                 missing.remove(rank)
                 _part(path, rank).unlink()
+            if gone := pulse.missed(missing):
+                raise Failure(f"rank {', '.join(map(str, gone))} is gone, and what it had to write is missing")
             if missing and time.monotonic() > deadline:
                 raise Failure(
                     f"{path} lacks what rank {', '.join(map(str, sorted(missing)))} had to write within "
