@@ -31,6 +31,7 @@ from gristmill.recipe import Recipe
 from gristmill.streaming import Batch, MDSReader, Remote, ShardsConfig, build_shards, remote
 from gristmill.streaming.cache import Cache
 from gristmill.streaming.remote import build_remote, read_manifest
+from gristmill.train.config import TrainConfig
 
 NUM_KILLS = int(os.environ.get("GRISTMILL_KILLS", "6"))
 BLOCK = 48
@@ -163,6 +164,20 @@ def test_a_stalled_attempt_is_given_up_and_a_slow_one_is_not(
         reader[first_of(reader, 2)]
     store.release.set()  # bytes that come now reach nobody
     assert same_samples(reader, expected, first_of(reader, 1))
+
+
+def test_a_silent_store_is_given_up_before_other_ranks_lose_patience(
+    indexes: Path, store: Store, where: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert TrainConfig(steps=1).rank_timeout_s > remote.PATIENCE_S + 2 * remote.STALL_S
+    for name in ("STALL_S", "PATIENCE_S"):
+        monkeypatch.setattr(remote, name, getattr(remote, name) / 100)
+    reader = reader_of(indexes, where)
+    store.faults[SHARD] = [Fault(hold=10)]
+    started = time.monotonic()
+    with pytest.raises(Failure, match=r"it sent nothing for 0\.3 s \(tried [67] times\)"):
+        reader[first_of(reader, 1)]
+    assert time.monotonic() - started < (remote.PATIENCE_S + remote.STALL_S) * 1.2
 
 
 def test_a_store_that_is_down_is_named_with_the_reason(indexes: Path, tmp_path: Path) -> None:

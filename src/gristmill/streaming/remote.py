@@ -30,6 +30,9 @@ STALL_S = 30.0  # without a byte: a store that is only busy answers sooner, and 
 # Between attempts, each 0.5 to 1.5 times that long by chance, so that a cluster's nodes do not come back together:
 # nine attempts in about two minutes, which outlasts a store that sheds load or a router that restarts.
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+# From the first attempt on; none begins that a stall would bring beyond it. Other ranks wait for this one as long as
+# train.rank_timeout_s says, 300 s unless told otherwise: it is to say before that which file could not be had.
+PATIENCE_S = 210.0
 LASTING_TRIES = 2  # where the answer will hardly change (missing, forbidden); the second for stores that lag behind
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 PASSING = (408, 425, 429)  # HTTP statuses below 500 that mean: later
@@ -97,11 +100,12 @@ def join(url: str, *names: str) -> str:
 def download(
     url: str, sink: BinaryIO, num_bytes: int | None, damage: Callable[[], str | None], patient: bool = True
 ) -> None:
-    """Fill `sink` with the file at `url`, trying again as often as WAITS_S says (once when not `patient`).
+    """Fill `sink` with the file at `url`, trying again as often as WAITS_S and PATIENCE_S say (not when not `patient`).
 
     damage: what is wrong with `sink` once it is full ("its ... "), or None. Raises Failure when all attempts went
     wrong, OSError when `sink` cannot be written.
     """
+    started = time.monotonic()
     for tried in itertools.count(1):
         try:
             _attempt(url, sink, num_bytes)
@@ -110,11 +114,11 @@ def download(
             return
         except Broken as broken:
             tries = (LASTING_TRIES if broken.lasting else len(WAITS_S) + 1) if patient else 1
-            if tried >= tries:
+            wait_s = WAITS_S[tried - 1] * random.uniform(0.5, 1.5) if tried < tries else 0.0
+            if tried >= tries or time.monotonic() - started + wait_s + STALL_S > PATIENCE_S:
                 times = "once" if tried == 1 else f"{tried} times"
                 fix = "look at what lies there" if broken.lasting else "run the same command when the store is well"
                 raise Failure(f"{url} could not be read: {broken} (tried {times}); {fix}") from None
-            wait_s = WAITS_S[tried - 1] * random.uniform(0.5, 1.5)
             again = f"trying again in {wait_s:.1f} s ({tried + 1} of {tries})"
             console.print(f"  {url}: {broken}; {again}", markup=False)
         time.sleep(wait_s)
