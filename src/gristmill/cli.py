@@ -88,11 +88,13 @@ def show(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A run folder with a checkpoint, or a checkpoint.")],
     step: Annotated[int, typer.Option(min=0, help="The global step, from 0.")],
     full: Annotated[bool, typer.Option("--full", help="Print whole texts, not their beginnings.")] = False,
+    remote: Annotated[str | None, typer.Option(help="Where remote shards lie now, if they have moved.")] = None,
+    cache: Annotated[str | None, typer.Option(help="For remote shards  [default: the one that training used]")] = None,
 ) -> None:
     """Print the documents of a global step: what it trained on, whatever machines it ran on."""
     from gristmill.report.batch import batch_text
 
-    for line in batch_text(path, step, full):
+    for line in batch_text(path, step, full, remote, cache):
         print(line)
 
 

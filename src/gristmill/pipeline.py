@@ -309,7 +309,7 @@ class _Run:
                             self.say_started(event)
                             log.resume(event.step)
                             machine = self.machine | event.compute | {"gemm_tflops": event.gemm_flops / 1e12}
-                            log.write("machine", {"step": event.step, "machine": machine})
+                            log.write("machine", {"step": event.step, "machine": machine, **self.source()})
                         case Step():
                             log.train(event)
                             tracking.metrics({k: v for k, v in asdict(event).items() if k != "expert_load"}, event.step)
@@ -339,6 +339,11 @@ class _Run:
                 tracking.model(last)
         finally:
             tracking.close(status)
+
+    def source(self) -> dict[str, Any]:
+        """Where the shards are read from, if not here, for whoever wants to read them again."""
+        remote = self.recipe.shards.source()
+        return {"shards": asdict(remote) | {"cache": str(remote.directory.resolve())}} if remote else {}
 
     def say_estimate(self) -> None:
         """Before the first stage that must run: how long all of it takes on this machine."""

@@ -28,6 +28,7 @@ from gristmill.artifact import Artifact, Built
 from gristmill.errors import Failure, InputError
 from gristmill.pipeline import run
 from gristmill.recipe import Recipe
+from gristmill.report.batch import batch_text
 from gristmill.streaming import Batch, MDSReader, Remote, ShardsConfig, build_shards, remote
 from gristmill.streaming.cache import Cache
 from gristmill.streaming.remote import build_remote, read_manifest
@@ -481,3 +482,36 @@ def test_a_run_on_remote_shards_trains_the_same_model_and_a_moved_bucket_changes
     assert artifact.verify(folder).problems == []
     bucket.rename(tmp_path / "moved")
     assert train(tmp_path / "moved").count("stands") == 4
+
+
+def test_a_step_is_shown_from_where_training_read_it_and_no_other_shard_is_fetched(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRISTMILL_CACHE", str(tmp_path / "default"))
+    small = "shards.size_limit=1024"
+    local = run(tiny_recipe(small), tmp_path / "local", until="train")
+    (built,) = (local / "shards").iterdir()
+    first, second = (Path(shutil.copytree(built, tmp_path / name)) for name in ("first", "second"))
+    folder = tmp_path / "run"
+    for name in ("corpus", "tokenizer"):
+        shutil.copytree(local / name, folder / name)
+
+    run(tiny_recipe(f"shards.remote=file://{first}", f"shards.cache={tmp_path}/used", small), folder, until="train")
+    shutil.rmtree(first)
+    shutil.rmtree(tmp_path / "used")
+    with pytest.raises(Failure, match=r"could not be read: it is missing .* say where with --remote URL"):
+        batch_text(folder, 5)
+    expected = "\n".join(batch_text(local, 5, full=True))
+    assert "\n".join(batch_text(folder, 5, full=True, remote=f"file://{second}")) == expected
+    fetched = len(list((tmp_path / "used").rglob("*.shard")))
+    assert 2 <= fetched <= 2 + 4 < len(list(second.rglob("*.mds")))  # a batch of four sequences, and a first of each
+    assert not (tmp_path / "default").exists()
+    (checkpoint,) = (path.parent for path in folder.glob("train/*/step-00000008/manifest.json"))
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["guard"]["skipped"] = [5]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    said = list(batch_text(folder, 5, remote=f"file://{second}"))
+    assert said[1] == "left out by the guard: nothing was learned from it"
+    assert len(list(batch_text(folder, 6, remote=f"file://{second}"))) > 4
+    with pytest.raises(InputError, match="leave --remote and --cache out"):
+        batch_text(local, 5, cache=str(tmp_path))

@@ -41,8 +41,10 @@ class Batches:
 
     shards: directory with one MDS directory per source. steps: of the whole run; the curriculum's fractions refer
     to them. remote: where the shard files lie when `shards` has only their indexes; they are read through the node's
-    cache, and those of the next steps are fetched ahead. Raises InputError where seq_len does not divide the blocks,
-    the curriculum names unknown sources or the cache cannot be used.
+    cache, and those of the next steps are fetched ahead unless `fetch_ahead` is false.
+
+    Raises InputError where seq_len does not divide the blocks, the curriculum names unknown sources or the cache cannot
+    be used.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Batches:
         curriculum: Sequence[Stage],
         seed: int,
         remote: Remote | None = None,
+        fetch_ahead: bool = True,
     ) -> None:
         if min(seq_len, sequences_per_batch, steps) < 1:
             raise InputError(
@@ -77,7 +80,8 @@ class Batches:
             files = [cache.files(name) for name in self.source_names]
             self._readers = [MDSReader(shards / name, f) for name, f in zip(self.source_names, files, strict=True)]
             cache.check_limit(max(reader.largest_file for reader in self._readers))
-            self._fetching = Ahead(files, self._readers, self._shards_of, steps, cache.limit_bytes // 2)
+            if fetch_ahead:
+                self._fetching = Ahead(files, self._readers, self._shards_of, steps, cache.limit_bytes // 2)
         else:
             self._readers = [MDSReader(shards / name) for name in self.source_names]
         self._seq_len, self._sequences_per_batch, self._steps = seq_len, sequences_per_batch, steps
