@@ -1,5 +1,7 @@
 """Copies elsewhere: made after the commit, fetched when the machine is lost, good or absent as on disk."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -133,3 +135,15 @@ def test_training_does_not_begin_anew_because_the_network_is_down(
     monkeypatch.setattr(type(Remote(url(there), KEY).fs), "ls", down)
     with pytest.raises(Failure, match="could not be read: no answer"):
         fetch_latest(url(there), tmp_path / "new", KEY)
+
+
+def test_a_disk_that_is_full_here_is_not_taken_for_a_store_that_cannot_be_read(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(Remote(url(there), KEY).fs), "get_file", full)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        fetch_latest(url(there), tmp_path / "new", KEY)
+    assert Path(raised.value.filename).is_relative_to(tmp_path / "new" / "step-00000005")

@@ -3,12 +3,17 @@ training's key. The same rule as on disk: the manifest is written last and remov
 count.
 """
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from gristmill.artifact import MANIFEST, Artifact, load, parse_manifest, remove, sha256_file, sync, write_atomically
 from gristmill.errors import Failure
 from gristmill.streaming.remote import filesystem
 from gristmill.train.config import CheckpointConfig
+
+OURS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # who only reads there meets these here
 
 
 class Remote:
@@ -68,8 +73,9 @@ class Remote:
                 if path.is_absolute() or ".." in path.parts:
                     return f"{there}/{MANIFEST} names {name!r}, which lies elsewhere"
                 file = here / path
-                file.parent.mkdir(parents=True, exist_ok=True)
-                self.fs.get_file(f"{there}/{name}", str(file))
+                with _room_for(file):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    self.fs.get_file(f"{there}/{name}", str(file))
                 if sha256_file(file) != entry["sha256"]:
                     return f"{there}/{name} is damaged: its bytes do not match their SHA-256"
                 sync(file)
@@ -83,11 +89,23 @@ class Remote:
         return load(here)
 
 
+@contextmanager
+def _room_for(file: Path) -> Iterator[None]:
+    """An error of the disk here names the file, which a store's library need not do."""
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in OURS:
+            raise OSError(problem.errno, problem.strerror, str(file)) from None
+        raise
+
+
 def fetch_latest(url: str, folder: Path, key: str) -> tuple[Artifact | None, list[str]]:
     """The newest good copy under this key, fetched into `folder`, and what is wrong with newer ones. To be asked where
     `latest_checkpoint` finds none: what `folder` has at the same step is replaced.
 
-    Raises Failure when `url` does not answer, so that training does not begin anew for want of a network.
+    Raises Failure when `url` does not answer, so that training does not begin anew for want of a network; OSError when
+    there is no room here.
     """
     remote, damage = Remote(url, key), list[str]()
     try:
@@ -97,5 +115,7 @@ def fetch_latest(url: str, folder: Path, key: str) -> tuple[Artifact | None, lis
                 return found, damage
             damage.append(found)
     except Exception as problem:  # each store's library raises its own
+        if getattr(problem, "errno", None) in OURS:
+            raise
         raise Failure(f"{url} could not be read: {problem}; its checkpoints are wanted, since none is here") from None
     return None, damage
