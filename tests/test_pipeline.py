@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from gristmill.report.batch import batch_text
 from gristmill.session import locked
 from gristmill.streaming import Batches, Stage
 from gristmill.tokenizer import Tokenizer
+from gristmill.train.config import TrackingConfig
 from gristmill.train.figures import Step
 from gristmill.train.log import MetricsLog
+from gristmill.train.tracking import Tracking
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -178,6 +181,26 @@ def test_a_resumed_run_goes_on_in_its_mlflow_run_and_sends_nothing_twice(
         assert [point.step for point in client.get_metric_history(logged.info.run_id, name)] == list(range(1, 9))
     (bits,) = (n for n in logged.data.metrics if n == "held_out_bits_per_byte.all")
     assert [point.step for point in client.get_metric_history(logged.info.run_id, bits)] == [2, 4, 6, 8]
+
+
+def test_figures_after_a_roll_back_reach_mlflow_also_when_the_process_ends_soon_after(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    def send(*figures: tuple[int, float]) -> None:
+        tracking = Tracking(TrackingConfig(uri=uri), tmp_path, "run", "key")
+        for step, loss in figures:
+            tracking.metrics({"loss": loss}, step)
+            time.sleep(0.002)  # MLflow orders them by the millisecond
+        tracking.close("KILLED")
+
+    uri = f"sqlite:///{tmp_path}/tracking.db"
+    send((1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (3, 2.0))  # back to step 2, and killed
+    send((3, 2.0), (4, 2.0))
+    client = MlflowClient(uri)
+    (logged,) = client.search_runs([client.get_experiment_by_name("gristmill").experiment_id])
+    points = sorted(client.get_metric_history(logged.info.run_id, "loss"), key=lambda point: point.timestamp)
+    assert [(point.step, point.value) for point in points[-3:]] == [(4, 1.0), (3, 2.0), (4, 2.0)]
+    assert logged.data.metrics["loss"] == 2.0
 
 
 def test_a_tracking_server_that_never_answers_costs_a_bounded_wait_at_the_end(

@@ -135,10 +135,10 @@ class _Session:
             self.client.set_terminated(self.run_id, value)
 
     def _last_step(self, name: str) -> int:
-        """The step of this metric that the server had when this process began."""
+        """The step of this metric that the server got last before this process began; after a roll-back it had more."""
         if name not in self.sent_up_to:
             known = [] if self.is_new else self.client.get_metric_history(self.run_id, name)
-            self.sent_up_to[name] = max((metric.step for metric in known), default=-1)
+            self.sent_up_to[name] = max(((m.timestamp, m.step) for m in known), default=(0, -1))[1]
         return self.sent_up_to[name]
 
 
