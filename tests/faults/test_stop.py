@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -13,10 +14,13 @@ import pytest
 from broken_runs import Run, copied, wait
 from campaign import write_recipe
 
+from gristmill.errors import Failure
 from gristmill.inference.scorer import ModelScorer
 from gristmill.pipeline import run
 from gristmill.recipe import load_recipe
 from gristmill.session import Stopped
+from gristmill.train import checkpoint
+from gristmill.train.storage import write_verified
 
 PATIENCE_S = 30  # between SIGTERM and SIGKILL: Slurm's and Kubernetes' default, and torchrun's
 SCORE = ModelScorer._score
@@ -122,3 +126,34 @@ def test_a_validation_that_a_stop_ended_is_made_good_before_training_goes_on(
     before = broken.curve()
     run(ours, broken.out, "train")
     assert broken.curve() == before
+
+
+# ---- Ctrl-C, again and again ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_second_ctrl_c_waits_for_the_save_under_way_and_a_third_does_not(
+    recipe: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    ours = load_recipe(str(recipe), ("train.steps=6", "train.checkpoint.every=2", "shards.size_limit=2048"))
+    broken = Run(recipe, copied(prepared, tmp_path / "run"))
+    ended, left = threading.Event(), threading.Event()
+
+    def write(file: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+        if file.parent.name == "step-00000004" and file.name == "model.safetensors":
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.5)
+            if times == 3:
+                ended.wait(20)
+                left.set()
+                raise Failure("the process has ended")
+        return write_verified(file, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_verified", write)
+    with pytest.raises(Stopped) as stopped:
+        run(ours, broken.out, "train")
+    assert stopped.value.signum == signal.SIGINT
+    assert broken.committed() == ([2, 4] if times == 2 else [2])
+    ended.set()
+    assert times == 2 or left.wait(20)

@@ -129,7 +129,7 @@ class Checkpoints:
         self.tokenizer, self.start, self.ranks = tokenizer, start, ranks
         self.failed = False  # the last save, as far as `finished` has told; known to rank 0
         self._layouts: list[Layout] = []
-        self._thread: threading.Thread | None = None
+        self._saving: threading.Event | None = None  # set when the save under way has ended
         self._events: queue.SimpleQueue[Saved | SaveFailed] = queue.SimpleQueue()
         self._bug: BaseException | None = None
         self._remote = Remote(cfg.copy_to, identity.key) if cfg.copy_to and ranks.rank == 0 else None
@@ -156,9 +156,10 @@ class Checkpoints:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         job = _Save(state.step, path, copies, canonical(asdict(state)), copy.deepcopy(dict(metrics)), asked)
-        self._thread = threading.Thread(target=self._run, args=(job,), name=f"save-{state.step}", daemon=True)
+        self._saving = threading.Event()
+        thread = threading.Thread(target=self._run, args=(job, self._saving), name=f"save-{state.step}", daemon=True)
         job.stalled_s = time.perf_counter() - asked
-        self._thread.start()
+        thread.start()
 
     def finished(self) -> list[Saved | SaveFailed]:
         """What ended since it was asked last, on rank 0; never waits. Raises what went wrong in a way that no disk
@@ -180,9 +181,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the save under way; nothing is abandoned."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
+        if self._saving:
+            self._saving.wait()  # a join that a signal interrupts takes the thread for ended (Python 3.11)
+            self._saving = None
 
     def _prepare(self, path: Path) -> str | None:
         """Rank 0 makes the empty directory; then all ranks know that it is there, or why not."""
@@ -202,7 +203,7 @@ class Checkpoints:
 
     # ---- in the thread: files and no collective calls, which would mix with those of training ----------
 
-    def _run(self, job: _Save) -> None:
+    def _run(self, job: _Save, ended: threading.Event) -> None:
         try:
             if self.ranks.rank > 0:
                 self._write_part(job)
@@ -210,6 +211,8 @@ class Checkpoints:
                 self._after(artifact, job.step)
         except BaseException as bug:
             self._bug = bug
+        finally:
+            ended.set()
 
     def _write_tensors(self, job: _Save) -> dict[str, Any]:
         return {
