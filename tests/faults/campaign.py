@@ -41,7 +41,7 @@ tokenizer: {{vocab_size: 384}}
 shards: {{block_tokens: 256}}
 model: {{d_model: 64, n_layers: 2, n_heads: 4, kv_n_heads: 2, ffn_hidden_size: 96, moe_num_experts: 8, moe_top_k: 2,
   max_seq_len: 128}}
-train: {{steps: 24, batch_tokens: 512, seq_len: 64, micro_batch: 2, log_every: 1, dtype: float32, threads: 1,
+train: {{steps: 24, batch_tokens: 512, seq_len: 64, micro_batch: 8, log_every: 1, dtype: float32, threads: 1,
   rank_timeout_s: 20, optimizer: {{name: muon, lr: 0.01}}, checkpoint: {{every: {every}, keep: 2}},
   tracking: {{enabled: false}}}}
 evaluate: {{training_bytes: 2000, prompt_tokens: 16, sample_tokens: 8}}

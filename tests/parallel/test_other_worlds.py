@@ -33,7 +33,12 @@ def prepared(tiny_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPa
 
 
 def new(recipe: Path, prepared: Path, out: Path, ranks: int, *split: str) -> Run:
-    return Run(recipe, copied(prepared, out), tuple(f"train.parallel.{size}" for size in split), ranks)
+    return Run(recipe, copied(prepared, out), overrides(split), ranks)
+
+
+def overrides(split: tuple[str, ...]) -> tuple[str, ...]:
+    """A rank's sequences at once: how a batch is cut into micro-batches, the balancing loss can see."""
+    return "train.micro_batch=4", *(f"train.parallel.{size}" for size in split)
 
 
 def test_four_two_one_and_four_ranks_train_in_turn_as_one(tiny_yaml: Path, prepared: Path, tmp_path: Path) -> None:
@@ -41,7 +46,7 @@ def test_four_two_one_and_four_ranks_train_in_turn_as_one(tiny_yaml: Path, prepa
     assert one.finish() == [0], one.said()
     turns = new(tiny_yaml, prepared, tmp_path / "turns", 4)
     for ranks, split in WORLDS:
-        turns.ranks, turns.overrides = ranks, tuple(f"train.parallel.{size}" for size in split)
+        turns.ranks, turns.overrides = ranks, overrides(split)
         before = max(turns.committed(), default=0)
         processes = turns.start()
         while max(turns.committed(), default=0) <= before and all(p.is_alive() for p in processes):
