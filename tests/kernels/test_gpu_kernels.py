@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -149,19 +150,44 @@ def test_document_bounds_are_the_running_sums_of_the_documents_lengths(lengths: 
     ids = torch.tensor([[number for number, length in enumerate(row) for _ in range(length)] for row in rows])
     flat = [length for row in rows for length in row]
     expected = [sum(flat[:n]) for n in range(len(flat) + 1)]
-    bounds = attention.document_bounds(document_starts(ids))
-    assert bounds.dtype == torch.int32
-    assert bounds.tolist() == expected
+    its = attention.segments(document_starts(ids), S)
+    assert its.queries_N.dtype == its.keys_N.dtype == torch.int32
+    assert its.queries_N.tolist() == its.keys_N.tolist() == expected
+    assert its.seen is None
 
 
-def plain_varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, *_: Any, window_size: Any, **__: Any) -> Tensor:
-    """What torch's documentation says of `varlen_attn` with a causal window, a document at a time."""
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=8), min_size=1, max_size=4), st.data())
+def test_the_last_queries_see_of_each_document_what_lies_before_them(lengths: list[list[int]], data: Any) -> None:
+    S = max(map(sum, lengths))
+    rows = [[*row, *([S - sum(row)] if sum(row) < S else [])] for row in lengths]
+    ids = torch.tensor([[number for number, length in enumerate(row) for _ in range(length)] for row in rows])
+    Q = data.draw(st.integers(1, S - 1)) if S > 1 else 1
+    its = attention.segments(document_starts(ids), Q)
+    queries, keys, seen = [0], [0], []
+    for number, row in enumerate(ids.tolist()):
+        for document in dict.fromkeys(row[S - Q :]):
+            places = [place for place, its_document in enumerate(row) if its_document == document]
+            queries.append(queries[-1] + sum(place >= S - Q for place in places))
+            keys.append(keys[-1] + len(places))
+            seen += [number * S + place for place in places]
+    assert its.queries_N.tolist() == queries
+    assert its.keys_N.tolist() == keys
+    assert (list(range(len(rows) * S)) if its.seen is None else its.seen.tolist()) == seen
+
+
+def plain_varlen(
+    q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, *_: Any, window_size: Any, **__: Any
+) -> Tensor:
+    """What torch's documentation says of `varlen_attn` with a causal window, a document at a time: the window ends at
+    the last query and the last key."""
     assert window_size == (-1, 0)
     out = []
-    for start, end in zip(bounds.tolist(), bounds.tolist()[1:], strict=False):
-        one = [x[None, start:end].transpose(1, 2).double() for x in (q, k, v)]
-        if end > start:
-            out.append(torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)[0])
+    spans = [list(pairwise(bounds.tolist())) for bounds in (queries, keys)]
+    for (q_start, q_end), (k_start, k_end) in zip(*spans, strict=True):
+        one = [x[None, a:b].transpose(1, 2).double() for x, a, b in ((q, q_start, q_end), (k, k_start, k_end))]
+        one.append(v[None, k_start:k_end].transpose(1, 2).double())
+        seen = torch.ones(q_end - q_start, k_end - k_start).tril(k_end - k_start - (q_end - q_start)).bool()
+        out.append(torch.nn.functional.scaled_dot_product_attention(*one, attn_mask=seen, enable_gqa=True)[0])
     return torch.cat(out, dim=1).transpose(0, 1).to(q.dtype)
 
 
@@ -175,6 +201,8 @@ def test_attention_hands_each_document_to_torchs_kernel(monkeypatch: pytest.Monk
     exact = packed_attention_reference(*(x.double() for x in (q, k, v)), starts)
     assert ours.shape == q.shape
     assert float((ours.double() - exact).abs().max()) < 0.01
+    last = attention.packed_attention(q[:, -20:], k, v, starts)
+    assert float((last.double() - exact[:, -20:]).abs().max()) < 0.01
     wide32 = packed_attention_reference(*(x.float() for x in (q, k, v)), starts)
     assert torch.equal(attention.packed_attention(q.float(), k.float(), v.float(), starts), wide32)
 

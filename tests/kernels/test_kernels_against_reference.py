@@ -70,6 +70,17 @@ def test_packed_attention_matches_the_masked_reference(S: int, G: int, R: int, s
     )
 
 
+@given(S=st.integers(2, 300), seed=st.integers(0, 1000), part=st.floats(0.01, 1.0))
+def test_attention_of_the_last_queries_is_that_part_of_the_whole(S: int, seed: int, part: float) -> None:
+    torch.manual_seed(seed)
+    Q = max(1, int(S * part))
+    q, k, v = torch.randn(2, S, 4, 8), torch.randn(2, S, 2, 8), torch.randn(2, S, 2, 8)
+    starts = document_starts((torch.rand(2, S) < 0.02).cumsum(1))
+    whole = packed_attention_reference(q, k, v, starts)[:, -Q:]
+    assert torch.allclose(packed_attention(q[:, -Q:], k, v, starts), whole, atol=1e-5)
+    assert torch.allclose(packed_attention_reference(q[:, -Q:], k, v, starts), whole, atol=1e-5)
+
+
 def test_attention_never_crosses_a_document() -> None:
     torch.manual_seed(0)
     documents = torch.tensor([[0] * 100 + [1] * 90])

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from gristmill.errors import InputError
 from gristmill.model import ModelConfig, Transformer
 from gristmill.model.transformer import Block, MoE
+from gristmill.parallel.config import Layout
 from gristmill.parallel.dispatch import split_experts
 from gristmill.parallel.mesh import EXPERT, Mesh
 
@@ -34,7 +35,7 @@ def parallel_model(
     mesh: None leaves every weight whole. On the meta device it has shapes and no memory.
     """
     if mesh:
-        check_shapes(cfg, mesh)
+        check_shapes(cfg, mesh.layout)
 
     def made(block: Block) -> None:
         if mesh and mesh.layout.expert > 1 and isinstance(block.ffn, MoE):
@@ -92,9 +93,8 @@ def _fully_shard(module: nn.Module, mesh: Mesh, dtype: torch.dtype, dim: int = 0
     module.set_force_sum_reduction_for_comms(True)
 
 
-def check_shapes(cfg: ModelConfig, mesh: Mesh) -> None:
+def check_shapes(cfg: ModelConfig, layout: Layout) -> None:
     """Raises InputError where the experts cannot be split as asked."""
-    layout = mesh.layout
     if cfg.ffn == "dense" and layout.expert > 1:
         raise InputError(f"train.parallel.expert={layout.expert}: model.ffn=dense has no experts; set it to 1")
     if cfg.moe_num_experts % layout.expert:

@@ -51,14 +51,10 @@ class Gradients:
         if self.ranks.any(stop.is_set() or batch is None):
             return None
         assert batch is not None
-        sums = None
+        sums = self._attempt(batch, stop)
         while sums is None:
-            try:
-                sums = self._own(batch, stop)
-            except RuntimeError as problem:
-                if not out_of_memory(problem):
-                    raise
-                self._halve()
+            self._halve()
+            sums = self._attempt(batch, stop)
         if self.ranks.world_size == 1 and stop.is_set():
             self.drop()
             return None
@@ -66,6 +62,15 @@ class Gradients:
         if not self.mesh:
             self.ranks.sum(*(param.grad for param in self.model.parameters() if param.grad is not None))
         return sums
+
+    def _attempt(self, batch: Batch, stop: threading.Event) -> Sums | None:
+        """None when memory ran out; what it was filled with is let go when this returns."""
+        try:
+            return self._own(batch, stop)
+        except RuntimeError as problem:
+            if not out_of_memory(problem):
+                raise
+            return None
 
     def _own(self, batch: Batch, stop: threading.Event) -> Sums:
         """This rank's part of the sums; its gradients, or with a mesh those of all."""
