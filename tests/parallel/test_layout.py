@@ -33,12 +33,12 @@ def test_a_layout_uses_every_process_once_or_says_why_not(
     shard: int | None, context: int, expert: int, nodes: int, each: int
 ) -> None:
     cfg, world_size = ParallelConfig(shard=shard, context=context, expert=expert), nodes * each
-    try:
-        layout = lay_out(cfg, world_size)
-    except ValueError as problem:
-        assert "must divide" in str(problem)
-        assert world_size % ((shard or 1) * context) or ((shard or world_size // context) * context) % expert
+    splits = (shard or world_size // context) * context
+    if world_size % context or world_size % splits or splits % expert:
+        with pytest.raises(ValueError, match="must divide"):
+            lay_out(cfg, world_size)
         return
+    layout = lay_out(cfg, world_size)
     assert layout.world_size == world_size
     assert layout.data * layout.context == world_size
     assert layout.expert_split * layout.expert == layout.split
