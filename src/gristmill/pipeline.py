@@ -218,6 +218,7 @@ class _Run:
             if problems := verify(start.path).problems:
                 raise Failure(f"{problems[0]}; import it again before training goes on from it")
         folder.mkdir(parents=True, exist_ok=True)
+        self.signals.graceful = True
         events = train(
             r.train,
             r.model,
@@ -256,9 +257,7 @@ class _Run:
     def follow(self, events: Iterator[Event]) -> None:
         """What a rank does that trains and has nothing to say."""
         for event in events:
-            if isinstance(event, Started):
-                self.signals.graceful = True
-            elif isinstance(event, Reached):
+            if isinstance(event, Reached):
                 self.held_out(event, wanted=False)
         with self.ranks.turn():
             pass  # rank 0 has committed the last checkpoint
@@ -305,7 +304,6 @@ class _Run:
                 for event in events:
                     match event:
                         case Started():
-                            self.signals.graceful = True  # before, there is nothing to save
                             self.say_started(event)
                             log.resume(event.step)
                             machine = self.machine | event.compute | {"gemm_tflops": event.gemm_flops / 1e12}

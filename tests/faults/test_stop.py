@@ -76,6 +76,18 @@ def test_a_stop_is_heard_while_a_batch_waits_for_the_network(
 
     broken = new("broken")
     shards = copied(bucket, tmp_path / "copy")
+    hidden = [bucket / "notes" / "shard.00000.mds", bucket / "verse" / "shard.00000.mds"]
+    for file in hidden:  # which training asks for before its first step
+        file.unlink()
+        os.mkfifo(file)
+    processes = broken.start()
+    until(lambda: "training the model" in broken.said(), processes)
+    time.sleep(2)
+    assert stop(processes) < PATIENCE_S
+    for file in hidden:
+        file.unlink()
+        shutil.copy(shards / file.relative_to(bucket), file)
+
     processes = broken.start()
     until(lambda: broken.last_logged() >= 5, processes)
     for file in bucket.glob("*/*.mds"):  # from now on the store says nothing

@@ -15,12 +15,14 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gristmill.artifact import Artifact, load
+from gristmill.background import Answer
 from gristmill.errors import Failure, InputError
 from gristmill.kernels.memory import keep_freed_memory
 from gristmill.model import ModelConfig, Transformer
@@ -113,7 +115,9 @@ def train(
     """
     keep_freed_memory()
     layout = layout_of(cfg, ranks)
-    batches = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed, remote)
+    opening = partial(Batches, shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed, remote)
+    if (batches := Answer(opening).get(stop)) is None:  # a slow network, and nothing to save yet
+        return
     resumed, damage = newest(folder, identity.key, cfg.checkpoint, ranks)
     compute = choose_compute(cfg, layout, read_state(resumed.path).compute if resumed else None)
     compute = apply_compute(ranks.scatter([compute] * ranks.world_size if ranks.rank == 0 else None))
