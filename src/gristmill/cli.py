@@ -1,6 +1,7 @@
 """The command line: one subcommand per verb, no logic. Each verb is a plain Python function elsewhere."""
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -243,6 +244,48 @@ def count(
     else:
         shape = load_shape(name, set or ())
         print(shape_text(shape.name, shape.model, shape.context))
+
+
+@app.command()
+def plan(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe or shape, or a .yaml file.")],
+    gpus: Annotated[int, typer.Option(help="How many; with --gpu cpu, processes.")],
+    gpu: Annotated[str, typer.Option(help="a100-80, h100, h200, b200, or cpu: this machine's, measured.")] = "h100",
+    mesh: Annotated[
+        str | None, typer.Option(metavar="shard=N,context=N,expert=N", help="train.parallel. [default: the fastest]")
+    ] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens of a sequence. [default: the recipe's]")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Of a step. [default: the recipe's, else 4,194,304 or 4,096 a GPU]")
+    ] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences. [default: the most that fit]")] = None,
+    recompute: Annotated[
+        Literal["none", "selective", "full"] | None, typer.Option(help="[default: the fastest that fits]")
+    ] = None,
+    optimizer: Annotated[
+        Literal["adamw", "muon"] | None, typer.Option(help="[default: the recipe's, else adamw]")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="To train on: 300B, 12T. [default: the recipe's, else 12T]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same figures as one JSON object.")] = False,
+    set: SetOpt = None,
+) -> None:
+    """What a training will need before you pay for it: memory, communication, time, and what to change.
+
+    By arithmetic, with what it assumes and how far off it was. Exits with 1 when nothing fits.
+    """
+    from gristmill.recipe import load_shape
+    from gristmill.report.plan import DEFAULT_TOKENS, figures, parse_tokens, plan_text, planned
+
+    shape = load_shape(name, set or ())
+    train = shape.train
+    found = planned(shape.model, train, gpus, gpu, mesh, seq, batch_tokens, micro_batch, recompute, optimizer)
+    total = float(train.steps * train.batch_tokens) if train else DEFAULT_TOKENS
+    said = figures(shape.name, found, parse_tokens(tokens) if tokens else total)
+    print(json.dumps(said, indent=2) if as_json else plan_text(said))
+    if not said["fits"]:
+        raise typer.Exit(1)
 
 
 @app.command()

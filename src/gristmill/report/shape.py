@@ -32,10 +32,10 @@ def shape_text(name: str, cfg: ModelConfig, context: int) -> str:
     rows.append(["total", *_both(total), *_both(counts.active_params), *_both(forward, "FLOP")])
     blocks = [
         [f"{name}: {short(total)} parameters, {short(counts.active_params)} active"],
-        _aligned(rows),
-        [f"A token in a sequence of {context:,}", *_aligned(token)],
-        [f"A sequence of {context:,}", *_aligned(sequence)],
-        ["A checkpoint", *_aligned(checkpoint)],
+        aligned(rows),
+        [f"A token in a sequence of {context:,}", *aligned(token)],
+        [f"A sequence of {context:,}", *aligned(sequence)],
+        ["A checkpoint", *aligned(checkpoint)],
     ]
     return "\n\n".join("\n".join(block) for block in blocks)
 
@@ -56,7 +56,7 @@ def _row(part: Part) -> list[str]:
     return [part.name, *_both(part.total_params), *_both(part.active_params), *_both(part.forward_flops, "FLOP")]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """The first column to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

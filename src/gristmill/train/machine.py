@@ -36,6 +36,17 @@ def gemm_flops(dtype: torch.dtype) -> float:
     return 2.0 * size**3 / min(times)
 
 
+def copy_rate() -> float:
+    """Bytes that a large copy in memory reads and writes a second: the best of five."""
+    source, times = torch.ones(2**26), []
+    target = torch.empty_like(source)
+    for _ in range(5):
+        started = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - started)
+    return 2.0 * source.nbytes / min(times)
+
+
 def choose_compute(cfg: TrainConfig, layout: Layout, recorded: dict[str, Any] | None = None) -> dict[str, Any]:
     """The settings that decide rounding: as recorded, or else from the configuration and the machine.
 

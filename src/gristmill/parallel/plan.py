@@ -1,0 +1,314 @@
+"""What a training will need before one pays for it: `gristmill plan`. Pure arithmetic, and a search over it.
+
+`plan` says it of one way to train; `search` looks through the ways that a number of GPUs allows and takes the fastest
+that fits. Memory is `footprint.py`'s, time is `traffic.py`'s. None of it was held against a GPU; what it was held
+against stands in `measured.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from math import isqrt
+
+from gristmill.errors import InputError
+from gristmill.model.counts import train_flops_per_token
+from gristmill.parallel.config import Layout, ParallelConfig, lay_out
+from gristmill.parallel.footprint import RECOMPUTE, Footprint, Moment, Recompute, Training, Way, param_bytes
+from gristmill.parallel.hardware import Hardware
+from gristmill.parallel.traffic import Clock, Times, Traffic
+
+# Of a GPU's memory: CUDA's context, NCCL's buffers, what the caching allocator cannot hand out again. An assumption.
+RESERVE = 0.08
+# On a CPU: code and work areas that a training's first step brings in beyond the imports (measured.py).
+LIBRARIES = 60_000_000
+MIN_BATCH_TOKENS = 2**22
+MIN_GPU_TOKENS = 4096  # of a batch that nobody gave
+RUNNERS_UP = 4
+MORE_GPUS = (2, 4, 8, 16, 32, 64)
+DAY_S = 86400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One way to train and what it needs. `reserve`: bytes that are not ours to use. Sizes are of one GPU, the one with
+    the most; `param_bytes` are the masters that rank 0 stores."""
+
+    training: Training
+    hardware: Hardware
+    way: Way
+    moment: Moment
+    reserve: int
+    param_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        return self.moment.total + self.reserve
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.hardware.memory_bytes
+
+    @cached_property
+    def clock(self) -> Clock:
+        return Clock(Footprint(self.training, self.way), self.hardware)
+
+    @cached_property
+    def times(self) -> Times:
+        return self.clock.times()
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        return self.clock.traffic()
+
+    @property
+    def micro_batches(self) -> int:
+        return self.clock.of.micro_batches
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.training.batch_tokens / self.times.step
+
+    @property
+    def mfu(self) -> float:
+        """What a token takes, without what is computed again, over what the GPUs could have done."""
+        flops = train_flops_per_token(self.training.model, self.training.seq_len)
+        return self.tokens_per_second * flops / (self.hardware.flops * self.way.layout.world_size)
+
+    def days(self, tokens: float) -> float:
+        return tokens / (self.tokens_per_second * DAY_S)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """`keys`: what to set, as in a recipe. `plan`: what then comes."""
+
+    keys: dict[str, int | str]
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """`plan`: the fastest that fits, or, where nothing does, the one that lacks the least. `others`: runners-up, on
+    other meshes. `changes`: what to change so that it fits. `tried`: how many ways."""
+
+    plan: Plan
+    others: Sequence[Plan]
+    changes: Sequence[Change]
+    tried: int
+
+
+def plan(training: Training, hardware: Hardware, way: Way) -> Plan:
+    """Raises InputError where the training cannot be laid out so."""
+    check(training, way.layout, way.micro_batch)
+    footprint = Footprint(training, way)
+    moments = list(footprint.moments())
+    moment = max(moments, key=lambda moment: moment.total)
+    if hardware.on_gpu:
+        reserve = round(hardware.memory_bytes * RESERVE)
+    else:  # glibc keeps freed memory, and what one part leaves seldom suits another
+        apart = sum(max(m.parts[part] for m in moments) for part in moment.parts)
+        reserve = LIBRARIES + apart - moment.total
+    return Plan(training=training, hardware=hardware, way=way, moment=moment, reserve=reserve,
+                param_bytes=param_bytes(training.model, way.layout))  # fmt: skip
+
+
+def check(training: Training, layout: Layout, micro_batch: int = 1) -> None:
+    """Raises InputError that says what was given, the rule and the fix."""
+    if problem := problem_of(training, layout, micro_batch):
+        raise InputError(problem)
+
+
+def problem_of(training: Training, layout: Layout, micro_batch: int = 1) -> str | None:
+    """The rules of apply.py and of the loop."""
+    cfg, context = training.model, layout.context
+    if cfg.ffn == "dense" and layout.expert > 1:
+        return f"expert={layout.expert}: model.ffn=dense has no experts; set expert to 1"
+    if cfg.moe_num_experts % layout.expert:
+        return f"expert={layout.expert} must divide moe_num_experts={cfg.moe_num_experts}"
+    if cfg.ffn == "moe" and cfg.ffn_hidden_size % layout.expert_split:
+        return (
+            f"ffn_hidden_size={cfg.ffn_hidden_size} must be a multiple of the {layout.expert_split} ranks that an "
+            "expert is split over (shard x context / expert); change shard or expert"
+        )
+    if context > 1 and training.seq_len % (2 * context):
+        return f"seq_len={training.seq_len} must be a multiple of 2 x context={context}"
+    if training.batch_tokens % training.seq_len:
+        return (
+            f"batch_tokens={training.batch_tokens} must be a multiple of seq_len={training.seq_len}; the nearest is "
+            f"{max(1, round(training.sequences)) * training.seq_len}"
+        )
+    if training.sequences % layout.data:
+        return (
+            f"batch_tokens={training.batch_tokens} is {training.sequences} sequences of {training.seq_len}, which "
+            f"{layout.data} groups of GPUs cannot share evenly; change batch_tokens, or raise context"
+        )
+    if training.sequences // layout.data % micro_batch:
+        return (
+            f"micro_batch={micro_batch} must divide the {training.sequences // layout.data} sequences of a GPU's share"
+        )
+    return None
+
+
+def default_batch_tokens(gpus: int, seq_len: int) -> int:
+    """For a shape that no recipe trains yet: 4,194,304 tokens or 4,096 a GPU, whichever is more, in sequences that the
+    GPUs, or equal groups of them, can share."""
+    sequences = max(MIN_BATCH_TOKENS, gpus * MIN_GPU_TOKENS) // seq_len
+    if sequences >= gpus:
+        return -(-sequences // gpus) * gpus * seq_len
+    return max(n for n in divisors(gpus) if n <= max(1, sequences)) * seq_len
+
+
+def search(
+    training: Training,
+    hardware: Hardware,
+    gpus: int,
+    mesh: ParallelConfig | None = None,
+    micro_batch: int | None = None,
+    recompute: Recompute | None = None,
+) -> Found:
+    """The fastest way that fits on so many GPUs; what is given is kept. Raises InputError where no way is possible."""
+    if mesh:
+        given = _lay_out(mesh, gpus)
+        check(training, given, micro_batch or 1)
+        tried = list(_ways(training, hardware, [given], micro_batch, recompute))
+    else:
+        layouts = [one for one in _layouts(training, gpus) if problem_of(training, one, micro_batch or 1) is None]
+        if not layouts:
+            raise InputError(f"no mesh of {gpus} GPUs will do: {_why_none(training, gpus, micro_batch or 1)}")
+        tried = list(_ways(training, hardware, layouts, micro_batch, recompute))
+    fitting = sorted((one for one in tried if one.fits), key=lambda one: one.times.step)
+    if fitting:
+        others: dict[Layout, Plan] = {}
+        for one in fitting:
+            others.setdefault(one.way.layout, one)
+        best, *rest = others.values()
+        return Found(plan=best, others=rest[:RUNNERS_UP], changes=(), tried=len(tried))
+    # As asked, where all of it was; else what lacks the least.
+    nearest = min(tried, key=lambda one: one.needed_bytes)
+    free = not (mesh or micro_batch or recompute)
+    return Found(plan=nearest, others=(), changes=list(_changes(nearest, free)), tried=len(tried))
+
+
+def _lay_out(mesh: ParallelConfig, gpus: int) -> Layout:
+    try:
+        return lay_out(mesh, gpus)
+    except ValueError as problem:
+        raise InputError(f"--mesh: {problem}") from None
+
+
+def _layouts(training: Training, gpus: int) -> Iterator[Layout]:
+    experts = divisors(training.model.moe_num_experts) if training.model.ffn == "moe" else [1]
+    for context in divisors(gpus):
+        for shard in divisors(gpus // context):
+            for expert in experts:
+                if shard * context % expert == 0:
+                    yield Layout(gpus // (shard * context), shard, context, expert)
+
+
+def _why_none(training: Training, gpus: int, micro_batch: int) -> str:
+    """What stops the meshes that one would try first."""
+    reasons = dict.fromkeys(problem_of(training, layout, micro_batch) for layout in _layouts(training, gpus))
+    return "; or ".join([reason for reason in reasons if reason][:2])
+
+
+def _ways(
+    training: Training,
+    hardware: Hardware,
+    layouts: Sequence[Layout],
+    micro_batch: int | None = None,
+    recompute: Recompute | None = None,
+) -> Iterator[Plan]:
+    """Each layout with each kind of recomputing, with the largest micro-batch that fits, or else the smallest."""
+    for layout in layouts:
+        sizes = [micro_batch] if micro_batch else divisors(training.sequences // layout.data)
+        for what in [recompute] if recompute else RECOMPUTE:
+            best: Plan | None = None
+            for size in sizes:  # memory grows with it
+                way = Way(layout=layout, micro_batch=size, recompute=what, on_gpu=hardware.on_gpu)
+                one = plan(training, hardware, way)
+                if best is None or one.fits:
+                    best = one
+                if not one.fits:
+                    break
+            assert best is not None
+            yield best
+
+
+def _fastest(training: Training, hardware: Hardware, gpus: int) -> Plan | None:
+    """Of those that fit."""
+    layouts = [layout for layout in _layouts(training, gpus) if problem_of(training, layout) is None]
+    fitting = (one for one in _ways(training, hardware, layouts) if one.fits)
+    return min(fitting, key=lambda one: one.times.step, default=None)
+
+
+# ---- what to change ------------------------------------------------------------------------------------
+
+
+def _changes(one: Plan, free: bool) -> Iterator[Change]:
+    """First each key alone; else all of them; else more GPUs, and shorter sequences. free: the keys were searched."""
+    training, hardware, gpus = one.training, one.hardware, one.way.layout.world_size
+    if not free:
+        alone = [
+            then
+            for way in _neighbours(one)
+            if problem_of(training, way.layout, way.micro_batch) is None
+            and (then := plan(training, hardware, way)).fits
+        ]
+        together = _fastest(training, hardware, gpus)
+        for then in alone or ([together] if together else []):
+            yield Change(keys=_keys(one.way, then.way), plan=then)
+        if alone or together:
+            return
+    for times in MORE_GPUS:
+        more = replace(training, batch_tokens=_batch_for(training, gpus * times))
+        if wide := _fastest(more, hardware, gpus * times):
+            batch = {"batch_tokens": more.batch_tokens} if more != training else {}
+            yield Change(keys={"gpus": gpus * times, **batch, **_keys(one.way, wide.way)}, plan=wide)
+            break
+    length = training.seq_len // 2
+    while length >= 128:
+        brief = replace(training, seq_len=length)
+        if then_ := _fastest(brief, hardware, gpus):
+            yield Change(keys={"seq_len": length, **_keys(one.way, then_.way)}, plan=then_)
+            return
+        length //= 2
+
+
+def _batch_for(training: Training, gpus: int) -> int:
+    """The same batch where so many GPUs can share it, else the default one."""
+    shared = any(problem_of(training, layout) is None for layout in _layouts(training, gpus))
+    return training.batch_tokens if shared else default_batch_tokens(gpus, training.seq_len)
+
+
+def _neighbours(one: Plan) -> Iterator[Way]:
+    """Ways that differ in one key, the cheapest change first."""
+    way, layout, cfg = one.way, one.way.layout, one.training.model
+    for size in reversed(divisors(way.micro_batch)[:-1]):
+        yield replace(way, micro_batch=size)
+    for what in RECOMPUTE[RECOMPUTE.index(way.recompute) + 1 :]:
+        yield replace(way, recompute=what)
+    for expert in divisors(cfg.moe_num_experts) if cfg.ffn == "moe" else []:
+        if expert > layout.expert and layout.split % expert == 0:
+            yield replace(way, layout=replace(layout, expert=expert))
+    for more in divisors(layout.replicate)[1:]:
+        yield replace(way, layout=replace(layout, replicate=layout.replicate // more, shard=layout.shard * more))
+        yield replace(way, layout=replace(layout, replicate=layout.replicate // more, context=layout.context * more))
+
+
+def _keys(old: Way, new: Way) -> dict[str, int | str]:
+    """What a recipe sets to come from one to the other."""
+    pairs: dict[str, tuple[int | str, int | str]] = {
+        "train.parallel.shard": (old.layout.shard, new.layout.shard),
+        "train.parallel.context": (old.layout.context, new.layout.context),
+        "train.parallel.expert": (old.layout.expert, new.layout.expert),
+        "train.recompute": (old.recompute, new.recompute),
+        "train.micro_batch": (old.micro_batch, new.micro_batch),
+    }
+    return {key: after for key, (before, after) in pairs.items() if before != after}
+
+
+@lru_cache(maxsize=4096)
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return small + [number // n for n in reversed(small) if n * n != number]

@@ -1,0 +1,305 @@
+"""`gristmill plan`: what a training will need, as aligned text and as the same figures in JSON."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from importlib import resources
+from typing import Any, Literal
+
+from gristmill.errors import InputError
+from gristmill.model import ModelConfig
+from gristmill.parallel import traffic
+from gristmill.parallel.config import ParallelConfig
+from gristmill.parallel.footprint import EXPERT_LOAD, Recompute, Training
+from gristmill.parallel.hardware import GPUS, Hardware, cpu
+from gristmill.parallel.plan import RESERVE, Found, Plan, default_batch_tokens, search
+from gristmill.report.shape import aligned, short
+from gristmill.train.config import TrainConfig
+
+DEFAULT_TOKENS = 12e12  # what DBRX was trained on
+UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def planned(
+    model: ModelConfig,
+    train: TrainConfig | None,
+    gpus: int,
+    gpu: str,
+    mesh: str | None = None,
+    seq_len: int | None = None,
+    batch_tokens: int | None = None,
+    micro_batch: int | None = None,
+    recompute: Recompute | None = None,
+    optimizer: Literal["adamw", "muon"] | None = None,
+) -> Found:
+    """A shape's plan. What is not given is the recipe's, where it has a `train` section: length, batch and optimizer,
+    and mesh, micro-batch and what is computed again where they are not the defaults. The rest is searched for.
+
+    Raises InputError.
+    """
+    if gpus < 1:
+        raise InputError(f"--gpus {gpus} must be at least 1")
+    hardware = hardware_of(gpu)
+    length = seq_len or (train.seq_len if train else model.max_seq_len)
+    if not 1 <= length <= model.max_seq_len:
+        raise InputError(f"--seq {length} must be from 1 to model.max_seq_len={model.max_seq_len}")
+    training = Training(
+        model=model,
+        seq_len=length,
+        batch_tokens=batch_tokens or (train.batch_tokens if train else default_batch_tokens(gpus, length)),
+        optimizer=optimizer or (train.optimizer.name if train else "adamw"),
+        dtype=(train.dtype if train and train.dtype else _dtype(hardware)),
+    )
+    config = parse_mesh(mesh) if mesh else None
+    if train:
+        default = {field.name: field.default for field in fields(TrainConfig)}
+        config = config or (train.parallel if train.parallel != ParallelConfig() else None)
+        recompute = recompute or (train.recompute if train.recompute != default["recompute"] else None)
+        micro_batch = micro_batch or (train.micro_batch if train.micro_batch != default["micro_batch"] else None)
+    return search(training, hardware, gpus, config, micro_batch, recompute)
+
+
+def hardware_of(gpu: str) -> Hardware:
+    """A kind in the table, or this machine's CPU, measured."""
+    if gpu == "cpu":
+        from gristmill.train.machine import best_dtype, copy_rate, describe_machine, gemm_flops
+
+        memory = round(describe_machine()["memory_gib"] * 2**30)
+        return cpu(gemm_flops(best_dtype()), memory, copy_rate())
+    if gpu not in GPUS:
+        raise InputError(f"--gpu {gpu} is not known; valid: {', '.join([*GPUS, 'cpu'])}")
+    return GPUS[gpu]
+
+
+def _dtype(hardware: Hardware) -> Literal["bfloat16", "float32"]:
+    if hardware.on_gpu:
+        return "bfloat16"
+    from gristmill.train.machine import best_dtype
+
+    return "bfloat16" if str(best_dtype()) == "torch.bfloat16" else "float32"
+
+
+def parse_mesh(text: str) -> ParallelConfig:
+    """ "shard=64,expert=16,context=1": what is left out is as in a recipe; shard=all takes what context leaves."""
+    sizes: dict[str, Any] = {}
+    for pair in text.split(","):
+        name, _, value = pair.strip().partition("=")
+        if name not in ("shard", "context", "expert") or not (value.isdecimal() or (name, value) == ("shard", "all")):
+            raise InputError(f"--mesh {text!r}: {pair.strip()!r} must be shard=N, context=N or expert=N")
+        sizes[name] = None if value == "all" else int(value)
+    try:
+        return ParallelConfig(**sizes)
+    except ValueError as problem:
+        raise InputError(f"--mesh {text!r}: {problem}") from None
+
+
+def parse_tokens(text: str) -> float:
+    """ "12T", "300B", "1.5e12"."""
+    number, unit = (text[:-1], UNITS[text[-1]]) if text[-1:] in UNITS else (text, 1.0)
+    try:
+        tokens = float(number) * unit
+    except ValueError:
+        tokens = 0.0
+    if not 0 < tokens < 1e18:
+        raise InputError(f"--tokens {text!r} must be a number of tokens, such as 12T, 300B or 1.5e12")
+    return tokens
+
+
+# ---- figures -------------------------------------------------------------------------------------------
+
+
+def figures(name: str, found: Found, tokens: float) -> dict[str, Any]:
+    """All that the page says, in JSON's types."""
+    best = found.plan
+    return {
+        "name": name,
+        "hardware": asdict(best.hardware),
+        "training": {key: value for key, value in asdict(best.training).items() if key != "model"},
+        **_of(best, tokens),
+        "micro_batches": best.micro_batches,
+        "memory": {
+            "highest": best.moment.name,
+            "bytes": {**best.moment.parts, "allocator's reserve": best.reserve},
+            "needed_bytes": best.needed_bytes,
+            "has_bytes": best.hardware.memory_bytes,
+            "param_bytes": best.param_bytes,
+        },
+        "seconds": {**asdict(best.times), "step": best.times.step},
+        "traffic": [asdict(row) for row in best.traffic],
+        "runners_up": [_of(one, tokens) for one in found.others],
+        "changes": [{"set": change.keys, **_of(change.plan, tokens)} for change in found.changes],
+        "ways_tried": found.tried,
+        "assumptions": assumptions(best.hardware),
+        "measured": measured(),
+    }
+
+
+def _of(one: Plan, tokens: float) -> dict[str, Any]:
+    layout = one.way.layout
+    return {
+        "fits": one.fits,
+        "gpus": layout.world_size,
+        "mesh": {"shard": layout.shard, "context": layout.context, "expert": layout.expert},
+        "repeats": layout.replicate,
+        "micro_batch": one.way.micro_batch,
+        "recompute": one.way.recompute,
+        "needed_bytes": one.needed_bytes,
+        "step_s": one.times.step,
+        "mfu": one.mfu,
+        "tokens_per_second": one.tokens_per_second,
+        "tokens_per_day": one.tokens_per_second * 86400,
+        "tokens": tokens,
+        "days": one.days(tokens),
+    }
+
+
+def assumptions(hardware: Hardware) -> dict[str, Any]:
+    """What stands between a data sheet and a step."""
+    return {
+        "dense_share": hardware.dense,
+        "grouped_share": hardware.grouped,
+        "attention_share": hardware.attention,
+        "link_share": traffic.LINK_SHARE,
+        "memory_share": traffic.MEMORY_SHARE,
+        "reserve_share": RESERVE if hardware.on_gpu else None,
+        "expert_load": EXPERT_LOAD,
+    }
+
+
+def measured() -> dict[str, Any]:
+    """How far off plans were, where they were held against a training (benchmarks/plan.py)."""
+    return json.loads(resources.files("gristmill.parallel").joinpath("measured.json").read_text(encoding="utf-8"))
+
+
+# ---- text ----------------------------------------------------------------------------------------------
+
+
+def plan_text(of: dict[str, Any]) -> str:
+    """The figures as a page."""
+    blocks = [_head(of), _memory(of), _step(of)]
+    if of["traffic"]:
+        blocks.append(_traffic(of))
+    if of["runners_up"]:
+        blocks.append(["Runners-up, on other meshes", *aligned([HEADS, *map(_row, of["runners_up"])])])
+    if not of["fits"]:
+        blocks.append(list(_advice(of)))
+    blocks.append(_foundation(of))
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+HEADS = ["shard", "context", "expert", "repeats", "micro-batch", "recompute", "memory", "step", "MFU", "tokens/s"]
+
+
+def _row(one: dict[str, Any]) -> list[str]:
+    mesh = one["mesh"]
+    return [
+        *(f"{mesh[key]:,}" for key in ("shard", "context", "expert")),
+        f"{one['repeats']:,}",
+        f"{one['micro_batch']:,}",
+        one["recompute"],
+        short(one["needed_bytes"], "B"),
+        seconds(one["step_s"]),
+        f"{one['mfu']:.1%}",
+        short(one["tokens_per_second"]),
+    ]
+
+
+def seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+def _head(of: dict[str, Any]) -> list[str]:
+    training, mesh = of["training"], of["mesh"]
+    verdict = (
+        f"{seconds(of['step_s'])} a step, {of['mfu']:.1%} of the peak (MFU), {short(of['tokens_per_second'])} "
+        f"tokens/s, {short(of['tokens_per_day'])} a day: {short(of['tokens'])} tokens in {of['days']:,.1f} days"
+        if of["fits"]
+        else f"does not fit: {short(of['needed_bytes'], 'B')} of {short(of['memory']['has_bytes'], 'B')}"
+    )
+    return [
+        f"{of['name']} on {of['gpus']:,} x {of['hardware']['name']}: {verdict}",
+        "",
+        f"  a step is {training['batch_tokens']:,} tokens: "
+        f"{training['batch_tokens'] // training['seq_len']:,} sequences of {training['seq_len']:,}; {training['optimizer']}, {training['dtype']}",
+        f"  train.parallel: shard={mesh['shard']}, context={mesh['context']}, expert={mesh['expert']}; "
+        f"{of['repeats']:,} repeats of that ({of['ways_tried']:,} ways tried)",
+        f"  train.micro_batch={of['micro_batch']}, {of['micro_batches']:,} a step; train.recompute={of['recompute']}",
+    ]
+
+
+def _memory(of: dict[str, Any]) -> list[str]:
+    memory = of["memory"]
+    rows = [[part, f"{size:,}", short(size, "B")] for part, size in memory["bytes"].items() if size]
+    rows.append(["needed", f"{memory['needed_bytes']:,}", short(memory["needed_bytes"], "B")])
+    rows.append(["there is", f"{memory['has_bytes']:,}", short(memory["has_bytes"], "B")])
+    return [f"Memory of a GPU at its highest, {memory['highest']}", *aligned(rows)]
+
+
+NAMES = {
+    "forward": "blocks, forward",
+    "backward": "blocks, backward",
+    "loss": "loss",
+    "gather_and_scatter": "FSDP, what products do not hide",
+    "exchange": "all-to-all of tokens",
+    "context": "keys and values of a sequence",
+    "repeat": "all-reduce over repeats",
+    "optimizer": "optimizer",
+    "step": "step",
+}
+
+
+def _step(of: dict[str, Any]) -> list[str]:
+    rows = [
+        [NAMES[part], seconds(value), f"{value / of['step_s']:.1%}"] for part, value in of["seconds"].items() if value
+    ]
+    return ["Time of a step", *aligned(rows)]
+
+
+def _traffic(of: dict[str, Any]) -> list[str]:
+    rows = [["", "ranks", "over", "bytes", "", "time", ""]]
+    for row in of["traffic"]:
+        hidden = "beside products" if row["hidden"] else ""
+        sizes = [f"{row['bytes_sent']:,}", short(row["bytes_sent"], "B")]
+        rows.append([row["name"], f"{row['ranks']:,}", row["link"], *sizes, seconds(row["seconds"]), hidden])
+    return ["What a GPU sends in a step", *aligned(rows)]
+
+
+def _advice(of: dict[str, Any]) -> Iterator[str]:
+    largest = sorted(of["memory"]["bytes"].items(), key=lambda item: -item[1])[:3]
+    yield "It does not fit. Most of it: " + ", ".join(f"{part} {short(size, 'B')}" for part, size in largest)
+    if not of["changes"]:
+        yield "  nothing that was tried makes it fit: take GPUs with more memory, or a smaller model"
+    for change in of["changes"]:
+        keys = " ".join(f"{key}={value}" for key, value in change["set"].items())
+        yield (
+            f"  set {keys}: {short(change['needed_bytes'], 'B')}, {seconds(change['step_s'])} a step, "
+            f"{change['days']:,.1f} days"
+        )
+
+
+def _foundation(of: dict[str, Any]) -> list[str]:
+    said, seen, hardware = of["assumptions"], of["measured"], of["hardware"]
+    load = f"with expert parallelism the busiest rank gets {said['expert_load']} times the mean"
+    lines = [
+        "What this stands on",
+        "  step = micro-batches x (max(forward, gather) + max(backward, gather + scatter) + loss + all-to-all",
+        "         + context) + first gather and last scatter + all-reduce over repeats + optimizer; a product takes",
+        "         its operations over its share of the peak, other work its bytes over the memory's bandwidth",
+        f"  shares of the peak: products {said['dense_share']:.0%}, experts' {said['grouped_share']:.0%}, attention "
+        f"{said['attention_share']:.0%}; of links {said['link_share']:.0%}, of memory's bandwidth "
+        f"{said['memory_share']:.0%}; {load}: assumptions",
+        f"  {hardware['name']}: {short(hardware['flops'], 'FLOP/s')}, {short(hardware['memory_bytes'], 'B')} at "
+        f"{short(hardware['memory_bandwidth'], 'B/s')}; in a node of {hardware['per_node']} "
+        f"{short(hardware['nvlink'], 'B/s')} a GPU, beyond it {short(hardware['network'], 'B/s')}, one way",
+        f"  {hardware['source']}",
+        f"  Never held against a GPU. Held against trainings on {seen['machine']}:",
+    ]
+    rows = [["", "memory", "planned", "", "step", "planned", ""]]
+    for row in seen["cases"]:
+        sizes = [row["measured_bytes"], row["planned_bytes"]]
+        times = [row["measured_s"], row["planned_s"]]
+        rows.append([
+            row["case"], *(short(size, "B") for size in sizes), f"{sizes[1] / sizes[0] - 1:+.0%}",
+            *(seconds(time) for time in times), f"{times[1] / times[0] - 1:+.0%}",
+        ])  # fmt: skip
+    return lines + aligned(rows)
