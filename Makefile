@@ -33,6 +33,7 @@ bench: .venv/locked
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/tokenizer.py
+	$(BIN)/python benchmarks/plan.py
 
 exact: .venv/locked
 	GRISTMILL_EXACT=150 $(BIN)/python -m pytest tests/exact

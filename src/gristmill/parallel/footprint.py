@@ -197,8 +197,9 @@ class Footprint:
         """norm_1's output, q, k and v before and after they turn, the output and its log-sum-exp, norm_2's input."""
         cfg, T, a, context = self.cfg, self.tokens, self.a, self.way.layout.context
         query, key = cfg.n_heads * cfg.head_dim, cfg.kv_n_heads * cfg.head_dim
-        if cfg.qk_norm:  # the values stay where the projection put them
-            turned = 2 * query + 3 * key + (query + 2 * key if cfg.clip_qkv is not None else 0)
+        if cfg.qk_norm:  # the values stay where the projection put them, and a CPU copies what it norms
+            turned = 2 * query + 3 * key + (0 if self.way.on_gpu else query + key)
+            turned += query + 2 * key if cfg.clip_qkv is not None else 0
         else:
             turned = (query + 2 * key) * (2 if cfg.clip_qkv is not None else 1)
         kept = T * a * (2 * cfg.d_model + turned + query) + T * FP32 * (cfg.n_heads + 4)

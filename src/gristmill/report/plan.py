@@ -1,7 +1,7 @@
 """`gristmill plan`: what a training will need, as aligned text and as the same figures in JSON."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from importlib import resources
 from typing import Any, Literal
@@ -210,6 +210,7 @@ def seconds(value: float) -> str:
 
 def _head(of: dict[str, Any]) -> list[str]:
     training, mesh = of["training"], of["mesh"]
+    batch_tokens, seq_len = training["batch_tokens"], training["seq_len"]
     verdict = (
         f"{seconds(of['step_s'])} a step, {of['mfu']:.1%} of the peak (MFU), {short(of['tokens_per_second'])} "
         f"tokens/s, {short(of['tokens_per_day'])} a day: {short(of['tokens'])} tokens in {of['days']:,.1f} days"
@@ -219,8 +220,8 @@ def _head(of: dict[str, Any]) -> list[str]:
     return [
         f"{of['name']} on {of['gpus']:,} x {of['hardware']['name']}: {verdict}",
         "",
-        f"  a step is {training['batch_tokens']:,} tokens: "
-        f"{training['batch_tokens'] // training['seq_len']:,} sequences of {training['seq_len']:,}; {training['optimizer']}, {training['dtype']}",
+        f"  a step is {batch_tokens:,} tokens: {batch_tokens // seq_len:,} sequences of {seq_len:,}; "
+        f"{training['optimizer']}, {training['dtype']}",
         f"  train.parallel: shard={mesh['shard']}, context={mesh['context']}, expert={mesh['expert']}; "
         f"{of['repeats']:,} repeats of that ({of['ways_tried']:,} ways tried)",
         f"  train.micro_batch={of['micro_batch']}, {of['micro_batches']:,} a step; train.recompute={of['recompute']}",
@@ -296,10 +297,10 @@ def _foundation(of: dict[str, Any]) -> list[str]:
     ]
     rows = [["", "memory", "planned", "", "step", "planned", ""]]
     for row in seen["cases"]:
-        sizes = [row["measured_bytes"], row["planned_bytes"]]
-        times = [row["measured_s"], row["planned_s"]]
-        rows.append([
-            row["case"], *(short(size, "B") for size in sizes), f"{sizes[1] / sizes[0] - 1:+.0%}",
-            *(seconds(time) for time in times), f"{times[1] / times[0] - 1:+.0%}",
-        ])  # fmt: skip
+        sizes = _beside(row["measured_bytes"], row["planned_bytes"], lambda size: short(size, "B"))
+        rows.append([row["case"], *sizes, *_beside(row["measured_s"], row["planned_s"], seconds)])
     return lines + aligned(rows)
+
+
+def _beside(seen: float | None, said: float | None, written: Callable[[float], str]) -> list[str]:
+    return [written(seen), written(said), f"{said / seen - 1:+.0%}"] if seen and said else ["", "", ""]
