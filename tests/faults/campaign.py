@@ -29,6 +29,7 @@ from gristmill.pipeline import run
 from gristmill.recipe import load_recipe
 
 EVERY = 4
+SPLIT = ("train.parallel.shard=2", "train.parallel.expert=2")
 BEGIN, END = "<!-- table of faults: written by tests/faults/campaign.py -->", "<!-- end of the table -->"
 RECIPE = """\
 name: faults
@@ -77,26 +78,27 @@ class Campaign:
         ready.start()
         ready.join()
         self.prepared = run(load_recipe(str(recipe)), work / "prepared", "shards")
-        self.unbroken: dict[int, tuple[str, list[dict[str, object]], float]] = {}
+        self.unbroken: dict[tuple[int, tuple[str, ...]], tuple[str, list[dict[str, object]], float]] = {}
 
     def new(self, ranks: int = 1, *overrides: str) -> Run:
         self.number += 1
         return Run(self.recipe, copied(self.prepared, self.work / f"run-{self.number}"), overrides, ranks)
 
-    def expected(self, ranks: int) -> tuple[str, list[dict[str, object]], float]:
-        """Content, curve and seconds of an unbroken run."""
-        if ranks not in self.unbroken:
-            whole = self.new(ranks)
+    def expected(self, ranks: int, *split: str) -> tuple[str, list[dict[str, object]], float]:
+        """Content, curve and seconds of an unbroken run, the model split over the ranks or not."""
+        if (ranks, split) not in self.unbroken:
+            whole = self.new(ranks, *split)
             started = time.monotonic()
             assert whole.finish() == [0] * ranks, whole.said()
-            self.unbroken[ranks] = whole.content(), whole.curve(), time.monotonic() - started
-        return self.unbroken[ranks]
+            self.unbroken[ranks, split] = whole.content(), whole.curve(), time.monotonic() - started
+        return self.unbroken[ranks, split]
 
     def check_end(self, broken: Run, tally: Tally, same_curve: bool = True) -> None:
         """Train to the end, and compare with the unbroken run; the folder goes."""
         codes = broken.finish()
         assert codes == [0] * broken.ranks, (tally.name, codes, broken.said()[-3000:])
-        content, curve, _ = self.expected(broken.ranks)
+        split = tuple(override for override in broken.overrides if override.startswith("train.parallel"))
+        content, curve, _ = self.expected(broken.ranks, *split)
         assert broken.content() == content, f"{tally.name}: other bytes than the unbroken run"
         assert not same_curve or broken.curve() == curve, f"{tally.name}: another curve than the unbroken run"
         tally.runs += 1
@@ -104,12 +106,13 @@ class Campaign:
 
     # ---- kills ---------------------------------------------------------------------------------------
 
-    def kills(self, count: int, ranks: int) -> Tally:
+    def kills(self, count: int, ranks: int, *split: str) -> Tally:
         """kill -9 of one rank: every second one inside a save, the others anywhere."""
-        tally = Tally(f"kill -9, {'one process' if ranks == 1 else f'{ranks} ranks'}")
-        _, _, duration = self.expected(ranks)
+        who = "one process" if ranks == 1 else f"{ranks} ranks"
+        tally = Tally(f"kill -9, {who}{', the model split' if split else ''}")
+        _, _, duration = self.expected(ranks, *split)
         while tally.hits < count:
-            broken = self.new(ranks)
+            broken = self.new(ranks, *split)
             for _ in range(min(count - tally.hits, 8)):
                 processes = broken.start()
                 victim = self.chance.choice(processes)
@@ -232,10 +235,10 @@ class Campaign:
                 self.check_end(broken, tally)
         return tally
 
-    def stopped_rank(self) -> Tally:
+    def stopped_rank(self, *split: str) -> Tally:
         """One of two ranks is stopped (SIGSTOP): the other ends within its timeout and says which."""
-        tally = Tally("a rank stopped (SIGSTOP)")
-        broken = self.new(2)
+        tally = Tally(f"a rank stopped (SIGSTOP){', the model split' if split else ''}")
+        broken = self.new(2, *split)
         processes = broken.start()
         while not broken.committed() and all(p.is_alive() for p in processes):
             time.sleep(0.001)
@@ -337,7 +340,9 @@ def faults(campaign: Campaign, share: float) -> dict[str, Callable[[], Tally]]:
         "cut": lambda: campaign.damage("cut", count(20)),
         "delete": lambda: campaign.damage("delete", count(20)),
         "disk": campaign.full_disk,
+        "kill-split": lambda: campaign.kills(count(10), 2, *SPLIT),
         "stop-rank": campaign.stopped_rank,
+        "stop-split": lambda: campaign.stopped_rank(*SPLIT),
         "cut-off": campaign.cut_off_rank,
         "sigterm": lambda: campaign.signals(count(40)),
         "world-size": campaign.other_world_sizes,

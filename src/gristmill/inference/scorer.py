@@ -52,7 +52,8 @@ class ModelScorer:
             for length, jobs in self._tiles(sequences):
                 self.heed()
                 mine = jobs[self.ranks.rank :: self.ranks.world_size]
-                nats = self._score(sequences, mine or jobs[:1], length)  # all ranks go forward, or a layer would wait
+                with self.ranks.meeting():  # all ranks go forward, or a layer would wait
+                    nats = self._score(sequences, mine or jobs[:1], length)
                 if mine:
                     totals.index_add_(0, torch.tensor([job.sequence for job in mine]), nats)
         self.ranks.sum(totals)

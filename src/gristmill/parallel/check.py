@@ -17,7 +17,7 @@ def sharded_elements(cfg: ModelConfig, layout: Layout, rank: int = 0) -> int:
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
-        mesh = make_mesh(layout, "cpu") if layout.split > 1 else None
+        mesh = make_mesh(layout, "cpu", None) if layout.split > 1 else None
         model = parallel_model(cfg, torch.float32, "meta", mesh, "none", compile=False)
         return sum(local(param).numel() for param in model.parameters())
     finally:

@@ -1,13 +1,16 @@
 """The ranks of a sharded training as grids: one for the experts, one for everything else."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
 
 from gristmill.parallel.config import Layout
+from gristmill.parallel.ranks import TIMEOUT_S
 
 REPLICATE, SPLIT, EXPERT, CONTEXT = "replicate", "split", "expert", "context"
 
@@ -23,15 +26,20 @@ class Mesh:
     context: Any
 
 
-def make_mesh(layout: Layout, device: str) -> Mesh:
-    """All ranks call it, in the order that `Layout` says."""
+def make_mesh(layout: Layout, device: str, timeout_s: float | None = TIMEOUT_S) -> Mesh:
+    """All ranks call it; they lie as `Layout` says. timeout_s: as long as a rank waits for another inside the model;
+    None for ranks that are not there."""
     dense = _grid(device, {REPLICATE: layout.replicate, SPLIT: layout.split})
     experts = dense
     if layout.expert > 1:
         experts = _grid(device, {REPLICATE: layout.replicate, SPLIT: layout.expert_split, EXPERT: layout.expert})
-    context = None
+    grids, context = [dense, experts], None
     if layout.context > 1:
-        context = _grid(device, {SPLIT: layout.data, CONTEXT: layout.context})[CONTEXT].get_group()
+        grids.append(_grid(device, {SPLIT: layout.data, CONTEXT: layout.context}))
+        context = grids[-1][CONTEXT].get_group()
+    if timeout_s is not None:
+        for group in (group for grid in grids for group in grid.get_all_groups()):
+            _set_pg_timeout(timedelta(seconds=timeout_s), group)
     return Mesh(layout, dense, experts, context)
 
 

@@ -116,9 +116,18 @@ class Ranks:
                 raise self._gone([0])
 
     def _together(self, call: Callable[[], object]) -> None:
-        try:
+        with self.meeting():
             call()
-        except RuntimeError as problem:  # gloo: a closed connection, or the timeout
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Around calls in which ranks wait for each other: says who is gone when that fails."""
+        try:
+            yield
+        except RuntimeError as problem:
+            # gloo's own: a closed connection, or the timeout
+            if self.world_size == 1 or not (isinstance(problem, dist.DistError) or "gloo" in str(problem)):
+                raise
             raise self._explained(problem) from None
 
     def _explained(self, problem: RuntimeError) -> Failure:

@@ -7,35 +7,60 @@ bytes as each rank has, and no tensor is whole twice.
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from gristmill.parallel.mesh import SPLIT
 
 
 class Wholes:
-    """like: one of the tensors. Where experts lie on different ranks, whole means: all of an expert."""
+    """`count` tensors like this one. Where experts lie on different ranks, whole means: all of this rank's experts."""
 
-    def __init__(self, like: DTensor) -> None:
+    def __init__(self, like: DTensor, count: int) -> None:
         names = like.device_mesh.mesh_dim_names
         assert names is not None
-        self._mesh = like.device_mesh[SPLIT]
+        mesh = like.device_mesh[SPLIT]
         placement = like.placements[names.index(SPLIT)]
         assert isinstance(placement, Shard)
-        self._dim = placement.dim
-        self._shape = list(like.to_local().shape)
-        self._shape[self._dim] = like.shape[self._dim]
+        self._group, self._rank, self._dim = mesh.get_group(), mesh.get_local_rank(), placement.dim
+        self._shape = tuple(like.to_local().shape)
+        self._sizes = _shares(like.shape[self._dim], mesh.size())  # along the split dimension, as FSDP cuts it
+        self._counts = _shares(count, mesh.size())  # of tensors that each rank gets whole
 
     def gathered(self, parts: Sequence[Tensor]) -> Tensor:
-        """This rank's part of each of N tensors -> some of them whole, stacked."""
-        return self._moved(torch.stack(list(parts)), len(parts), Shard(1 + self._dim), Shard(0))
+        """This rank's part of each tensor -> some of them whole, stacked."""
+        mine = self._counts[self._rank]
+        sent = torch.stack(list(parts)).flatten()
+        pieces = self._exchanged(sent, self._numels(self._counts), [mine * self._numel(size) for size in self._sizes])
+        shaped = [piece.view(mine, *self._of(size)) for piece, size in zip(pieces, self._sizes, strict=True)]
+        return torch.cat(shaped, dim=1 + self._dim)
 
-    def returned(self, wholes: Tensor, count: int) -> list[Tensor]:
-        """The way back: this rank's part of all `count`."""
-        return list(self._moved(wholes, count, Shard(0), Shard(1 + self._dim)).unbind())
+    def returned(self, wholes: Tensor) -> list[Tensor]:
+        """The way back: this rank's part of all of them."""
+        mine = len(wholes)
+        sent = torch.cat([piece.flatten() for piece in wholes.split(self._sizes, dim=1 + self._dim)])
+        pieces = self._exchanged(sent, [mine * self._numel(size) for size in self._sizes], self._numels(self._counts))
+        shaped = [piece.view(count, *self._shape) for piece, count in zip(pieces, self._counts, strict=True)]
+        return [part for piece in shaped for part in piece.unbind()]
 
-    def _moved(self, part: Tensor, count: int, source: Placement, target: Placement) -> Tensor:
-        shape = torch.Size([count, *self._shape])
-        stride = torch.empty(shape, device="meta").stride()
-        whole = DTensor.from_local(part.contiguous(), self._mesh, [source], run_check=False, shape=shape, stride=stride)
-        return whole.redistribute(placements=[target]).to_local()
+    def _exchanged(self, sent: Tensor, sizes: list[int], arriving: list[int]) -> Sequence[Tensor]:
+        received = sent.new_empty(sum(arriving))
+        dist.all_to_all_single(received, sent, arriving, sizes, group=self._group)
+        return received.split(arriving)
+
+    def _numels(self, counts: list[int]) -> list[int]:
+        return [count * self._numel(self._sizes[self._rank]) for count in counts]
+
+    def _numel(self, size: int) -> int:
+        return torch.Size(self._of(size)).numel()
+
+    def _of(self, size: int) -> tuple[int, ...]:
+        """A part's shape, of so many along the split dimension."""
+        return (*self._shape[: self._dim], size, *self._shape[self._dim + 1 :])
+
+
+def _shares(count: int, ranks: int) -> list[int]:
+    """As torch.chunk cuts: the first ranks have as many as any, the last may have fewer, or none."""
+    most = -(-count // ranks)
+    return [max(0, min(most, count - rank * most)) for rank in range(ranks)]

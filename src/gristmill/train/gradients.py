@@ -66,7 +66,8 @@ class Gradients:
     def _attempt(self, batch: Batch, stop: threading.Event) -> Sums | None:
         """None when memory ran out; what it was filled with is let go when this returns."""
         try:
-            return self._own(batch, stop)
+            with self.ranks.meeting():
+                return self._own(batch, stop)
         except RuntimeError as problem:
             if not out_of_memory(problem):
                 raise

@@ -121,7 +121,7 @@ def train(
     resumed, damage = newest(folder, identity.key, cfg.checkpoint, ranks)
     compute = choose_compute(cfg, layout, read_state(resumed.path).compute if resumed else None)
     compute = apply_compute(ranks.scatter([compute] * ranks.world_size if ranks.rank == 0 else None))
-    mesh = make_mesh(layout, compute["device"]) if layout.split > 1 else None
+    mesh = make_mesh(layout, compute["device"], cfg.rank_timeout_s) if layout.split > 1 else None
     model = begin(cfg, model_cfg, compute, mesh, None if resumed else start)
     optimizer = Optimizer(cfg.optimizer, model, ranks, layout.replicate)
     guard, balance = Guard(cfg.guard), Balance(cfg, model, ranks)
@@ -172,7 +172,8 @@ def train(
                         continue
                 else:
                     lr, grad_norm = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, done, cfg.steps), norm
-                    optimizer.step(lr)
+                    with ranks.meeting():
+                        optimizer.step(lr)
                     balance.after(sums.counts_LE)
                     figures.add(done, sums)
             done += 1

@@ -102,13 +102,13 @@ class Optimizer:
         for names in alike.values():
             first, rows = self.params[names[0]], self.matrices[names[0]]
             assert isinstance(first, DTensor)
-            exchange = Wholes(first)
+            exchange = Wholes(first, len(names))
             wholes = exchange.gathered([grads[name] for name in names])
             moves = torch.zeros_like(wholes)
             if len(wholes):  # there may be more ranks than matrices
                 each = [rows] * len(wholes)
                 muon_update(_views(moves.unbind(), each), _views(wholes.unbind(), each), lr, self.dtype)
-            parts = exchange.returned(moves, len(names))
+            parts = exchange.returned(moves)
             torch._foreach_add_([self.parts[name].detach() for name in names], parts)
 
     def state(self) -> dict[str, Tensor]:
