@@ -40,7 +40,7 @@ exact: .venv/locked
 
 stress: .venv/locked
 	GRISTMILL_KILLS=40 $(BIN)/python -m pytest tests/test_kill.py
-	$(BIN)/python -m pytest --hypothesis-profile=stress
+	GRISTMILL_COMPILE=1 $(BIN)/python -m pytest --hypothesis-profile=stress
 
 faults: .venv/locked
 	PYTHONPATH=tests $(BIN)/python tests/faults/campaign.py --table docs/reliability.md
