@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -42,11 +41,30 @@ def dispatched(module: Experts, group: Any, x_TD: Tensor, weights_TK: Tensor, id
     dist.all_to_all_single(arriving_E, counts_E, group=group)
     rows_2W = torch.stack([counts_E, arriving_E]).view(2, W, here).sum(2)
     sent, received = rows_2W.tolist()  # waits for the device
-    exchange = partial(all_to_all_single_autograd, group=group)
-    x_RD = exchange(x_TD[order // K], received, sent)
-    weights_R = exchange(weights_TK.flatten()[order], received, sent)
+    x_RD = _Exchanged.apply(x_TD[order // K], received, sent, group)
+    weights_R = _Exchanged.apply(weights_TK.flatten()[order], received, sent, group)
     ids_R = torch.arange(here, device=x_TD.device).repeat(W).repeat_interleave(arriving_E)
     y_RD = experts(x_RD, weights_R[:, None], ids_R[:, None], w1, v1, w2)
-    rows_AD = exchange(y_RD, sent, received)
+    rows_AD = _Exchanged.apply(y_RD, sent, received, group)
     slot_A = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=order.device))
     return F.embedding_bag(slot_A.view(T, K), rows_AD, mode="sum")
+
+
+class _Exchanged(torch.autograd.Function):
+    """Rows to and from every rank, so many each; gradients the other way round."""
+
+    @staticmethod
+    def forward(ctx, rows, received, sent, group):  # type: ignore[no-untyped-def]
+        ctx.of = received, sent, group
+        return _exchanged(rows, received, sent, group)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        received, sent, group = ctx.of
+        return _exchanged(grad, sent, received, group), None, None, None
+
+
+def _exchanged(rows: Tensor, received: list[int], sent: list[int], group: Any) -> Tensor:
+    out = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
+    return out
