@@ -39,7 +39,7 @@ from gristmill.hub.checkpoint import TOKENIZER
 from gristmill.hub.export import build_export
 from gristmill.inference.load import load_model
 from gristmill.inference.scorer import ModelScorer
-from gristmill.model.counts import count_params, train_flops_per_token
+from gristmill.model.counts import train_flops_per_token
 from gristmill.parallel.ranks import Ranks, join
 from gristmill.progress import console
 from gristmill.recipe import Recipe, curriculum_of, keyed, plain
@@ -50,9 +50,9 @@ from gristmill.streaming.build import build_shards
 from gristmill.streaming.remote import build_remote, read_manifest
 from gristmill.tokenizer import Tokenizer, build_tokenizer
 from gristmill.train.checkpoint import LATEST, Identity, checkpoint_path, read_state
-from gristmill.train.display import Display, duration
+from gristmill.train.display import Display, duration, say_skipped, say_started
 from gristmill.train.log import METRICS, MetricsLog, read_metrics
-from gristmill.train.loop import Event, Reached, Saved, SaveFailed, Skipped, Started, Step, train
+from gristmill.train.loop import Event, Reached, Saved, SaveFailed, Skipped, Started, Step, layout_of, train
 from gristmill.train.machine import apply_compute, best_dtype, describe_machine, gemm_flops
 from gristmill.train.tracking import Tracking
 
@@ -101,6 +101,8 @@ class _Run:
     def stages(self, wanted: tuple[StageName, ...], finish: bool) -> Path:
         self.fingerprint = fingerprint(self.recipe.corpus)
         self.estimated = "train" not in wanted or self.ranks.rank > 0  # the short stages are not worth one
+        if "train" in wanted:
+            layout_of(self.recipe.train, self.recipe.model, self.ranks)  # what cannot be shared is said before any work
         for name in wanted:
             if self.ranks.rank > 0 and "train" in self.done:
                 return self.folder  # rank 0 finishes alone
@@ -304,7 +306,7 @@ class _Run:
                 for event in events:
                     match event:
                         case Started():
-                            self.say_started(event)
+                            say_started(event, r.train.steps)
                             log.resume(event.step)
                             machine = self.machine | event.compute | {"gemm_tflops": event.gemm_flops / 1e12}
                             log.write("machine", {"step": event.step, "machine": machine, **self.source()})
@@ -353,24 +355,6 @@ class _Run:
         console.print(
             f"{r.name}: about {max(1, round(seconds / 60))} min from nothing on this machine ({self.machine['cpu']}, "
             f"{self.machine['cores']} cores, {str(dtype).removeprefix('torch.')} at {rate / 1e12:.2f} TFLOP/s)"
-        )
-
-    def say_started(self, started: Started) -> None:
-        for line in started.damage:
-            console.print(f"  {line}; going on from an older checkpoint", style="red", markup=False)
-        if started.compute["kernels"] == "torch":
-            console.print(
-                "  PyTorch's own kernels: the native ones were not built or not asked for; with them training is "
-                "faster (install g++, then gristmill again)"
-            )
-        going_on = f"going on at step {started.step:,}; " if started.step else ""
-        left = self.recipe.train.steps - started.step
-        counts, compute = count_params(self.recipe.model), started.compute
-        each = f" of each of {self.ranks.world_size} processes" if self.ranks.world_size > 1 else ""
-        console.print(
-            f"  {going_on}{left:,} steps; {counts.total_params / 1e6:.1f}M parameters, "
-            f"{counts.active_params / 1e6:.1f}M active; {compute['dtype']} on {compute['threads']} threads{each}, "
-            f"{compute['kernels']} kernels"
         )
 
     def finish(self) -> None:
@@ -478,11 +462,6 @@ def evaluate(recipe: Recipe, corpus: Path, checkpoint: Path, out: Path) -> Built
     assert recipe.evaluate.context_length is not None
     scorer = ModelScorer(model, recipe.evaluate.context_length)
     return build_evaluation(recipe.evaluate, corpus, tokenizer, scorer, out)
-
-
-def say_skipped(event: Skipped) -> None:
-    back = f", back to step {event.back_to:,}" if event.back_to is not None else ""
-    console.print(f"  step {event.step:,} is left out: {event.reason}{back}", style="yellow", markup=False)
 
 
 def say_what_next(folder: Path) -> None:

@@ -47,9 +47,9 @@ def test_a_layout_uses_every_process_once_or_says_why_not(
 
 def test_what_cannot_be_split_is_said_with_the_key_to_change() -> None:
     with pytest.raises(InputError, match=r"train.parallel: shard=3 x context=1 = 3 must divide the 4 processes"):
-        layout_of(replace(CFG, parallel=ParallelConfig(shard=3)), Ranks(0, 4))
+        layout_of(replace(CFG, parallel=ParallelConfig(shard=3)), MODEL, Ranks(0, 4))
     with pytest.raises(InputError, match=r"is 4 sequences of 32, which 8 processes cannot share evenly"):
-        layout_of(replace(CFG, parallel=ParallelConfig(shard=8)), Ranks(0, 8))
+        layout_of(replace(CFG, parallel=ParallelConfig(shard=8)), MODEL, Ranks(0, 8))
     with pytest.raises(ValueError, match=r"seq_len=32 must be a multiple of 2 x parallel.context=5"):
         replace(CFG, parallel=ParallelConfig(context=5))
     with pytest.raises(InputError, match=r"expert=3 must divide moe_num_experts=8"):

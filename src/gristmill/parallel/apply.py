@@ -34,8 +34,6 @@ def parallel_model(
 
     mesh: None leaves every weight whole. On the meta device it has shapes and no memory.
     """
-    if mesh:
-        check_shapes(cfg, mesh.layout)
 
     def made(block: Block) -> None:
         if mesh and mesh.layout.expert > 1 and isinstance(block.ffn, MoE):

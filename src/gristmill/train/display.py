@@ -7,8 +7,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from gristmill.model.counts import count_params
+from gristmill.parallel.config import Layout
 from gristmill.progress import LOG_EVERY_S, console
-from gristmill.train.loop import Step
+from gristmill.train.loop import Skipped, Started, Step
 
 
 class Display:
@@ -70,3 +72,28 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def say_started(started: Started, steps: int) -> None:
+    for line in started.damage:
+        console.print(f"  {line}; going on from an older checkpoint", style="red", markup=False)
+    compute, counts = started.compute, count_params(started.model.cfg)
+    if compute["kernels"] == "torch":
+        console.print(
+            "  PyTorch's own kernels: the native ones were not built or not asked for; with them training is "
+            "faster (install g++, then gristmill again)"
+        )
+    layout = Layout(**compute["layout"])
+    each = f" of each of {layout.world_size} processes" if layout.world_size > 1 else ""
+    splits = {"weights": layout.split, "experts": layout.expert, "sequences": layout.context}
+    split = ", ".join(f"{what} over {count} of them" for what, count in splits.items() if count > 1)
+    console.print(
+        f"  {f'going on at step {started.step:,}; ' if started.step else ''}{steps - started.step:,} steps; "
+        f"{counts.total_params / 1e6:.1f}M parameters, {counts.active_params / 1e6:.1f}M active; {compute['dtype']} "
+        f"on {compute['threads']} threads{each}{f', split: {split}' if split else ''}, {compute['kernels']} kernels"
+    )
+
+
+def say_skipped(event: Skipped) -> None:
+    back = f", back to step {event.back_to:,}" if event.back_to is not None else ""
+    console.print(f"  step {event.step:,} is left out: {event.reason}{back}", style="yellow", markup=False)

@@ -26,7 +26,7 @@ from gristmill.background import Answer
 from gristmill.errors import Failure, InputError
 from gristmill.kernels.memory import keep_freed_memory
 from gristmill.model import ModelConfig, Transformer
-from gristmill.parallel.apply import parallel_model
+from gristmill.parallel.apply import check_shapes, parallel_model
 from gristmill.parallel.config import Layout, lay_out
 from gristmill.parallel.mesh import Mesh, local, make_mesh
 from gristmill.parallel.ranks import ALONE, Ranks
@@ -114,7 +114,7 @@ def train(
     Raises Failure when training diverges, a checkpoint cannot be saved, or a rank has gone.
     """
     keep_freed_memory()
-    layout = layout_of(cfg, ranks)
+    layout = layout_of(cfg, model_cfg, ranks)
     opening = partial(Batches, shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed, remote)
     if (batches := Answer(opening).get(stop)) is None:  # a slow network, and nothing to save yet
         return
@@ -198,12 +198,13 @@ def due(cfg: TrainConfig, done: int) -> bool:
     return done % cfg.checkpoint.every == 0 or done == cfg.steps
 
 
-def layout_of(cfg: TrainConfig, ranks: Ranks) -> Layout:
+def layout_of(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Layout:
     """How the training lies over its processes. Raises InputError when they cannot share the work evenly."""
     try:
         layout = lay_out(cfg.parallel, ranks.world_size)
     except ValueError as problem:
         raise InputError(f"train.parallel: {problem}") from None
+    check_shapes(model_cfg, layout)
     if cfg.sequences_per_batch % layout.data:
         raise InputError(
             f"train.batch_tokens={cfg.batch_tokens} is {cfg.sequences_per_batch} sequences of {cfg.seq_len}, which "
