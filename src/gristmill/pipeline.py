@@ -121,7 +121,7 @@ class _Run:
     def made(self, name: StageName) -> Artifact:
         """A stage's artifact, which rank 0 has made."""
         key, path, _config, _inputs = self.identity(name)
-        artifact = standing(path, key)
+        artifact = standing(checkpoint_path(path, self.recipe.train.steps) if name == "train" else path, key)
         if artifact is None:
             raise Failure(
                 f"rank {self.ranks.rank} does not find {path}; all ranks must see one run folder and one corpus"
@@ -142,7 +142,11 @@ class _Run:
     def stage(self, name: StageName) -> Artifact:
         key, path, config, inputs = self.identity(name)
         artifact = standing(checkpoint_path(path, self.recipe.train.steps) if name == "train" else path, key)
-        if artifact is not None and (name != "train" or self.is_validated(path)):
+        stands = artifact is not None and (name != "train" or self.is_validated(path))
+        if name == "train":  # all ranks skip it, or none
+            stands = bool(self.ranks.from_first(stands))
+        if stands:
+            artifact = artifact or self.made(name)
             console.print(f"{name:<10}[bright_black]stands  {artifact.path.relative_to(self.folder)}[/]")
             return artifact
         if not self.estimated:

@@ -1,33 +1,43 @@
-"""Compiled blocks compute the same; it takes a C++ compiler minutes to find out (`make stress`)."""
+"""Compiled blocks compute the same, with recomputation too. Here torch's tracing, without the C++ that it would write;
+`make stress` has that as well, which takes minutes."""
 
 import os
 import threading
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_same_training import CFG, MODEL, batch_of, unequal
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from gristmill.parallel.apply import parallel_model
 from gristmill.train.balance import Balance
 from gristmill.train.gradients import Gradients
 
-pytestmark = [
-    pytest.mark.skipif("GRISTMILL_COMPILE" not in os.environ, reason="compiling takes minutes: make stress"),
-    pytest.mark.timeout(1200),
-]
+BACKENDS = ["aot_eager", *(["inductor"] if "GRISTMILL_COMPILE" in os.environ else [])]
 
 
-def gradients_of(compile: bool) -> dict[str, Tensor]:
+def gradients_of(recompute: Any, compile: bool) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    model = parallel_model(MODEL, torch.float32, "cpu", None, "none", compile)
+    model = parallel_model(MODEL, torch.float32, "cpu", None, recompute, compile)
     unequal(model)
     assert Gradients(model, CFG, Balance(CFG, model), 2, Path("nowhere")).of(batch_of(0), threading.Event())
     return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
 
-def test_compiled_blocks_have_the_gradients_of_eager_ones() -> None:
-    eager, compiled = gradients_of(False), gradients_of(True)
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_blocks_have_the_gradients_of_eager_ones(
+    recompute: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    counters.clear()
+    eager, compiled = gradients_of(recompute, False), gradients_of(recompute, True)
+    assert counters["stats"]["unique_graphs"] >= 3, "attention, router and what follows the experts are compiled"
     assert eager.keys() == compiled.keys()
     assert all(torch.allclose(compiled[name], grad, rtol=1e-4, atol=1e-7) for name, grad in eager.items())

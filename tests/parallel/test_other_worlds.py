@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from broken_runs import Run, copied, wait
+from torch import Tensor
 
 from gristmill.hub.export import export_model
 from gristmill.hub.tensors import open_weights
@@ -41,6 +41,10 @@ def overrides(split: tuple[str, ...]) -> tuple[str, ...]:
     return "train.micro_batch=4", *(f"train.parallel.{size}" for size in split)
 
 
+def close(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).norm() / b.norm()) < 1e-3
+
+
 def test_four_two_one_and_four_ranks_train_in_turn_as_one(tiny_yaml: Path, prepared: Path, tmp_path: Path) -> None:
     one = new(tiny_yaml, prepared, tmp_path / "one", 1)
     assert one.finish() == [0], one.said()
@@ -63,11 +67,11 @@ def test_four_two_one_and_four_ranks_train_in_turn_as_one(tiny_yaml: Path, prepa
             assert ours[figure] == pytest.approx(theirs[figure], rel=1e-3)
     wholes, parts = (open_weights(r.training / "step-00000008") for r in (one, turns))
     for name, weight in wholes.items():
-        assert torch.allclose(parts[name].load(), weight.load(), atol=2e-3), name
+        assert close(parts[name].load(), weight.load()), name
     # What several ranks wrote leaves tensor by tensor; no rank and no exporter ever has the whole model.
     leaves = [open_weights(export_model(r.training / "step-00000008", r.out / "hf").path) for r in (one, turns)]
     assert leaves[0].keys() == leaves[1].keys()
-    assert all(torch.allclose(leaves[0][name].load(), leaves[1][name].load(), atol=2e-3) for name in leaves[0])
+    assert all(close(leaves[0][name].load(), leaves[1][name].load()) for name in leaves[0])
 
 
 def children(pid: int) -> list[int]:

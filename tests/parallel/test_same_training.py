@@ -1,5 +1,5 @@
 """Three steps on 2 and 4 ranks, however the model is split over them, are three steps of one process: each loss, each
-gradient, each weight; with experts that are unequally busy, and one that gets nothing."""
+gradient, each weight; with experts that are unequally busy, and one that gets nothing; several micro-batches a rank."""
 
 import threading
 from dataclasses import replace
@@ -25,7 +25,7 @@ from gristmill.train.config import OptimizerConfig, TrainConfig
 from gristmill.train.gradients import Gradients
 from gristmill.train.optimizer import Optimizer
 
-SEQUENCES, LENGTH, VOCABULARY = 4, 32, 101  # a prime: no split is even
+SEQUENCES, LENGTH, VOCABULARY = 8, 32, 101  # a prime: no split is even
 MODEL = ModelConfig(
     d_model=32, n_layers=2, n_heads=4, kv_n_heads=2, ffn_hidden_size=24, moe_num_experts=8, moe_top_k=2,
     vocab_size=VOCABULARY, max_seq_len=LENGTH, moe_loss_weight=0.1, moe_router_bias=True,
@@ -70,12 +70,12 @@ def unequal(model: Transformer) -> None:
         block.ffn.router_bias[:3] += torch.tensor([-10.0, 0.05, 0.02])
 
 
-def three_steps(ranks: Ranks, cfg: TrainConfig, model_cfg: ModelConfig) -> Found:
+def three_steps(ranks: Ranks, cfg: TrainConfig, model_cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Found:
     """Losses, assignments, the gradients of the last step and the weights after it."""
     layout = lay_out(cfg.parallel, ranks.world_size)
     mesh: Mesh | None = make_mesh(layout, "cpu") if layout.split > 1 else None
     torch.manual_seed(0)
-    model = parallel_model(model_cfg, torch.float32, "cpu", mesh, cfg.recompute, compile=False)
+    model = parallel_model(model_cfg, dtype, "cpu", mesh, cfg.recompute, compile=False)
     if model_cfg.moe_router_bias:
         unequal(model)
     optimizer = Optimizer(cfg.optimizer, model, ranks, layout.replicate)
@@ -96,13 +96,14 @@ def three_steps(ranks: Ranks, cfg: TrainConfig, model_cfg: ModelConfig) -> Found
     return losses, counts, grads, {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
 
-def assert_same(found: Found, expected: Found) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert found[1] == expected[1]
+def assert_same(found: Found, expected: Found, apart: float = 1e-4) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=apart / 10)
+    if apart == 1e-4:
+        assert found[1] == expected[1]
     for ours, theirs in zip(found[2:], expected[2:], strict=True):
         assert ours.keys() == theirs.keys()
-        apart = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}
-        assert max(apart.values()) < 1e-4, {name: value for name, value in apart.items() if value >= 1e-4}
+        far = {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}
+        assert max(far.values(), default=0.0) < apart, {name: value for name, value in far.items() if value >= apart}
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -117,18 +118,57 @@ def test_four_ranks_train_as_one(way: str, optimizer: Any, four: Processes) -> N
         assert_same(found, expected)
 
 
-@pytest.mark.parametrize("balance", ["global", "rank", "micro_batch"])
+SHAPES: dict[str, dict[str, Any]] = {
+    "tied": {"tie_word_embeddings": True},
+    "dense": {"ffn": "dense", "moe_router_bias": False},
+    "rms_norm": {"norm": "rms_norm", "qk_norm": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "recompute", "way"),
+    [
+        ("tied", "none", "hsdp"),
+        ("dense", "full", "fsdp"),
+        ("rms_norm", "selective", "cp x ep x fsdp"),
+        ("rms_norm", "full", "ep x hsdp"),
+    ],
+)
+def test_other_shapes_and_what_is_computed_again_are_no_exception(
+    shape: str, recompute: Any, way: str, four: Processes
+) -> None:
+    balance: Any = "micro_batch" if shape == "dense" else "bias"
+    cfg, model_cfg = replace(CFG, recompute=recompute, balance=balance), replace(MODEL, **SHAPES[shape])
+    expected = three_steps(ALONE, replace(cfg, recompute="none"), model_cfg)
+    for found in four.run(three_steps, replace(cfg, parallel=WAYS[way]), model_cfg):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("way", ["fsdp", "cp x ep x fsdp"])
+def test_in_bf16_the_ranks_stay_as_close_as_rounding_allows(way: str, four: Processes) -> None:
+    """One step: what rounding tips over a router's edge goes another way from there on. The embedding's gradient, a sum
+    over many tokens, is fp32 everywhere."""
+    cfg = replace(CFG, steps=1)
+    expected = three_steps(ALONE, cfg, MODEL, torch.bfloat16)
+    for found in four.run(three_steps, replace(cfg, parallel=WAYS[way]), MODEL, torch.bfloat16):
+        assert_same((found[0], found[1], found[2], {}), (expected[0], expected[1], expected[2], {}), 0.02)
+
+
 @pytest.mark.parametrize("way", ["fsdp", "ep", "cp"])
-def test_two_ranks_train_as_one_with_each_balancing_loss(way: str, balance: Any, two: Processes) -> None:
-    """`rank` and `micro_batch` are other losses on other numbers of ranks."""
+def test_the_balancing_loss_of_two_ranks_is_that_of_the_whole_batch(way: str, two: Processes) -> None:
     ways = {"fsdp": ParallelConfig(shard=2), "ep": ParallelConfig(shard=2, expert=2), "cp": ParallelConfig(context=2)}
-    cfg = replace(CFG, balance=balance, parallel=ways[way], micro_batch=SEQUENCES)
+    cfg = replace(CFG, balance="global", parallel=ways[way], micro_batch=SEQUENCES)
     shape = replace(MODEL, moe_router_bias=False)
-    found = two.run(three_steps, cfg, shape)
-    alone = three_steps(ALONE, replace(cfg, parallel=ParallelConfig()), shape)
-    if balance == "global":
-        for each in found:
-            assert_same(each, alone)
-    else:
-        assert found[0][0] != pytest.approx(alone[0], rel=1e-7)
-    assert found[0][0] == found[1][0]
+    expected = three_steps(ALONE, replace(cfg, parallel=ParallelConfig()), shape)
+    for found in two.run(three_steps, cfg, shape):
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize(("balance", "micro_batch"), [("rank", SEQUENCES // 2), ("micro_batch", 1)])
+def test_a_ranks_balancing_loss_is_that_of_its_own_sequences(balance: Any, micro_batch: int, two: Processes) -> None:
+    """One process that takes each rank's sequences as a micro-batch counts the same."""
+    cfg = replace(CFG, balance=balance, parallel=ParallelConfig(shard=2), micro_batch=micro_batch)
+    shape = replace(MODEL, moe_router_bias=False)
+    expected = three_steps(ALONE, replace(cfg, balance="micro_batch", parallel=ParallelConfig()), shape)
+    for found in two.run(three_steps, cfg, shape):
+        assert_same(found, expected)

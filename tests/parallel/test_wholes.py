@@ -17,7 +17,8 @@ def there_and_back(ranks: Ranks, shape: tuple[int, ...], dim: int, count: int) -
     split = [distribute_tensor(tensor, mesh, [Shard(dim)], src_data_rank=None) for tensor in tensors]
     like = split[0]
     assert isinstance(like, DTensor)
-    exchange, parts = Wholes(like, count), [tensor.to_local() for tensor in split]
+    parts = [tensor.to_local() for tensor in split]
+    exchange = Wholes(like, parts[0], count)
     wholes = exchange.gathered(parts)
     again = exchange.returned(wholes)
     return wholes, tensors, all(map(torch.equal, again, parts)) and len(again) == len(parts)

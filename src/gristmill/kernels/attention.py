@@ -41,6 +41,7 @@ def packed_attention_reference(q_BQHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, s
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=True).transpose(1, 2)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # what documents there are is read from the device
 def packed_attention(q_BQHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, starts_BS: Tensor) -> Tensor:
     """The same function, tiled; on CUDA by torch's FlashAttention."""
     if q_BQHC.is_cuda:

@@ -190,7 +190,12 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x_BSD = x_BSD + self.attn(self.norm_1(x_BSD), layer, cos, sin, attend)
+        return self.fed(self.attended(x_BSD, layer, cos, sin, attend))
+
+    def attended(self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        return x_BSD + self.attn(self.norm_1(x_BSD), layer, cos, sin, attend)
+
+    def fed(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out_TD, probs_E, counts_E = self.ffn(self.norm_2(x_BSD).flatten(0, 1))
         return x_BSD + out_TD.view_as(x_BSD), probs_E, counts_E
 

@@ -38,17 +38,25 @@ def parallel_model(
     def made(block: Block) -> None:
         if mesh and mesh.layout.expert > 1 and isinstance(block.ffn, MoE):
             split_experts(block.ffn.experts, mesh.experts[EXPERT])  # before FSDP, which splits what is left
-        apply_recompute(block, recompute)
         if compile:
-            block.compile()  # what it computes, and not FSDP's gathering around it
+            apply_compile(block)  # before recompute: torch gives up on compiling what is computed again
+        apply_recompute(block, recompute)
         if mesh:
             shard_block(block, mesh, dtype)
 
     with torch.device(device):
         model = Transformer(cfg, dtype, made)
     if mesh:
-        _fully_shard(model, mesh, dtype)  # embedding, last norm and output: gathered from a step's start to its end
+        # A popular token's gradient is a sum of thousands, which bf16 would round again and again: fp32, as the router.
+        _fully_shard(model.wte, mesh, torch.float32, keep=cfg.tie_word_embeddings)  # tied, the loss needs it too
+        _fully_shard(model, mesh, dtype, keep=True)  # last norm and output: gathered from a step's start to its end
     return model
+
+
+def apply_compile(block: Block) -> None:
+    """Both halves of a block; the kernels' own functions stay as they are, and so does FSDP's gathering."""
+    for half in ("attended", "fed"):
+        setattr(block, half, torch.compile(getattr(block, half)))
 
 
 def apply_recompute(block: Block, what: Recompute) -> None:
@@ -60,12 +68,11 @@ def apply_recompute(block: Block, what: Recompute) -> None:
     """
     match what:
         case "none":
-            return
+            pass
         case "selective":
-            module: nn.Module = block.ffn
+            block.fed = partial(checkpoint, block.fed, use_reentrant=False)  # type: ignore[method-assign]
         case "full":
-            module = block
-    module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def shard_block(block: Block, mesh: Mesh, dtype: torch.dtype) -> None:
@@ -79,13 +86,22 @@ def shard_block(block: Block, mesh: Mesh, dtype: torch.dtype) -> None:
     _fully_shard(block, mesh, dtype)
 
 
-def _fully_shard(module: nn.Module, mesh: Mesh, dtype: torch.dtype, dim: int = 0, experts: bool = False) -> None:
-    """Weights travel in `dtype`, gradients in fp32. These are added up: the loss is divided by the whole batch."""
+def _fully_shard(
+    module: nn.Module, mesh: Mesh, dtype: torch.dtype, dim: int = 0, experts: bool = False, keep: bool = False
+) -> None:
+    """Weights travel in `dtype`, and so do a rank's gradients, summed in fp32 on the way. They are added up and not
+    averaged: the loss is divided by the whole batch. keep: gathered until the backward pass is over."""
     grid = mesh.experts if experts else mesh.dense
     if EXPERT in (grid.mesh_dim_names or ()):
         grid = grid[tuple(name for name in grid.mesh_dim_names or () if name != EXPERT)]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mesh=grid, mp_policy=policy, shard_placement_fn=lambda param: Shard(dim))
+    fully_shard(
+        module,
+        mesh=grid,
+        mp_policy=policy,
+        reshard_after_forward=not keep,
+        shard_placement_fn=lambda param: Shard(dim),
+    )
     assert isinstance(module, FSDPModule)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)

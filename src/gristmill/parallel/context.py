@@ -27,8 +27,9 @@ def share_sequences(document_ids_BS: Tensor, group: Any) -> tuple[Tensor, Attend
     piece = S // (2 * size)
     assert piece * 2 * size == S
     column_S = torch.arange(S, device=document_ids_BS.device)
-    pieces = column_S.view(2 * size, piece)
-    in_order = torch.cat([pieces[[r, 2 * size - 1 - r]].flatten() for r in range(size)]).argsort()
+    pieces = column_S.view(2 * size, piece).unbind()
+    both = [torch.cat([pieces[r], pieces[2 * size - 1 - r]]) for r in range(size)]
+    in_order = torch.cat(both).argsort()
     ends = [(number + 1) * piece for number in (rank, 2 * size - 1 - rank)]
     starts_BS = document_starts(document_ids_BS)
     starts = [starts_BS[:, :end] for end in ends]
@@ -42,7 +43,7 @@ def share_sequences(document_ids_BS: Tensor, group: Any) -> tuple[Tensor, Attend
         ]
         return torch.cat(halves, dim=1)
 
-    return pieces[[rank, 2 * size - 1 - rank]].flatten(), attend
+    return both[rank], attend
 
 
 class _Gathered(torch.autograd.Function):

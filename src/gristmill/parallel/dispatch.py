@@ -36,14 +36,15 @@ def dispatched(module: Experts, group: Any, x_TD: Tensor, weights_TK: Tensor, id
     w1, v1, w2 = (local(weight) for weight in (module.w1, module.v1, module.w2))
     (T, K), W, here = ids_TK.shape, dist.get_world_size(group), len(w1)
     order = ids_TK.flatten().argsort(stable=True)
-    counts_E = torch.bincount(ids_TK.flatten(), minlength=W * here)
+    counts_E = torch.zeros(W * here, dtype=torch.long, device=x_TD.device)
+    counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())  # bincount would wait for a GPU
     arriving_E = torch.empty_like(counts_E)  # W ranks x our experts
     dist.all_to_all_single(arriving_E, counts_E, group=group)
     rows_2W = torch.stack([counts_E, arriving_E]).view(2, W, here).sum(2)
     sent, received = rows_2W.tolist()  # waits for the device
     x_RD = _Exchanged.apply(x_TD[order // K], received, sent, group)
     weights_R = _Exchanged.apply(weights_TK.flatten()[order], received, sent, group)
-    ids_R = torch.arange(here, device=x_TD.device).repeat(W).repeat_interleave(arriving_E)
+    ids_R = torch.arange(here, device=x_TD.device).repeat(W).repeat_interleave(arriving_E, output_size=sum(received))
     y_RD = experts(x_RD, weights_R[:, None], ids_R[:, None], w1, v1, w2)
     rows_AD = _Exchanged.apply(y_RD, sent, received, group)
     slot_A = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=order.device))

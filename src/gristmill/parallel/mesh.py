@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from gristmill.parallel.config import Layout
 from gristmill.parallel.ranks import TIMEOUT_S
 
-REPLICATE, SPLIT, EXPERT, CONTEXT = "replicate", "split", "expert", "context"
+REPLICATE, SPLIT, EXPERT, DATA, CONTEXT = "replicate", "split", "expert", "data", "context"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def make_mesh(layout: Layout, device: str, timeout_s: float | None = TIMEOUT_S) 
         experts = _grid(device, {REPLICATE: layout.replicate, SPLIT: layout.expert_split, EXPERT: layout.expert})
     grids, context = [dense, experts], None
     if layout.context > 1:
-        grids.append(_grid(device, {SPLIT: layout.data, CONTEXT: layout.context}))
+        grids.append(_grid(device, {DATA: layout.data, CONTEXT: layout.context}))
         context = grids[-1][CONTEXT].get_group()
     if timeout_s is not None:
         for group in (group for grid in grids for group in grid.get_all_groups()):

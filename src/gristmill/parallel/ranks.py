@@ -124,6 +124,8 @@ class Ranks:
         """Around calls in which ranks wait for each other: says who is gone when that fails."""
         try:
             yield
+        except Failure:  # said already
+            raise
         except RuntimeError as problem:
             # gloo's own: a closed connection, or the timeout
             if self.world_size == 1 or not (isinstance(problem, dist.DistError) or "gloo" in str(problem)):

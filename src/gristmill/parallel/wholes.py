@@ -9,24 +9,28 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from gristmill.parallel.mesh import SPLIT
 
 
 class Wholes:
-    """`count` tensors like this one. Where experts lie on different ranks, whole means: all of this rank's experts."""
+    """`count` parts like `part`: a rank's part of `like`, or, of a split stack, of one of its matrices."""
 
-    def __init__(self, like: DTensor, count: int) -> None:
-        names = like.device_mesh.mesh_dim_names
-        assert names is not None
-        mesh = like.device_mesh[SPLIT]
-        placement = like.placements[names.index(SPLIT)]
-        assert isinstance(placement, Shard)
-        self._group, self._rank, self._dim = mesh.get_group(), mesh.get_local_rank(), placement.dim
-        self._shape = tuple(like.to_local().shape)
-        self._sizes = _shares(like.shape[self._dim], mesh.size())  # along the split dimension, as FSDP cuts it
+    def __init__(self, like: DTensor, part: Tensor, count: int) -> None:
+        mesh, dim = _split_of(like)
+        self._group, self._rank, self._shape = mesh.get_group(), mesh.get_local_rank(), tuple(part.shape)
+        self._dim = dim - (like.ndim - part.ndim)
+        self._sizes = _shares(like.shape[dim], mesh.size())  # along the split dimension, as FSDP cuts it
         self._counts = _shares(count, mesh.size())  # of tensors that each rank gets whole
+
+    @staticmethod
+    def at_once(like: DTensor, part: Tensor, numel: int) -> int:
+        """How many to make whole together, so that each rank gets one, or so many that they hold `numel` numbers."""
+        mesh, dim = _split_of(like)
+        whole = part.numel() // max(1, part.shape[dim - (like.ndim - part.ndim)]) * like.shape[dim]
+        return mesh.size() * max(1, numel // max(1, whole))
 
     def gathered(self, parts: Sequence[Tensor]) -> Tensor:
         """This rank's part of each tensor -> some of them whole, stacked."""
@@ -58,6 +62,14 @@ class Wholes:
     def _of(self, size: int) -> tuple[int, ...]:
         """A part's shape, of so many along the split dimension."""
         return (*self._shape[: self._dim], size, *self._shape[self._dim + 1 :])
+
+
+def _split_of(like: DTensor) -> tuple[DeviceMesh, int]:
+    names = like.device_mesh.mesh_dim_names
+    assert names is not None
+    placement = like.placements[names.index(SPLIT)]
+    assert isinstance(placement, Shard)
+    return like.device_mesh[SPLIT], placement.dim
 
 
 def _shares(count: int, ranks: int) -> list[int]:

@@ -47,7 +47,7 @@ from gristmill.model import ModelConfig
 from gristmill.parallel.ranks import Pulse, Ranks
 from gristmill.train.config import CheckpointConfig
 from gristmill.train.remote import Remote
-from gristmill.train.storage import Layout, read_tensors, write_verified
+from gristmill.train.storage import FilePlan, read_tensors, write_verified
 
 LATEST = "latest"
 STATE = "state.json"
@@ -67,7 +67,8 @@ class Identity:
 
 @dataclass(frozen=True)
 class State:
-    """`compute`: device, dtype, threads, kernels. They decide how sums are rounded: enforced when training goes on.
+    """`compute`: device, dtype, threads, kernels, compile, the ranks' layout. They decide how sums are rounded, and are
+    enforced when training goes on.
     `guard`: plain JSON that the loop keeps; floats come back to the last bit, NaN and infinity are refused."""
 
     step: int
@@ -128,7 +129,7 @@ class Checkpoints:
         self.folder, self.cfg, self.identity, self.model_cfg = folder, cfg, identity, model_cfg
         self.tokenizer, self.start, self.ranks = tokenizer, start, ranks
         self.failed = False  # the last save, as far as `finished` has told; known to rank 0
-        self._layouts: list[Layout] = []
+        self._file_plans: list[FilePlan] = []
         self._saving: threading.Event | None = None  # set when the save under way has ended
         self._events: queue.SimpleQueue[Saved | SaveFailed] = queue.SimpleQueue()
         self._bug: BaseException | None = None
@@ -146,13 +147,13 @@ class Checkpoints:
         with self.ranks.turn():
             pass  # rank 0's save may have been copied elsewhere, for longer than ranks wait for each other
         groups = {"model": model, "optimizer": optimizer}
-        if not self._layouts:
-            self._layouts = [Layout(stem, tensors, self.ranks) for stem, tensors in groups.items()]
+        if not self._file_plans:
+            self._file_plans = [FilePlan(stem, tensors, self.ranks) for stem, tensors in groups.items()]
         path = checkpoint_path(self.folder, state.step)
         if problem := self._prepare(path):
             self._failed(state.step, problem)
             return
-        copies = {layout.file: layout.copies(groups[layout.stem]) for layout in self._layouts}
+        copies = {plan.file: plan.copies(groups[plan.stem]) for plan in self._file_plans}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         job = _Save(state.step, path, copies, canonical(asdict(state)), copy.deepcopy(dict(metrics)), asked)
@@ -229,16 +230,16 @@ class Checkpoints:
             write_atomically(part, canonical(self._write_tensors(job)))
         except (OSError, Failure) as problem:
             with suppress(OSError):
-                for layout in self._layouts:
-                    (job.path / layout.file).unlink(missing_ok=True)
+                for plan in self._file_plans:
+                    (job.path / plan.file).unlink(missing_ok=True)
                 write_atomically(part, canonical({FAILED: _reason(job.path, problem)}))
 
     def _write(self, job: _Save) -> Artifact | None:
         """What rank 0 does. None when it could not be done."""
         try:
             known = self._write_tensors(job) | self._parts_of_others(job.path)
-            for layout in self._layouts:
-                layout.write_index(job.path)
+            for plan in self._file_plans:
+                plan.write_index(job.path)
             self._write_small(job)
             artifact = commit(
                 job.path,

@@ -133,7 +133,8 @@ class TrainConfig:
     `dtype` and `threads` None mean: what the machine does best; what was chosen is recorded in the first checkpoint
     and enforced when training goes on; so is `compile`, which has torch compile each block. `recompute` saves memory:
     what the backward pass needs again is not kept but computed again, of a block its experts (`selective`) or all
-    (`full`, up to a third slower). A `micro_batch` that memory has no room for is halved, and the batch stays.
+    (`full`, up to a third slower). `parallel` splits the model over processes. A `micro_batch` that memory has no room
+    for is halved, and the batch stays; many processes end for that, and go on so when they are started again.
     `balance` says whose assignments the balancing loss counts: all ranks' in the batch so far (`global`), this rank's
     in the batch so far (`rank`), or the micro-batch's (`micro_batch`, as MegaBlocks). `bias` has no loss: after each
     batch an expert that got more than the mean is `bias_rate` less likely to be chosen, one that got less is more so.

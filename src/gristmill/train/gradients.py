@@ -2,7 +2,9 @@
 
 import json
 import threading
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -42,7 +44,10 @@ class Gradients:
         self.model, self.cfg, self.balance, self.num_sources = model, cfg, balance, num_sources
         self.ranks, self.mesh = ranks, mesh
         self.note = folder / MICRO_BATCH
-        self.micro_batch = min(cfg.micro_batch, ranks.from_first(self._noted()))
+        self.micro_batch = ranks.from_first(self._noted())
+        if self.micro_batch < cfg.micro_batch:
+            said = f"  train.micro_batch={cfg.micro_batch} had no room here before: {self.micro_batch} ({self.note})"
+            console.print(said, style="yellow", markup=False)
 
     def of(self, batch: Batch | None, stop: threading.Event) -> Sums | None:
         """batch: this rank's part. None, and no gradient, when a rank was asked to stop, or has no batch because of
@@ -56,7 +61,7 @@ class Gradients:
             self._halve()
             sums = self._attempt(batch, stop)
         if self.ranks.world_size == 1 and stop.is_set():
-            self.drop()
+            self._drop()
             return None
         self.ranks.sum(sums.nll_N, sums.balance, sums.counts_LE)
         if not self.mesh:
@@ -84,7 +89,8 @@ class Gradients:
             if self.ranks.world_size == 1 and stop.is_set():
                 break
             end = start + self.micro_batch
-            if isinstance(model, FSDPModule):
+            if self.mesh:
+                assert isinstance(model, FSDPModule)
                 model.set_requires_all_reduce(end >= len(batch.tokens))  # repeats of the shards meet once a batch
             tokens, targets, positions, documents, sources = (t[start:end] for t in tensors)
             if self.mesh and self.mesh.context:
@@ -101,16 +107,23 @@ class Gradients:
             sums.add(nll_N, balance.detach(), routing.counts_LE)
         return sums
 
-    def drop(self) -> None:
+    def _drop(self) -> None:
         for param in self.model.parameters():
             param.grad = None
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What decides how much memory a micro-batch takes."""
+        layout = asdict(self.mesh.layout) if self.mesh else None
+        names = ("micro_batch", "seq_len", "recompute")
+        return {"layout": layout, **{name: getattr(self.cfg, name) for name in names}}
 
     def _noted(self) -> int:
         try:
             note = json.loads(self.note.read_text())
-        except (OSError, ValueError):
+            return int(note["fits"]) if note["asked"] == self._asked else self.cfg.micro_batch
+        except (OSError, ValueError, KeyError, TypeError):
             return self.cfg.micro_batch
-        return int(note["fits"]) if note["asked"] == self.cfg.micro_batch else self.cfg.micro_batch
 
     def _halve(self) -> None:
         """Go on with half the micro-batch; one rank of many cannot, since the others wait for it somewhere inside."""
@@ -121,12 +134,12 @@ class Gradients:
                 "train.recompute=full, raise train.parallel.shard or context, or lower seq_len"
             )
         self.micro_batch = tried // 2
-        write_atomically(self.note, json.dumps({"asked": cfg.micro_batch, "fits": self.micro_batch}).encode())
+        write_atomically(self.note, json.dumps({"asked": self._asked, "fits": self.micro_batch}).encode())
         said = f"rank {self.ranks.rank} has no memory for train.micro_batch={tried}: {self.micro_batch} from here on"
         if self.ranks.world_size > 1:
             raise Failure(f"{said}; run the same command, or torchrun with --max-restarts, which does it by itself")
         console.print(f"  {said}, in the same batches", style="yellow", markup=False)
-        self.drop()
+        self._drop()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -28,7 +28,7 @@ from gristmill.kernels.memory import keep_freed_memory
 from gristmill.model import ModelConfig, Transformer
 from gristmill.parallel.apply import check_shapes, parallel_model
 from gristmill.parallel.config import Layout, lay_out
-from gristmill.parallel.mesh import Mesh, local, make_mesh
+from gristmill.parallel.mesh import Mesh, make_mesh
 from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.streaming.batches import Batch, Batches
 from gristmill.streaming.config import Remote
@@ -109,14 +109,15 @@ def train(
     start: the model whose weights training begins with; None begins with random ones. remote: where the shard files
     lie when `shards` has only their indexes.
 
-    When `stop` is set on any rank, the step under way is dropped, what was done is saved, and the generator ends.
-    Closing it waits for a save under way.
+    When `stop` is set on any rank, the step under way is dropped (of several ranks: finished), what was done is saved,
+    and the generator ends. Closing it waits for a save under way.
     Raises Failure when training diverges, a checkpoint cannot be saved, or a rank has gone.
     """
     keep_freed_memory()
     layout = layout_of(cfg, model_cfg, ranks)
     opening = partial(Batches, shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed, remote)
-    if (batches := Answer(opening).get(stop)) is None:  # a slow network, and nothing to save yet
+    batches = Answer(opening).get(stop)  # None: a slow network, and nothing to save yet
+    if ranks.any(batches is None) or batches is None:
         return
     resumed, damage = newest(folder, identity.key, cfg.checkpoint, ranks)
     compute = choose_compute(cfg, layout, read_state(resumed.path).compute if resumed else None)
@@ -134,7 +135,7 @@ def train(
             yield Reached(done, figures.trained(done, guard.skipped), model, again=True)
 
         def save() -> None:
-            if not all_finite(model, ranks):
+            if ranks.any(not optimizer.is_finite()):
                 raise Failure(f"weights are not finite at step {done}: training diverged; lower train.optimizer.lr")
             state = State(done, compute, guard.state())
             checkpoints.save(state, model.state_dict(), optimizer.state(), figures.summary(done, guard.skipped))
@@ -225,10 +226,6 @@ def begin(
     if start:
         load_tensors(start, model.state_dict(), {})
     return model
-
-
-def all_finite(model: Transformer, ranks: Ranks) -> bool:
-    return not ranks.any(not all(local(param).isfinite().all() for param in model.parameters()))
 
 
 def newest(folder: Path, key: str, cfg: CheckpointConfig, ranks: Ranks) -> tuple[Artifact | None, list[str]]:

@@ -17,7 +17,7 @@ from gristmill.parallel.mesh import local
 from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.parallel.wholes import Wholes
 from gristmill.train.config import OptimizerConfig
-from gristmill.train.muon import muon_update
+from gristmill.train.muon import BATCH_NUMEL, muon_update
 
 
 class Optimizer:
@@ -74,6 +74,10 @@ class Optimizer:
             self._muon_step(lr)
         self.drop()
 
+    def is_finite(self) -> bool:
+        """Whether all weights that this rank has are numbers."""
+        return all(bool(part.isfinite().all()) for part in self.parts.values())
+
     def drop(self) -> None:
         for param in (*self.params.values(), *self.parts.values()):
             param.grad = None
@@ -81,7 +85,7 @@ class Optimizer:
     @torch.no_grad()
     def _muon_step(self, lr: float) -> None:
         params = [self.parts[name].detach() for name in self.matrices]
-        grads = [grad for name in self.matrices if (grad := self.parts[name].grad) is not None]
+        grads = [self._grad(name) for name in self.matrices]
         momenta = [local(momentum) for momentum in self.momentum.values()]
         torch._foreach_lerp_(momenta, grads, 1 - self.cfg.momentum)
         torch._foreach_lerp_(grads, momenta, self.cfg.momentum)  # Nesterov's, in the gradients: they are dropped anyway
@@ -93,32 +97,37 @@ class Optimizer:
             rows = list(self.matrices.values())
             muon_update(_views(params, rows), _views(grads, rows), lr, self.dtype)
 
+    def _grad(self, name: str) -> Tensor:
+        grad = self.parts[name].grad
+        assert grad is not None, f"{name} has no gradient"
+        return grad
+
     def _update_by_wholes(self, grads: dict[str, Tensor], lr: float) -> None:
+        """Tensors alike together, but no more than keep the ranks busy: what is whole costs memory."""
         alike: dict[object, list[str]] = {}
         for name in grads:
             param = self.params[name]
             assert isinstance(param, DTensor)
             alike.setdefault((param.shape, param.placements, self.matrices[name]), []).append(name)
         for names in alike.values():
-            first, rows = self.params[names[0]], self.matrices[names[0]]
-            assert isinstance(first, DTensor)
-            exchange = Wholes(first, len(names))
-            wholes = exchange.gathered([grads[name] for name in names])
-            moves = torch.zeros_like(wholes)
-            if len(wholes):  # there may be more ranks than matrices
-                each = [rows] * len(wholes)
-                muon_update(_views(moves.unbind(), each), _views(wholes.unbind(), each), lr, self.dtype)
-            parts = exchange.returned(moves)
-            torch._foreach_add_([self.parts[name].detach() for name in names], parts)
+            like, rows = self.params[names[0]], self.matrices[names[0]]
+            assert isinstance(like, DTensor)
+            # A stack's matrices are dealt one by one; q, k and v, split across their borders, stay together.
+            weights = [part for name in names for part in _dealt(self.parts[name].detach(), rows)]
+            parts = [part for name in names for part in _dealt(grads[name], rows)]
+            at_once = Wholes.at_once(like, parts[0], BATCH_NUMEL[like.device.type])
+            for first in range(0, len(parts), at_once):
+                some = parts[first : first + at_once]
+                exchange = Wholes(like, some[0], len(some))
+                wholes = exchange.gathered(some)
+                moves = torch.zeros_like(wholes)
+                if len(wholes):  # there may be more ranks than matrices
+                    each = [rows or (wholes.shape[1],)] * len(wholes)
+                    muon_update(_views(moves.unbind(), each), _views(wholes.unbind(), each), lr, self.dtype)
+                torch._foreach_add_(weights[first : first + at_once], exchange.returned(moves))
 
     def state(self) -> dict[str, Tensor]:
         return self._state
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        if state.keys() != self._state.keys():
-            raise ValueError("the optimizer's saved state does not belong to this model and optimizer")
-        for name, tensor in state.items():
-            self._state[name].copy_(tensor)
 
 
 def muon_matrices(model: Transformer) -> dict[str, tuple[int, ...]]:
@@ -143,6 +152,10 @@ def matrices_of(tensor: Tensor, rows: tuple[int, ...]) -> list[Tensor]:
 
 def _views(tensors: Sequence[Tensor], rows: Sequence[tuple[int, ...]]) -> list[Tensor]:
     return [matrix for tensor, its in zip(tensors, rows, strict=True) for matrix in matrices_of(tensor, its)]
+
+
+def _dealt(part: Tensor, rows: tuple[int, ...]) -> list[Tensor]:
+    return [part] if rows else list(part.unbind())
 
 
 def _part(param: nn.Parameter) -> nn.Parameter:

@@ -39,7 +39,7 @@ from gristmill.parallel.ranks import Ranks
 # ---- writing -------------------------------------------------------------------------------------------
 
 
-class Layout:
+class FilePlan:
     """Which of a group's tensors, or parts of them, this rank writes; rank 0 knows what all of them write.
 
     stem: what the files' names begin with. It depends on the tensors' names, shapes and placement alone, so it is made
