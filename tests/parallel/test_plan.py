@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ from gristmill.parallel.footprint import (
     weights,
 )
 from gristmill.parallel.hardware import GPUS, cpu
-from gristmill.parallel.plan import Plan, default_batch_tokens, divisors, plan, problem_of, search
+from gristmill.parallel.plan import LIBRARIES, Plan, default_batch_tokens, divisors, plan, problem_of, search
 from gristmill.parallel.traffic import LINK_SHARE, NETWORK_HOP_S, NODE_HOP_S, Clock, Group
 from gristmill.recipe import load_shape
-from gristmill.report.plan import figures, parse_mesh, parse_tokens, plan_text, planned, seconds
+from gristmill.report.plan import figures, measured, parse_mesh, parse_tokens, plan_text, planned, seconds
 from gristmill.report.shape import short
 
 H100 = GPUS["h100"]
@@ -314,6 +315,30 @@ def test_a_batch_that_nobody_gave_can_be_shared() -> None:
         sequences = default_batch_tokens(gpus, 4096) // 4096
         assert sequences % gpus == 0 or gpus % sequences == 0
     assert [n for n in range(1, 361) if 360 % n == 0] == divisors(360)
+
+
+def test_the_errors_that_a_plan_prints_are_those_of_todays_plan() -> None:
+    """benchmarks/plan.py measured; whoever changes the arithmetic runs it again (`benchmarks/plan.py none`)."""
+    results = json.loads((Path(__file__).parents[2] / "benchmarks/results/plan.json").read_text())
+    shown = {case["case"]: case for case in measured()["cases"]}
+    assert shown.keys() == results.keys()
+    for name, row in results.items():
+        cfg = ModelConfig(
+            d_model=row["d_model"], n_layers=row["n_layers"], n_heads=row["d_model"] // 64, kv_n_heads=2,
+            ffn_hidden_size=row["ffn_hidden_size"], vocab_size=row["vocab_size"], max_seq_len=row["seq_len"],
+        )  # fmt: skip
+        tokens = row["seq_len"] * row["micro_batch"] * row["micro_batches"] * row["ranks"]
+        training = Training(model=cfg, seq_len=row["seq_len"], batch_tokens=tokens, optimizer=row["optimizer"],
+                            dtype=row["dtype"])  # fmt: skip
+        way = Way(layout=Layout(1, row["ranks"], 1, 1), micro_batch=row["micro_batch"], recompute=row["recompute"],
+                  on_gpu=False)  # fmt: skip
+        said = plan(training, cpu(row["gemm_flops"], 10**12, row["copy_bytes_per_s"]), way)
+        assert shown[name]["measured_bytes"] == row["measured_bytes"]
+        assert shown[name]["planned_bytes"] == said.needed_bytes, name
+        assert shown[name]["planned_allocated_bytes"] == said.moment.total + LIBRARIES, name
+        assert shown[name]["planned_s"] in (None, pytest.approx(said.times.step)), name
+        # what can be promised of a plan: what it says is allocated
+        assert shown[name]["measured_allocated_bytes"] == pytest.approx(said.moment.total + LIBRARIES, rel=0.1), name
 
 
 def test_sizes_are_read() -> None:

@@ -2,7 +2,7 @@
 
 `plan` says it of one way to train; `search` looks through the ways that a number of GPUs allows and takes the fastest
 that fits. Memory is `footprint.py`'s, time is `traffic.py`'s. None of it was held against a GPU; what it was held
-against stands in `measured.py`.
+against stands in `measured.json`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,17 @@ from math import isqrt
 from gristmill.errors import InputError
 from gristmill.model.counts import train_flops_per_token
 from gristmill.parallel.config import Layout, ParallelConfig, lay_out
-from gristmill.parallel.footprint import RECOMPUTE, Footprint, Moment, Recompute, Training, Way, param_bytes
+from gristmill.parallel.footprint import RECOMPUTE, Footprint, Moment, Recompute, Training, Way, highest, param_bytes
 from gristmill.parallel.hardware import Hardware
 from gristmill.parallel.traffic import Clock, Times, Traffic
 
 # Of a GPU's memory: CUDA's context, NCCL's buffers, what the caching allocator cannot hand out again. An assumption.
 RESERVE = 0.08
-# On a CPU: code and work areas that a training's first step brings in beyond the imports (measured.py).
+# On a CPU: code and work areas that a training's first step brings in beyond the imports, and what glibc keeps of freed
+# blocks that no later block fits into. Both were measured (benchmarks/plan.py). The latter was 14 to 40% of what is
+# allocated, 77% for the smallest; another process with the same training kept an eighth less.
 LIBRARIES = 60_000_000
+KEPT_FREED = 0.2
 MIN_BATCH_TOKENS = 2**22
 MIN_GPU_TOKENS = 4096  # of a batch that nobody gave
 RUNNERS_UP = 4
@@ -100,14 +103,11 @@ class Found:
 def plan(training: Training, hardware: Hardware, way: Way) -> Plan:
     """Raises InputError where the training cannot be laid out so."""
     check(training, way.layout, way.micro_batch)
-    footprint = Footprint(training, way)
-    moments = list(footprint.moments())
-    moment = max(moments, key=lambda moment: moment.total)
+    moment = highest(training, way)
     if hardware.on_gpu:
         reserve = round(hardware.memory_bytes * RESERVE)
-    else:  # glibc keeps freed memory, and what one part leaves seldom suits another
-        apart = sum(max(m.parts[part] for m in moments) for part in moment.parts)
-        reserve = LIBRARIES + apart - moment.total
+    else:
+        reserve = LIBRARIES + round((moment.total + LIBRARIES) * KEPT_FREED)
     return Plan(training=training, hardware=hardware, way=way, moment=moment, reserve=reserve,
                 param_bytes=param_bytes(training.model, way.layout))  # fmt: skip
 

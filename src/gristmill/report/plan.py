@@ -208,12 +208,20 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
 
 
+def _one(of: dict[str, Any]) -> str:
+    return "GPU" if of["hardware"]["on_gpu"] else "process"
+
+
+def span(days: float) -> str:
+    return f"{days:,.1f} days" if days >= 1 else f"{days * 24:.1f} hours"
+
+
 def _head(of: dict[str, Any]) -> list[str]:
     training, mesh = of["training"], of["mesh"]
     batch_tokens, seq_len = training["batch_tokens"], training["seq_len"]
     verdict = (
         f"{seconds(of['step_s'])} a step, {of['mfu']:.1%} of the peak (MFU), {short(of['tokens_per_second'])} "
-        f"tokens/s, {short(of['tokens_per_day'])} a day: {short(of['tokens'])} tokens in {of['days']:,.1f} days"
+        f"tokens/s, {short(of['tokens_per_day'])} a day: {short(of['tokens'])} tokens in {span(of['days'])}"
         if of["fits"]
         else f"does not fit: {short(of['needed_bytes'], 'B')} of {short(of['memory']['has_bytes'], 'B')}"
     )
@@ -223,7 +231,7 @@ def _head(of: dict[str, Any]) -> list[str]:
         f"  a step is {batch_tokens:,} tokens: {batch_tokens // seq_len:,} sequences of {seq_len:,}; "
         f"{training['optimizer']}, {training['dtype']}",
         f"  train.parallel: shard={mesh['shard']}, context={mesh['context']}, expert={mesh['expert']}; "
-        f"{of['repeats']:,} repeats of that ({of['ways_tried']:,} ways tried)",
+        f"{of['repeats']:,} x that ({of['ways_tried']:,} ways tried)",
         f"  train.micro_batch={of['micro_batch']}, {of['micro_batches']:,} a step; train.recompute={of['recompute']}",
     ]
 
@@ -233,7 +241,7 @@ def _memory(of: dict[str, Any]) -> list[str]:
     rows = [[part, f"{size:,}", short(size, "B")] for part, size in memory["bytes"].items() if size]
     rows.append(["needed", f"{memory['needed_bytes']:,}", short(memory["needed_bytes"], "B")])
     rows.append(["there is", f"{memory['has_bytes']:,}", short(memory["has_bytes"], "B")])
-    return [f"Memory of a GPU at its highest, {memory['highest']}", *aligned(rows)]
+    return [f"Memory of a {_one(of)} at its highest, {memory['highest']}", *aligned(rows)]
 
 
 NAMES = {
@@ -262,7 +270,7 @@ def _traffic(of: dict[str, Any]) -> list[str]:
         hidden = "beside products" if row["hidden"] else ""
         sizes = [f"{row['bytes_sent']:,}", short(row["bytes_sent"], "B")]
         rows.append([row["name"], f"{row['ranks']:,}", row["link"], *sizes, seconds(row["seconds"]), hidden])
-    return ["What a GPU sends in a step", *aligned(rows)]
+    return [f"What a {_one(of)} sends in a step", *aligned(rows)]
 
 
 def _advice(of: dict[str, Any]) -> Iterator[str]:
@@ -274,7 +282,7 @@ def _advice(of: dict[str, Any]) -> Iterator[str]:
         keys = " ".join(f"{key}={value}" for key, value in change["set"].items())
         yield (
             f"  set {keys}: {short(change['needed_bytes'], 'B')}, {seconds(change['step_s'])} a step, "
-            f"{change['days']:,.1f} days"
+            f"{short(change['tokens'])} tokens in {span(change['days'])}"
         )
 
 
@@ -288,19 +296,28 @@ def _foundation(of: dict[str, Any]) -> list[str]:
         "         its operations over its share of the peak, other work its bytes over the memory's bandwidth",
         f"  shares of the peak: products {said['dense_share']:.0%}, experts' {said['grouped_share']:.0%}, attention "
         f"{said['attention_share']:.0%}; of links {said['link_share']:.0%}, of memory's bandwidth "
-        f"{said['memory_share']:.0%}; {load}: assumptions",
+        f"{said['memory_share']:.0%};",
+        f"  {load}: all of these are assumptions",
         f"  {hardware['name']}: {short(hardware['flops'], 'FLOP/s')}, {short(hardware['memory_bytes'], 'B')} at "
         f"{short(hardware['memory_bandwidth'], 'B/s')}; in a node of {hardware['per_node']} "
         f"{short(hardware['nvlink'], 'B/s')} a GPU, beyond it {short(hardware['network'], 'B/s')}, one way",
         f"  {hardware['source']}",
-        f"  Never held against a GPU. Held against trainings on {seen['machine']}:",
+        f"  Never held against a GPU. Held against trainings on {seen['machine']},",
+        "  each figure with how far the plan was off; a step in processor time over threads; `of 4 ranks` is a process",
+        "  with FSDP's weights split in four, and nothing sent",
     ]
-    rows = [["", "memory", "planned", "", "step", "planned", ""]]
+    rows = [["", "allocated", "plan", "resident", "plan", "step", "plan"]]
     for row in seen["cases"]:
-        sizes = _beside(row["measured_bytes"], row["planned_bytes"], lambda size: short(size, "B"))
-        rows.append([row["case"], *sizes, *_beside(row["measured_s"], row["planned_s"], seconds)])
+        cells = [_beside(row, "allocated_bytes", _bytes), _beside(row, "bytes", _bytes), _beside(row, "s", seconds)]
+        rows.append([row["case"], *(cell for pair in cells for cell in pair)])
     return lines + aligned(rows)
 
 
-def _beside(seen: float | None, said: float | None, written: Callable[[float], str]) -> list[str]:
-    return [written(seen), written(said), f"{said / seen - 1:+.0%}"] if seen and said else ["", "", ""]
+def _bytes(size: float) -> str:
+    return short(size, "B")
+
+
+def _beside(row: dict[str, Any], what: str, written: Callable[[float], str]) -> list[str]:
+    """[what was measured, how far the plan was off]."""
+    seen, said = row[f"measured_{what}"], row[f"planned_{what}"]
+    return [written(seen), f"{said / seen - 1:+.0%}"] if seen and said else ["", ""]
