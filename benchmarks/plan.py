@@ -3,7 +3,7 @@
     python benchmarks/plan.py [CASE ... | none]        none: plan again beside what was measured
 
 Each case is a process of its own that takes the loop's own steps (train/gradients.py, then clipping and the optimizer)
-on random tokens. Memory is VmHWM over the steps, less what the process held after its imports and a product. It is
+on random tokens. Memory is VmHWM over the steps, less what the process held after its imports and its own rates. It is
 measured twice: as training runs, where glibc keeps what is freed (kernels/memory.py), and in a second process where
 glibc maps every block and gives it back, so that what is resident is what is allocated. The first stands beside all
 that a plan says is needed, the second beside it without the allocator's reserve.
@@ -123,13 +123,17 @@ def of_processor(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def rates(dtype: torch.dtype) -> tuple[float, float]:
-    """(operations, bytes moved) a second."""
-    a, b = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
-    source = torch.ones(2**24)
-    target = torch.empty_like(source)
-    products = of_processor(lambda: [a @ b for _ in range(4)])
-    return 4 * 2.0 * 1024**3 / products, 2 * source.nbytes / of_processor(lambda: target.copy_(source))
+def rates_of(dtype: torch.dtype) -> Callable[[], tuple[float, float]]:
+    """What measures (operations, bytes moved) a second; its own memory is there from now on, and does not grow."""
+    a, b, out = (torch.ones(1024, 1024, dtype=dtype) for _ in range(3))
+    source, target = torch.ones(2**24), torch.ones(2**24)
+
+    def rates() -> tuple[float, float]:
+        products = of_processor(lambda: [torch.mm(a, b, out=out) for _ in range(4)])
+        return 4 * 2.0 * 1024**3 / products, 2 * source.nbytes / of_processor(lambda: target.copy_(source))
+
+    rates()
+    return rates
 
 
 def train(case: Case, steps: int) -> dict[str, Any]:
@@ -138,7 +142,7 @@ def train(case: Case, steps: int) -> dict[str, Any]:
     if not mapped:
         keep_freed_memory()  # as training does
     dtype = getattr(torch, case.dtype)
-    torch.ones(256, 256).to(dtype) @ torch.ones(256, 256).to(dtype)  # brings the product's code in
+    rates = rates_of(dtype)
     seen, baseline = [], status("VmRSS")
     torch.manual_seed(0)
     mesh = None
@@ -167,7 +171,7 @@ def train(case: Case, steps: int) -> dict[str, Any]:
             wall.append(time.perf_counter() - started)
             seconds.append((time.process_time() - began) / torch.get_num_threads())
             bytes_ = status("VmHWM") - baseline
-            seen.append(rates(dtype))
+            seen.append(rates())
     flops, copied = (max(values) for values in zip(*seen, strict=True))
     took, passed = (statistics.median(times[WARM_UP:]) for times in (seconds, wall))
     return {"bytes": bytes_, "seconds": took, "wall_s": passed, "gemm_flops": flops, "copy_bytes_per_s": copied}

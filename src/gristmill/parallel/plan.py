@@ -20,8 +20,8 @@ from gristmill.parallel.traffic import Clock, Times, Traffic
 # Of a GPU's memory: CUDA's context, NCCL's buffers, what the caching allocator cannot hand out again. An assumption.
 RESERVE = 0.08
 # On a CPU: code and work areas that a training's first step brings in beyond the imports, and what glibc keeps of freed
-# blocks that no later block fits into. Both were measured (benchmarks/plan.py). The latter was 14 to 40% of what is
-# allocated, 77% for the smallest; another process with the same training kept an eighth less.
+# blocks that no later block fits into. Both were measured (benchmarks/plan.py). The latter was 10 to 35% of what is
+# allocated, 78% for the smallest.
 LIBRARIES = 60_000_000
 KEPT_FREED = 0.2
 MIN_BATCH_TOKENS = 2**22
