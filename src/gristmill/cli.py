@@ -276,13 +276,14 @@ def plan(
     By arithmetic, with what it assumes and how far off it was. Exits with 1 when nothing fits.
     """
     from gristmill.recipe import load_shape
-    from gristmill.report.plan import DEFAULT_TOKENS, figures, parse_tokens, plan_text, planned
+    from gristmill.report.plan import DEFAULT_TOKENS, check_split, figures, parse_tokens, plan_text, planned
 
     shape = load_shape(name, set or ())
     train = shape.train
     found = planned(shape.model, train, gpus, gpu, mesh, seq, batch_tokens, micro_batch, recompute, optimizer)
     total = float(train.steps * train.batch_tokens) if train else DEFAULT_TOKENS
     said = figures(shape.name, found, parse_tokens(tokens) if tokens else total)
+    check_split(said, found)
     print(json.dumps(said, indent=2) if as_json else plan_text(said))
     if not said["fits"]:
         raise typer.Exit(1)

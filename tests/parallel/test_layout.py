@@ -16,7 +16,7 @@ from torch import Tensor
 from gristmill.errors import Failure, InputError
 from gristmill.model import Transformer
 from gristmill.model.counts import count_params
-from gristmill.parallel.apply import check_shapes, parallel_model
+from gristmill.parallel.apply import parallel_model
 from gristmill.parallel.check import sharded_elements
 from gristmill.parallel.config import Layout, ParallelConfig, lay_out
 from gristmill.parallel.ranks import ALONE, Ranks
@@ -52,12 +52,19 @@ def test_what_cannot_be_split_is_said_with_the_key_to_change() -> None:
         layout_of(replace(CFG, parallel=ParallelConfig()), MODEL, Ranks(0, 16))
     with pytest.raises(ValueError, match=r"seq_len=32 must be a multiple of 2 x parallel.context=5"):
         replace(CFG, parallel=ParallelConfig(context=5))
-    with pytest.raises(InputError, match=r"expert=3 must divide moe_num_experts=8"):
-        check_shapes(MODEL, lay_out(ParallelConfig(shard=3, expert=3), 3))
-    with pytest.raises(InputError, match=r"ffn_hidden_size=24 must be a multiple of the 16 ranks"):
-        check_shapes(MODEL, lay_out(ParallelConfig(shard=None), 16))
-    with pytest.raises(InputError, match=r"model.ffn=dense has no experts"):
-        check_shapes(replace(MODEL, ffn="dense", moe_router_bias=False), lay_out(ParallelConfig(shard=2, expert=2), 2))
+    wide = replace(CFG, batch_tokens=16 * 32, micro_batch=1, parallel=ParallelConfig(shard=None))
+    for cfg, shape, ranks, said in (
+        (replace(wide, batch_tokens=3 * 32, parallel=ParallelConfig(shard=3, expert=3)), MODEL, 3, "moe_num_experts=8"),
+        (wide, MODEL, 16, "ffn_hidden_size=24 must be a multiple of the 16 ranks"),
+        (
+            replace(wide, parallel=ParallelConfig(shard=2, expert=2)),
+            replace(MODEL, ffn="dense", moe_router_bias=False),
+            2,
+            "model.ffn=dense has no experts",
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            layout_of(cfg, shape, Ranks(0, ranks))
 
 
 @pytest.mark.parametrize(

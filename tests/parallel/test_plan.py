@@ -30,7 +30,7 @@ from gristmill.parallel.hardware import GPUS, cpu
 from gristmill.parallel.plan import LIBRARIES, Plan, default_batch_tokens, divisors, plan, problem_of, search
 from gristmill.parallel.traffic import LINK_SHARE, NETWORK_HOP_S, NODE_HOP_S, Clock, Group
 from gristmill.recipe import load_shape
-from gristmill.report.plan import figures, measured, parse_mesh, parse_tokens, plan_text, planned, seconds
+from gristmill.report.plan import check_split, figures, measured, parse_mesh, parse_tokens, plan_text, planned, seconds
 from gristmill.report.shape import short
 
 H100 = GPUS["h100"]
@@ -354,3 +354,18 @@ def test_figures_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     training = Training(model=TINY, seq_len=128, batch_tokens=1024)
     said = figures("tiny", search(training, H100, 1), 1e9)
     assert json.loads(json.dumps(said)) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "mesh"),
+    [
+        ("dbrx-1b", 7, "shard=7"),
+        ("dbrx-132b", 3072, "shard=64,expert=8,context=4"),
+        ("qwen3-30b-a3b", 64, "shard=16,expert=8"),
+    ],
+)
+def test_torch_gives_rank_0_the_weights_that_the_plan_says(name: str, gpus: int, mesh: str) -> None:
+    found = planned(load_shape(name).model, None, gpus, "h100", mesh)
+    said = figures(name, found, 1e12)
+    check_split(said, found)
+    assert said["memory"]["param_bytes_by_torch"] == said["memory"]["param_bytes"]

@@ -13,7 +13,8 @@ from ranks import Processes
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gristmill.model import ModelConfig, Transformer
+from gristmill.kernels.loss import cross_entropy
+from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.parallel.apply import parallel_model
 from gristmill.parallel.config import ParallelConfig, lay_out
 from gristmill.parallel.mesh import Mesh, make_mesh
@@ -152,6 +153,28 @@ def test_in_bf16_the_ranks_stay_as_close_as_rounding_allows(way: str, four: Proc
     expected = three_steps(ALONE, cfg, MODEL, torch.bfloat16)
     for found in four.run(three_steps, replace(cfg, parallel=WAYS[way]), MODEL, torch.bfloat16):
         assert_same((found[0], found[1], found[2], {}), (expected[0], expected[1], expected[2], {}), 0.02)
+
+
+def popular_token(ranks: Ranks, dtype: torch.dtype, shard: int) -> Tensor:
+    """The gradient of the embedding of a token that is half of the text."""
+    layout = lay_out(ParallelConfig(shard=shard), ranks.world_size)
+    torch.manual_seed(0)
+    mesh = make_mesh(layout, "cpu") if layout.split > 1 else None
+    model = parallel_model(MODEL, dtype, "cpu", mesh, "none", compile=False)
+    tokens = torch.randint(0, VOCABULARY, (64, LENGTH), generator=torch.Generator().manual_seed(1))
+    tokens[:, ::2] = 7
+    mine = tokens.chunk(layout.data)[ranks.rank]
+    hidden, _ = model(mine, torch.arange(LENGTH).expand_as(mine), packed(torch.zeros_like(mine)))
+    nll, _ = cross_entropy(hidden.flatten(0, 1), model.output_weight, mine.roll(-1, 1).flatten())
+    nll.backward()
+    return whole(model.wte.weight.grad)[7]
+
+
+def test_in_bf16_a_popular_tokens_gradient_is_not_worn_away(two: Processes) -> None:
+    """It is a sum of a thousand small numbers."""
+    exact = popular_token(ALONE, torch.float32, 1)
+    for found in two.run(popular_token, torch.bfloat16, 2):
+        assert float((found - exact).norm() / exact.norm()) < 0.02
 
 
 @pytest.mark.parametrize("way", ["fsdp", "ep", "cp"])

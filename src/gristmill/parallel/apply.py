@@ -12,10 +12,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
-from gristmill.errors import InputError
 from gristmill.model import ModelConfig, Transformer
 from gristmill.model.transformer import Block, MoE
-from gristmill.parallel.config import Layout
 from gristmill.parallel.dispatch import split_experts
 from gristmill.parallel.mesh import EXPERT, Mesh
 
@@ -105,16 +103,3 @@ def _fully_shard(
     assert isinstance(module, FSDPModule)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
-
-
-def check_shapes(cfg: ModelConfig, layout: Layout) -> None:
-    """Raises InputError where the experts cannot be split as asked."""
-    if cfg.ffn == "dense" and layout.expert > 1:
-        raise InputError(f"train.parallel.expert={layout.expert}: model.ffn=dense has no experts; set it to 1")
-    if cfg.moe_num_experts % layout.expert:
-        raise InputError(f"train.parallel.expert={layout.expert} must divide moe_num_experts={cfg.moe_num_experts}")
-    if cfg.ffn == "moe" and cfg.ffn_hidden_size % layout.expert_split:
-        raise InputError(
-            f"ffn_hidden_size={cfg.ffn_hidden_size} must be a multiple of the {layout.expert_split} ranks that an "
-            "expert is split over (shard x context / expert); change train.parallel.shard or expert"
-        )

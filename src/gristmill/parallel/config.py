@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from gristmill.model.config import ModelConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -65,3 +67,17 @@ def lay_out(cfg: ParallelConfig, world_size: int) -> Layout:
     if shard * cfg.context % cfg.expert:
         raise ValueError(f"expert={cfg.expert} must divide shard={shard} x context={cfg.context}")
     return Layout(world_size // (shard * cfg.context), shard, cfg.context, cfg.expert)
+
+
+def misfit(cfg: ModelConfig, layout: Layout) -> str | None:
+    """Why a model cannot be split so; None when it can."""
+    if cfg.ffn == "dense" and layout.expert > 1:
+        return f"expert={layout.expert}: model.ffn=dense has no experts; set expert to 1"
+    if cfg.moe_num_experts % layout.expert:
+        return f"expert={layout.expert} must divide moe_num_experts={cfg.moe_num_experts}"
+    if cfg.ffn == "moe" and cfg.ffn_hidden_size % layout.expert_split:
+        return (
+            f"ffn_hidden_size={cfg.ffn_hidden_size} must be a multiple of the {layout.expert_split} ranks that an "
+            "expert is split over (shard x context / expert); change shard or expert"
+        )
+    return None

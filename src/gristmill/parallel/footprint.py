@@ -74,7 +74,7 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     copies: int
-    room: Literal["root", "block", "experts"]
+    room: Literal["embedding", "root", "block", "experts"]
     matrix: bool = False  # that Muon takes
 
     @property
@@ -87,7 +87,7 @@ def weights(cfg: ModelConfig) -> list[Weight]:
     """All parameters of model/transformer.py, under their names there."""
     assert cfg.vocab_size is not None
     D, L, V, F, E, C = cfg.d_model, cfg.n_layers, cfg.vocab_size, cfg.ffn_hidden_size, cfg.moe_num_experts, cfg.head_dim
-    found = [Weight("wte.weight", (V, D), 1, "root"), Weight("norm_f.weight", (D,), 1, "root")]
+    found = [Weight("wte.weight", (V, D), 1, "embedding"), Weight("norm_f.weight", (D,), 1, "root")]
     if not cfg.tie_word_embeddings:
         found.append(Weight("lm_head.weight", (V, D), 1, "root"))
     heads = (cfg.n_heads + 2 * cfg.kv_n_heads) * C
@@ -171,6 +171,9 @@ class Footprint:
         # FSDP gathers in the arithmetic's dtype, and gradients come in it before they are reduced in fp32.
         self.gathered = self.a if self.split else FP32
         self.casts = self.gathered > self.a  # masters are cast where they are used
+        # The embedding comes in fp32, and stays where it is the output too.
+        self.root_bytes = self.gathered * self.root + (FP32 * self.vocabulary if cfg.tie_word_embeddings else 0)
+        self.output_bytes = (FP32 if cfg.tie_word_embeddings else self.gathered) * self.vocabulary
         self.micro_batches = max(1, training.sequences // (layout.data * way.micro_batch))
         self.rows, self.padded = self._rows()
 
@@ -241,14 +244,14 @@ class Footprint:
 
     def matrices(self) -> list[tuple[int, int, int]]:
         """(rows, columns, how many) of what Muon orthogonalises on the rank with the most: whole matrices are shared
-        out among the ranks of a shard, and the experts of one rank stay together."""
+        out among the ranks of a shard."""
         layout, found = self.way.layout, []
         for weight in weights(self.cfg):
             if weight.matrix:
                 few, many = sorted(weight.shape[-2:])
                 stacked = weight.shape[0] // layout.expert if weight.room == "experts" else 1
                 among = layout.expert_split if weight.room == "experts" else layout.split
-                found.append((few, many, ceil(weight.copies / among) * stacked))
+                found.append((few, many, ceil(weight.copies * stacked / among)))
         return found
 
     # ---- weights and gradients --------------------------------------------------------------------------
@@ -269,11 +272,11 @@ class Footprint:
         """Bytes of so many blocks' experts and of so many blocks' other weights, and the root's, under FSDP."""
         if not self.split:
             return 0
-        return self.gathered * (self.root + stacks * self.stacks + dense * self.dense)
+        return self.root_bytes + self.gathered * (stacks * self.stacks + dense * self.dense)
 
     def _fresh(self, numel: int, output: bool = True) -> int:
         """Gradients under FSDP before they are reduced; the output's wait for the embedding's."""
-        return self.gathered * (numel + self.vocabulary * output) if self.split else 0
+        return self.gathered * numel + self.output_bytes * output if self.split else 0
 
     # ---- moments ----------------------------------------------------------------------------------------
 
@@ -382,14 +385,16 @@ class Footprint:
                             work=work + self._fresh(self.dense))  # fmt: skip
 
     def _root_reduced(self) -> Moment:
+        embedding = FP32 * self.vocabulary if self.split else 0
+        again = 0 if self.cfg.tie_word_embeddings else embedding  # gathered once more, though nothing asks for it
         return self._moment("when the embedding's gradient is reduced", gradients=self.state, kept=self._around(),
-                            gather=self._gathered(), scatter=FP32 * self.root if self.split else 0,
-                            work=self._fresh(self.root, output=False))  # fmt: skip
+                            gather=self._gathered() + again, scatter=embedding,
+                            work=self._fresh(self.root, output=False) + embedding)  # fmt: skip
 
     def _optimizer(self) -> Moment:
         work = 0
         if self.training.optimizer == "muon":  # a batch of matrices: the momentum, in the dtype twice, the update
             work = max(MUON_NUMEL[self.way.on_gpu], self.matrix) * (2 * FP32 + 2 * self.a)
-            if self.split:  # matrices alike come together whole: as they are sent, arrive, have moved and go back
-                work += 4 * self.alike
+            if self.split:  # so many of them come together whole: as they are sent, arrive, have moved and go back
+                work += 4 * FP32 * max(MUON_NUMEL[self.way.on_gpu], self.matrix)
         return self._moment("in the optimizer", gradients=self.state, kept=self.block_input(), work=work)

@@ -12,7 +12,7 @@ from math import isqrt
 
 from gristmill.errors import InputError
 from gristmill.model.counts import train_flops_per_token
-from gristmill.parallel.config import Layout, ParallelConfig, lay_out
+from gristmill.parallel.config import Layout, ParallelConfig, lay_out, misfit
 from gristmill.parallel.footprint import RECOMPUTE, Footprint, Moment, Recompute, Training, Way, highest, param_bytes
 from gristmill.parallel.hardware import Hardware
 from gristmill.parallel.traffic import Clock, Times, Traffic
@@ -121,15 +121,8 @@ def check(training: Training, layout: Layout, micro_batch: int = 1) -> None:
 def problem_of(training: Training, layout: Layout, micro_batch: int = 1) -> str | None:
     """The rules of apply.py and of the loop."""
     cfg, context = training.model, layout.context
-    if cfg.ffn == "dense" and layout.expert > 1:
-        return f"expert={layout.expert}: model.ffn=dense has no experts; set expert to 1"
-    if cfg.moe_num_experts % layout.expert:
-        return f"expert={layout.expert} must divide moe_num_experts={cfg.moe_num_experts}"
-    if cfg.ffn == "moe" and cfg.ffn_hidden_size % layout.expert_split:
-        return (
-            f"ffn_hidden_size={cfg.ffn_hidden_size} must be a multiple of the {layout.expert_split} ranks that an "
-            "expert is split over (shard x context / expert); change shard or expert"
-        )
+    if problem := misfit(cfg, layout):
+        return problem
     if context > 1 and training.seq_len % (2 * context):
         return f"seq_len={training.seq_len} must be a multiple of 2 x context={context}"
     if training.batch_tokens % training.seq_len:

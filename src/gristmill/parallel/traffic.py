@@ -128,8 +128,10 @@ class Clock:
             scatter, scatter_s = self._ring(FP32 * numel, group)
             found.append((f"all-gather of {name}", group, 2 * L * gather, 2 * L * gather_s))
             found.append((f"reduce-scatter of {name}", group, L * scatter, L * scatter_s))
-        gather, gather_s = self._ring(of.gathered * of.root, self.split)
-        scatter, scatter_s = self._ring(FP32 * of.root, self.split)
+        # The embedding in fp32, forward and, where it was let go, backward.
+        times = 1 if of.cfg.tie_word_embeddings else 2
+        gather, gather_s = self._ring(of.gathered * of.root + times * FP32 * of.vocabulary, self.split)
+        scatter, scatter_s = self._ring(FP32 * (of.root + of.vocabulary), self.split)
         found.append(("all-gather of embedding and output", self.split, gather, gather_s))
         found.append(("reduce-scatter of embedding and output", self.split, scatter, scatter_s))
         return found

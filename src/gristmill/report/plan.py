@@ -6,11 +6,11 @@ from dataclasses import asdict, fields
 from importlib import resources
 from typing import Any, Literal
 
-from gristmill.errors import InputError
+from gristmill.errors import Failure, InputError
 from gristmill.model import ModelConfig
 from gristmill.parallel import traffic
 from gristmill.parallel.config import ParallelConfig
-from gristmill.parallel.footprint import EXPERT_LOAD, Recompute, Training
+from gristmill.parallel.footprint import EXPERT_LOAD, FP32, Recompute, Training
 from gristmill.parallel.hardware import GPUS, Hardware, cpu
 from gristmill.parallel.plan import RESERVE, Found, Plan, default_batch_tokens, search
 from gristmill.report.shape import aligned, short
@@ -134,6 +134,22 @@ def figures(name: str, found: Found, tokens: float) -> dict[str, Any]:
     }
 
 
+def check_split(said: dict[str, Any], found: Found) -> None:
+    """Have torch split the model over ranks that are not there, and add what rank 0 then has to the figures.
+
+    Raises Failure when that is not what the plan says.
+    """
+    from gristmill.parallel.check import sharded_elements  # torch and FSDP: what the plan itself does without
+
+    plan = found.plan
+    num_bytes = FP32 * sharded_elements(plan.training.model, plan.way.layout)
+    if num_bytes != plan.param_bytes:
+        raise Failure(
+            f"torch gives rank 0 {num_bytes:,} bytes of weights and the plan says {plan.param_bytes:,}: a bug"
+        )
+    said["memory"]["param_bytes_by_torch"] = num_bytes
+
+
 def _of(one: Plan, tokens: float) -> dict[str, Any]:
     layout = one.way.layout
     return {
@@ -241,7 +257,10 @@ def _memory(of: dict[str, Any]) -> list[str]:
     rows = [[part, f"{size:,}", short(size, "B")] for part, size in memory["bytes"].items() if size]
     rows.append(["needed", f"{memory['needed_bytes']:,}", short(memory["needed_bytes"], "B")])
     rows.append(["there is", f"{memory['has_bytes']:,}", short(memory["has_bytes"], "B")])
-    return [f"Memory of a {_one(of)} at its highest, {memory['highest']}", *aligned(rows)]
+    lines = [f"Memory of a {_one(of)} at its highest, {memory['highest']}", *aligned(rows)]
+    if "param_bytes_by_torch" in memory:
+        lines.append("  the weights are checked: torch split them over so many ranks, none of which was there")
+    return lines
 
 
 NAMES = {

@@ -26,8 +26,8 @@ from gristmill.background import Answer
 from gristmill.errors import Failure, InputError
 from gristmill.kernels.memory import keep_freed_memory
 from gristmill.model import ModelConfig, Transformer
-from gristmill.parallel.apply import check_shapes, parallel_model
-from gristmill.parallel.config import Layout, lay_out
+from gristmill.parallel.apply import parallel_model
+from gristmill.parallel.config import Layout, lay_out, misfit
 from gristmill.parallel.mesh import Mesh, make_mesh
 from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.streaming.batches import Batch, Batches
@@ -203,9 +203,10 @@ def layout_of(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Layout:
     """How the training lies over its processes. Raises InputError when they cannot share the work evenly."""
     try:
         layout = lay_out(cfg.parallel, ranks.world_size)
-    except ValueError as problem:
-        raise InputError(f"train.parallel: {problem}") from None
-    check_shapes(model_cfg, layout)
+    except ValueError as wrong:
+        raise InputError(f"train.parallel: {wrong}") from None
+    if problem := misfit(model_cfg, layout):
+        raise InputError(f"train.parallel: {problem}")
     if cfg.sequences_per_batch % layout.data:
         raise InputError(
             f"train.batch_tokens={cfg.batch_tokens} is {cfg.sequences_per_batch} sequences of {cfg.seq_len}, which "
