@@ -360,7 +360,7 @@ def test_figures_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     ("name", "gpus", "mesh"),
     [
         ("dbrx-1b", 7, "shard=7"),
-        ("dbrx-132b", 3072, "shard=64,expert=8,context=4"),
+        ("dbrx-132b", 3072, "shard=64,expert=8,context=8"),
         ("qwen3-30b-a3b", 64, "shard=16,expert=8"),
     ],
 )

@@ -161,7 +161,7 @@ def popular_token(ranks: Ranks, dtype: torch.dtype, shard: int) -> Tensor:
     torch.manual_seed(0)
     mesh = make_mesh(layout, "cpu") if layout.split > 1 else None
     model = parallel_model(MODEL, dtype, "cpu", mesh, "none", compile=False)
-    tokens = torch.randint(0, VOCABULARY, (64, LENGTH), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, VOCABULARY, (512, LENGTH), generator=torch.Generator().manual_seed(1))
     tokens[:, ::2] = 7
     mine = tokens.chunk(layout.data)[ranks.rank]
     hidden, _ = model(mine, torch.arange(LENGTH).expand_as(mine), packed(torch.zeros_like(mine)))
