@@ -14,7 +14,7 @@ import pytest
 
 from gristmill import artifact
 
-NUM_KILLS = int(os.environ.get("GRISTMILL_KILLS", "10"))
+NUM_KILLS = int(os.environ.get("GRISTMILL_KILLS", "4"))
 # Children start without tokenizers' and torch's extra threads: two cores are enough for the test and one child.
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CXX": "none"}
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from importlib import resources
+from textwrap import wrap
 from typing import Any, Literal
 
 from gristmill.errors import Failure, InputError
@@ -320,7 +321,7 @@ def _foundation(of: dict[str, Any]) -> list[str]:
         f"  {hardware['name']}: {short(hardware['flops'], 'FLOP/s')}, {short(hardware['memory_bytes'], 'B')} at "
         f"{short(hardware['memory_bandwidth'], 'B/s')}; in a node of {hardware['per_node']} "
         f"{short(hardware['nvlink'], 'B/s')} a GPU, beyond it {short(hardware['network'], 'B/s')}, one way",
-        f"  {hardware['source']}",
+        *wrap(hardware["source"], 116, initial_indent="  ", subsequent_indent="  "),
         f"  Never held against a GPU. Held against trainings on {seen['machine']},",
         "  each figure with how far the plan was off; a step in processor time over threads; `of 4 ranks` is a process",
         "  with FSDP's weights split in four, and nothing sent",
