@@ -24,6 +24,7 @@ from gristmill.hub import assemble, read_published
 from gristmill.model import Transformer, packed
 
 NEAR_TIE = 1e-5  # of the sum of all probabilities; of the clip's bound
+GREEDY_TIE = 1e-5  # between the reference's two best logits
 DRAWS = 5
 
 figures: dict[str, float] = {}  # the largest of each, over all tests; printed by `make exact`
@@ -193,3 +194,32 @@ class Both:
             counts["clip ties"] += 1
             return False
         return True
+
+
+# ---- greedy text ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compare_greedy(pair: Both, prompt: list[int], ours: list[int]) -> str:
+    """equal, tie (the reference's two best logits), routing tie (two experts at an earlier token)."""
+    tokens = torch.tensor([prompt])
+    made = pair.theirs.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=len(ours)
+    )
+    theirs = made[0, len(prompt) :].tolist()
+    assert len(theirs) == len(ours)
+    if ours == theirs:
+        return "equal"
+    parting = next(i for i in range(len(ours)) if ours[i] != theirs[i])
+    before = [[*prompt, *theirs[:parting]]]
+    keep = torch.ones(len(before[0]), dtype=torch.bool)
+    with recorded(pair.theirs, keep) as their_choices:
+        best, second = theirs_in_rows(pair.theirs, before)[-1].topk(2).values.tolist()
+    if best - second < GREEDY_TIE:
+        return "tie"
+    with recorded(pair.ours, keep) as our_choices:
+        ours_packed(pair.ours, before)
+    gap = routing_gap(our_choices, their_choices, pair.case.cfg.moe_top_k)
+    is_near = gap is not None and gap < NEAR_TIE
+    assert is_near, f"{pair.case}: token {parting} differs where the two best logits are {best - second:.2g} apart"
+    return "routing tie"

@@ -10,31 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 from both import (
-    NEAR_TIE,
     Both,
+    compare_greedy,
     counts,
     distance,
     load_ours,
     ours_in_rows,
-    ours_packed,
-    recorded,
-    routing_gap,
     seen,
-    theirs_in_rows,
 )
 from random_models import COUNT, LAYOUTS, NEW_TOKENS, draw, packed_row, padded_rows
 from torch import Tensor
 
 from gristmill.hub import read_published
-from gristmill.inference.generate import decode
-from gristmill.inference.sampler import Sampling
+from gristmill.inference import Sampling, complete
 from gristmill.kernels.loss import cross_entropy
 from gristmill.model import Transformer, packed
 
 LOGITS = 2e-5  # max|ours - theirs| / max|theirs|
 GRADIENT = 1e-4  # the same, of each tensor
 VANISHING = 1e-6  # of the model's largest gradient: below, a tensor's gradient is zero in exact arithmetic
-GREEDY_TIE = 1e-5  # between the reference's two best logits
 
 
 @pytest.fixture(
@@ -99,33 +93,8 @@ def our_gradients(model: Transformer, documents: list[list[int]]) -> tuple[float
 def test_64_greedy_tokens_are_equal_or_part_at_a_tie(pair: Both) -> None:
     """Ours are made in one batch of prompts of several lengths, theirs one by one."""
     prompts = [document[: min(len(document), 40)] for document in pair.documents[:2]]
-    made = zip(*decode(pair.ours, prompts, Sampling(temperature=0.0), NEW_TOKENS), strict=True)
+    made = complete(pair.ours, prompts, Sampling(temperature=0.0), NEW_TOKENS)
     for prompt, ours in zip(prompts, made, strict=True):
         assert len(ours) == NEW_TOKENS
-        outcome = compare_greedy(pair, prompt, list(ours))
+        outcome = compare_greedy(pair, prompt, ours)
         counts[f"{pair.case.layout}: greedy {outcome}"] += 1
-
-
-def compare_greedy(pair: Both, prompt: list[int], ours: list[int]) -> str:
-    """equal, tie (the reference's two best logits), routing tie (two experts at an earlier token)."""
-    tokens = torch.tensor([prompt])
-    made = pair.theirs.generate(
-        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=NEW_TOKENS
-    )
-    theirs = made[0, len(prompt) :].tolist()
-    assert len(theirs) == NEW_TOKENS
-    if ours == theirs:
-        return "equal"
-    parting = next(i for i in range(NEW_TOKENS) if ours[i] != theirs[i])
-    before = [[*prompt, *theirs[:parting]]]
-    keep = torch.ones(len(before[0]), dtype=torch.bool)
-    with recorded(pair.theirs, keep) as their_choices:
-        best, second = theirs_in_rows(pair.theirs, before)[-1].topk(2).values.tolist()
-    if best - second < GREEDY_TIE:
-        return "tie"
-    with recorded(pair.ours, keep) as our_choices:
-        ours_packed(pair.ours, before)
-    gap = routing_gap(our_choices, their_choices, pair.case.cfg.moe_top_k)
-    is_near = gap is not None and gap < NEAR_TIE
-    assert is_near, f"{pair.case}: token {parting} differs where the two best logits are {best - second:.2g} apart"
-    return "routing tie"

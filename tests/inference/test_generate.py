@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from gristmill.errors import InputError
-from gristmill.inference import Sampling, decode, generate
-from gristmill.inference.cache import Cache
+from gristmill.inference import Sampling, complete, generate
 from gristmill.inference.scorer import causal
 from gristmill.model import Transformer
 
@@ -36,29 +35,11 @@ def test_cached_greedy_decoding_equals_recomputing_the_whole_sequence(tiny: Tiny
 
 def test_a_batch_of_unequal_prompts_decodes_as_each_alone(tiny: Tiny) -> None:
     model = tiny()
-    for sampling in (GREEDY, Sampling(temperature=1.0, top_p=0.9, seed=3)):
-        columns = list(zip(*decode(model, PROMPTS, sampling, 16), strict=True))
+    for temperature in (0.0, 1.0):
+        together = complete(model, PROMPTS, Sampling(temperature=temperature, top_p=0.9, seed=3), 16)
         for row, prompt in enumerate(PROMPTS):
-            if sampling is GREEDY:
-                assert list(columns[row]) == list(generate(model, prompt, sampling, 16))
-            else:
-                alone = Sampling(temperature=1.0, top_p=0.9, seed=3 + row)
-                assert list(columns[row]) == list(generate(model, prompt, alone, 16))
-
-
-@torch.no_grad()
-def test_any_chunking_of_a_sequence_through_the_cache_gives_the_same_logits(tiny: Tiny) -> None:
-    model = tiny()
-    ids = torch.randint(300, (1, 24), generator=torch.Generator().manual_seed(0))
-    wanted = whole_logits(model, ids[0].tolist())
-    for chunks in ([24], [1] * 24, [5, 1, 10, 8]):
-        cache, logits, start = Cache(model.cfg, 1, 30, torch.float32, torch.device("cpu")), [], 0
-        for size in chunks:
-            positions = torch.arange(start, start + size)[None]
-            hidden, _ = model(ids[:, start : start + size], positions, cache.attend(positions))
-            logits.append(model.logits(hidden)[0])
-            start += size
-        torch.testing.assert_close(torch.cat(logits), wanted, atol=1e-4, rtol=1e-5)
+            alone = Sampling(temperature=temperature, top_p=0.9, seed=3 + row)
+            assert together[row] == list(generate(model, prompt, alone, 16))
 
 
 def test_seeded_sampling_repeats_and_seeds_differ(tiny: Tiny) -> None:

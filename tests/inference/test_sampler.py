@@ -1,22 +1,20 @@
-from itertools import accumulate
+from itertools import accumulate, product
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.inference.sampler import Sampling, kept, pick
+from gristmill.inference.sampler import History, Sampling, adjusted, chance, kept, pick
 
 logits = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=30).map(torch.tensor)
 temperatures = st.floats(0.1, 5)
 
 
-@given(logits, st.integers(0, 99))
-def test_temperature_zero_is_the_argmax_and_takes_no_chance(logits_V: torch.Tensor, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    before = generator.get_state()
-    assert pick(logits_V, Sampling(temperature=0.0), generator) == int(logits_V.argmax())
-    assert torch.equal(generator.get_state(), before)
+@given(logits, st.floats(0, 1, exclude_max=True))
+def test_temperature_zero_is_the_argmax_whatever_chance_says(logits_V: torch.Tensor, number: float) -> None:
+    assert pick(logits_V, Sampling(temperature=0.0), number) == int(logits_V.argmax())
 
 
 @given(logits, temperatures, st.integers(1, 40))
@@ -50,23 +48,62 @@ def test_without_filters_the_probabilities_are_the_softmax() -> None:
 
 
 def test_drawn_frequencies_follow_the_kept_probabilities() -> None:
-    logits_V, sampling = torch.tensor([2.0, 0.0, 1.0, -3.0]), Sampling(temperature=1.0, top_k=3, seed=5)
-    generator = sampling.generator()
-    drawn = torch.tensor([pick(logits_V, sampling, generator) for _ in range(4000)])
+    logits_V, sampling = torch.tensor([2.0, 0.0, 1.0, -3.0]), Sampling(temperature=1.0, top_k=3)
+    drawn = torch.tensor([pick(logits_V, sampling, chance(5, 0, position)) for position in range(4000)])
     wanted = torch.tensor([2.0, 0.0, 1.0]).softmax(0)
     torch.testing.assert_close(torch.bincount(drawn, minlength=4)[:3] / 4000, wanted, atol=0.03, rtol=0)
     assert not (drawn == 3).any()
 
 
-def test_the_same_seed_draws_the_same_and_each_sequence_its_own() -> None:
-    sampling = Sampling(seed=7)
-    logits_V = torch.zeros(100)
+def test_chance_is_uniform_and_another_for_each_seed_choice_and_position() -> None:
+    numbers = [chance(*at) for at in product(range(10), range(10), range(40))]
+    assert len(set(numbers)) == 4000
+    assert all(0 <= number < 1 for number in numbers)
+    counts = torch.histc(torch.tensor(numbers), 10, 0, 1)
+    assert float(((counts - 400) ** 2 / 400).sum()) < 28  # chi-squared of 9 degrees: once in a thousand
+    assert chance(3, 1, 4) == chance(3, 1, 4)
 
-    def draw(sequence: int) -> list[int]:
-        generator = sampling.generator(sequence)
-        return [pick(logits_V, sampling, generator) for _ in range(20)]
 
-    assert draw(0) == draw(0) != draw(1)
+@given(logits, temperatures, st.floats(0.01, 1))
+def test_min_p_keeps_what_is_p_times_as_probable_as_the_first(
+    logits_V: torch.Tensor, temperature: float, p: float
+) -> None:
+    probs = (logits_V.double() / temperature).softmax(0)
+    ids, left = kept(logits_V, Sampling(temperature=temperature, min_p=p))
+    surely, perhaps = ({i for i, x in enumerate(probs) if x >= p * probs.max() * (1 + e)} for e in (1e-9, -1e-9))
+    assert surely <= set(ids.tolist()) <= perhaps
+    assert left.tolist() == pytest.approx((probs[ids] / probs[ids].sum()).tolist())
+
+
+@given(
+    logits, st.lists(st.integers(0, 29)), st.lists(st.integers(0, 29)), *(st.floats(-2, 2) for _ in range(2)),
+    st.floats(0.5, 2), st.dictionaries(st.integers(0, 29), st.floats(-5, 5)),
+)  # fmt: skip
+def test_bias_and_penalties_equal_a_loop_over_the_ids(
+    logits_V: torch.Tensor,
+    prompt: list[int],
+    made: list[int],
+    presence: float,
+    frequency: float,
+    repetition: float,
+    bias: dict[int, float],
+) -> None:
+    size = len(logits_V)
+    prompt, made = [id % size for id in prompt], [id % size for id in made]
+    bias = {id: value for id, value in bias.items() if id < size}
+    sampling = Sampling(
+        presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition, logit_bias=bias
+    )
+    history = History(prompt, size)
+    for id in made:
+        history.add(id)
+    wanted = []
+    for id, logit in enumerate(logits_V.tolist()):
+        logit += bias.get(id, 0.0)
+        if id in prompt + made:
+            logit = logit * repetition if logit < 0 else logit / repetition
+        wanted.append(logit - presence * (id in made) - frequency * made.count(id))
+    assert adjusted(logits_V, sampling, history).tolist() == pytest.approx(wanted, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +117,13 @@ def test_the_same_seed_draws_the_same_and_each_sequence_its_own() -> None:
         ("repetition_penalty", 0.0),
         ("repetition_penalty", float("inf")),
         ("seed", -1),
+        ("min_p", 1.5),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", 101.0),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {3: float("inf")}),
     ],
 )
-def test_impossible_settings_are_named(name: str, value: float) -> None:
+def test_impossible_settings_are_named(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{name}="):
         Sampling(**{name: value})

@@ -6,7 +6,6 @@ edge, transformers' unstable sort decides which of them stay, so there the numbe
 """
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -25,8 +25,8 @@ from transformers import (
 
 from gristmill.hub import in_memory, write_published
 from gristmill.hub.settings import SpecialIds
-from gristmill.inference import Sampling, decode, generate
-from gristmill.inference.sampler import kept, penalized
+from gristmill.inference import Sampling, complete, engine, generate
+from gristmill.inference.sampler import History, kept, penalized, pick
 from gristmill.model import Transformer
 
 Tiny = Callable[..., Transformer]
@@ -37,6 +37,7 @@ SETTINGS = [
     {"temperature": 0.9, "top_p": 0.6},
     {"temperature": 1.0, "repetition_penalty": 1.8},
     {"temperature": 2.0, "top_p": 0.8, "top_k": 20, "repetition_penalty": 0.7},
+    {"temperature": 1.5, "top_p": 0.9, "min_p": 0.1},
 ]
 PROMPTS = [[7], [11, 12, 13, 14, 15, 16, 17], [5, 250, 5]]
 
@@ -51,6 +52,8 @@ def processors(sampling: Sampling) -> LogitsProcessorList:
         made.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         made.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        made.append(MinPLogitsWarper(sampling.min_p))
     return LogitsProcessorList(made)
 
 
@@ -59,11 +62,11 @@ def seen_in(ids: Sequence[int], vocab_size: int) -> torch.Tensor:
 
 
 def edge_distance(logits_V: torch.Tensor, sampling: Sampling) -> float:
-    """How near a cumulated probability comes to top_p."""
-    if sampling.top_p == 1:
-        return 1.0
+    """How near a cumulated probability comes to top_p, or one to min_p."""
     _, probs = kept(logits_V, Sampling(temperature=sampling.temperature, top_k=sampling.top_k))
-    return float((probs.cumsum(0) - sampling.top_p).abs().min())
+    nucleus = 1.0 if sampling.top_p == 1 else float((probs.cumsum(0) - sampling.top_p).abs().min())
+    least = 1.0 if sampling.min_p == 0 else float((probs / probs[0] - sampling.min_p).abs().min())
+    return min(nucleus, least)
 
 
 def assert_same_distribution(logits_V: torch.Tensor, sampling: Sampling, scores_V: torch.Tensor) -> None:
@@ -89,6 +92,7 @@ def assert_same_distribution(logits_V: torch.Tensor, sampling: Sampling, scores_
         temperature=st.floats(0.1, 5),
         top_k=st.none() | st.integers(1, 60),
         top_p=st.floats(0.01, 1),
+        min_p=st.just(0.0) | st.floats(0.01, 0.99),
         repetition_penalty=st.just(1.0) | st.floats(0.5, 2),
     ),
 )
@@ -107,17 +111,15 @@ def test_any_logits_and_settings_give_the_processors_distribution(
 def test_every_step_of_a_batch_draws_from_the_processors_distribution_of_its_prefix(
     settings: dict[str, Any], tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = import_module("gristmill.inference.generate")  # the package has a function of this name
     steps: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-    pick = module.pick
 
-    def recording(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generator, seen_V: Any = None) -> int:
-        steps.append((logits_V.clone(), None if seen_V is None else seen_V.clone()))
-        return pick(logits_V, sampling, generator, seen_V)
+    def recording(logits_V: torch.Tensor, sampling: Sampling, chance: float, history: History | None) -> int:
+        steps.append((logits_V.clone(), None if history is None else history.seen_V.clone()))
+        return pick(logits_V, sampling, chance, history)
 
-    monkeypatch.setattr(module, "pick", recording)
+    monkeypatch.setattr(engine, "pick", recording)
     sampling = Sampling(seed=5, **settings)
-    columns = list(decode(tiny(), PROMPTS, sampling, 24))
+    columns = list(zip(*complete(tiny(), PROMPTS, sampling, 24), strict=True))
     near = 0
     for number, (logits_V, seen_V) in enumerate(steps):
         step, row = divmod(number, len(PROMPTS))
@@ -130,7 +132,7 @@ def test_every_step_of_a_batch_draws_from_the_processors_distribution_of_its_pre
         assert_same_distribution(after, sampling, scores)
         assert columns[step][row] in kept(after, sampling)[0]
     assert near < len(steps) / 20
-    assert list(decode(tiny(), PROMPTS, sampling, 24)) == columns  # the seed repeats
+    assert list(zip(*complete(tiny(), PROMPTS, sampling, 24), strict=True)) == columns  # the seed repeats
 
 
 @pytest.fixture
@@ -150,7 +152,7 @@ def test_every_step_of_transformers_own_generate_has_our_distribution(theirs: An
             (prompt := torch.tensor([PROMPTS[1]])),
             attention_mask=torch.ones_like(prompt),
             do_sample=True,
-            **{"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, **settings},
+            **{"top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0, **settings},
             max_new_tokens=24,
             eos_token_id=-1,
             output_scores=True,

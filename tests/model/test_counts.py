@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from gristmill.inference.cache import Cache
+from gristmill.inference.runner import Runner
 from gristmill.kernels import native
 from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.model.counts import (
@@ -104,9 +104,9 @@ def test_training_takes_six_operations_a_used_weight_and_attention() -> None:
 def test_a_cached_token_holds_what_is_counted() -> None:
     cfg = ModelConfig(**{**SHAPE, **QWEN})  # type: ignore[arg-type]
     for dtype in (torch.bfloat16, torch.float32):
-        cache = Cache(cfg, 2, 10, dtype, torch.device("cpu"))
-        num_bytes = cache.k_LBNGC.nbytes + cache.v_LBNGC.nbytes
-        assert num_bytes == 20 * kv_bytes_per_token(cfg, dtype.itemsize)
+        runner = Runner(Transformer(cfg, dtype), num_blocks=5, block_tokens=16)
+        num_bytes = runner.k_LNBGC.nbytes + runner.v_LNBGC.nbytes
+        assert num_bytes == 80 * kv_bytes_per_token(cfg, dtype.itemsize)
 
 
 def test_a_checkpoint_of_training_holds_what_is_counted() -> None:

@@ -1,13 +1,17 @@
-"""From logits to the next token. Pure: the same logits, settings and state of the generator give the same token.
+"""From logits to the next token. Pure: the same logits, settings, history and number of chance give the same token.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p. The kept tokens are its own too, up to
-rounding at an edge (it computes in fp32; here all after the penalty is float64), but for one case: of equal logits
-that lie on both sides of top-p's edge as many are kept, here those of lower ids, there what an unstable sort says.
+The order is that of transformers: bias, penalties, temperature, top-k, top-p, min-p. The kept tokens are its own too,
+up to rounding at an edge (it computes in fp32; here all after the penalties is float64), but for one case: of equal
+logits on both sides of top-p's edge as many are kept, here those of lower ids, there what an unstable sort says.
 
 Shapes: V vocabulary.
 """
 
-from dataclasses import dataclass
+import hashlib
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,15 +22,22 @@ from gristmill.errors import InputError
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """`repetition_penalty` above 1 makes each token less probable that the sequence has already, prompt included (CTRL,
-    Keskar et al., 2019, arXiv:1909.05858); 1 is none. `temperature` 0 is greedy. `top_k` keeps the k most probable
-    tokens and those that equal the last of them, then `top_p` the fewest of the most probable ones whose probabilities
-    sum to at least p (nucleus sampling, Holtzman et al., 2020, arXiv:1904.09751).
+    Keskar et al., 2019, arXiv:1909.05858); 1 is none. `presence_penalty` is subtracted from the logit of each token
+    made since the prompt, `frequency_penalty` as often as it was made. `logit_bias` is added to the ids' logits.
+    `temperature` 0 is greedy. `top_k` keeps the k most probable tokens and those that equal the last of them, then
+    `top_p` the fewest of the most probable ones whose probabilities sum to at least p (nucleus sampling, Holtzman et
+    al., 2020, arXiv:1904.09751), then `min_p` those at least p times as probable as the first (Nguyen et al., 2024,
+    arXiv:2407.01082).
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -36,14 +47,42 @@ class Sampling:
             raise InputError(f"top_k={self.top_k} must be at least 1, or null for all tokens")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p={self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p={self.min_p} must be from 0 (all tokens) to 1")
         if not 0.01 <= self.repetition_penalty <= 100:
             raise InputError(f"repetition_penalty={self.repetition_penalty} must be from 0.01 to 100; 1 is no penalty")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -100 <= getattr(self, name) <= 100:
+                raise InputError(f"{name}={getattr(self, name)} must be from -100 to 100; 0 is no penalty")
+        for id, bias in self.logit_bias.items():
+            if id < 0 or not math.isfinite(bias):
+                raise InputError(f"logit_bias={{{id}: {bias}}} must be a finite number for a token id")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed={self.seed} must be from 0 to 2**63 - 1")
 
-    def generator(self, sequence: int = 0) -> torch.Generator:
-        """The source of chance for the sequence of this number in a batch."""
-        return torch.Generator().manual_seed(self.seed + sequence)
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+class History:
+    """What a sequence has already, as the penalties ask: [V], which ids; and how often each since the prompt."""
+
+    def __init__(self, prompt: Sequence[int], vocab_size: int) -> None:
+        self.seen_V = torch.zeros(vocab_size, dtype=torch.bool)
+        self.seen_V[list(prompt)] = True
+        self.made_V = torch.zeros(vocab_size)
+
+    def add(self, id: int) -> None:
+        self.seen_V[id] = True
+        self.made_V[id] += 1
+
+
+def chance(seed: int, choice: int, position: int) -> float:
+    """From 0 to below 1, for the token at this position of this answer: what else is computed beside it, and in which
+    order, cannot change it."""
+    drawn = hashlib.blake2b(struct.pack("<QQQ", seed, choice, position), digest_size=8).digest()
+    return (int.from_bytes(drawn, "little") >> 11) / 2**53
 
 
 def penalized(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
@@ -54,10 +93,25 @@ def penalized(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
     return torch.where(seen_V, torch.where(logits_V < 0, logits_V * penalty, logits_V / penalty), logits_V)
 
 
+def adjusted(logits_V: Tensor, sampling: Sampling, history: History | None = None) -> Tensor:
+    """The logits with bias and penalties."""
+    if sampling.logit_bias:
+        ids = torch.tensor(list(sampling.logit_bias))
+        bias = torch.tensor(list(sampling.logit_bias.values()), dtype=logits_V.dtype)
+        logits_V = logits_V.index_add(0, ids, bias)
+    if sampling.has_penalties:
+        assert history is not None
+        if sampling.repetition_penalty != 1:
+            logits_V = penalized(logits_V, history.seen_V, sampling.repetition_penalty)
+        made_V = history.made_V
+        logits_V = logits_V - sampling.presence_penalty * (made_V > 0) - sampling.frequency_penalty * made_V
+    return logits_V
+
+
 def kept(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The tokens that may be drawn, most probable first, and their probabilities, which sum to 1 (float64).
 
-    Of equal logits the lower id comes first. temperature must be positive. The repetition penalty is not applied here.
+    Of equal logits the lower id comes first. temperature must be positive. logits_V: see `adjusted`.
     """
     order = logits_V.double().sort(descending=True, stable=True)
     values = order.values
@@ -66,20 +120,19 @@ def kept(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     probs = (values / sampling.temperature).softmax(0)
     before = probs.cumsum(0) - probs
     count = int((before < sampling.top_p).sum()) if sampling.top_p < 1 else len(probs)
+    if sampling.min_p > 0:
+        count = min(count, int((probs >= sampling.min_p * probs[0]).sum()))
     return order.indices[:count], probs[:count] / probs[:count].sum()
 
 
-def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator, seen_V: Tensor | None = None) -> int:
-    """The next token's id. Takes one number from `generator`, or none when greedy.
+def pick(logits_V: Tensor, sampling: Sampling, chance: float, history: History | None = None) -> int:
+    """The next token's id. chance: a number from 0 to below 1, of which the greedy choice has no need.
 
-    seen_V: which ids the sequence has already; needed with a repetition penalty, and not looked at without one.
+    history: needed with penalties, and not looked at without.
     """
-    if sampling.repetition_penalty != 1:
-        assert seen_V is not None
-        logits_V = penalized(logits_V, seen_V, sampling.repetition_penalty)
+    logits_V = adjusted(logits_V.cpu(), sampling, history)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    ids, probs = kept(logits_V.cpu(), sampling)
-    chance = torch.rand((), generator=generator, dtype=torch.float64)
+    ids, probs = kept(logits_V, sampling)
     index = int((probs.cumsum(0) <= chance).sum())
     return int(ids[min(index, len(ids) - 1)])  # rounding may leave the last cumulated sum below 1

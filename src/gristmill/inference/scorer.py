@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gristmill.errors import InputError
 from gristmill.evaluate import Window, windows
-from gristmill.inference.generate import decode, evaluating
+from gristmill.inference.generate import complete
+from gristmill.inference.runner import evaluating
 from gristmill.inference.sampler import Sampling
 from gristmill.model import Transformer
 from gristmill.parallel.ranks import ALONE, Ranks
@@ -69,25 +70,16 @@ class ModelScorer:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> list[list[int]]:
-        """All prompts as one batch. Raises InputError when a prompt and `max_tokens` exceed the model's context."""
+        """All prompts together. Raises InputError when a prompt and `max_tokens` exceed the model's context."""
         longest = max((len(prompt) for prompt in prompts), default=0)
         if longest + max_tokens > self.model.cfg.max_seq_len:
             raise InputError(
                 f"a prompt of {longest} tokens and {max_tokens} new ones exceed max_seq_len="
                 f"{self.model.cfg.max_seq_len}; lower prompt_tokens or sample_tokens"
             )
-        made: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        if not running:
-            return made
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        for ids in decode(self.model, prompts, sampling, max_tokens):
-            running -= {i for i in running if ids[i] in stop_ids}
-            for i in running:
-                made[i].append(ids[i])
-            if not running:
-                break
-        return made
+        return complete(
+            self.model, prompts, Sampling(temperature=temperature, top_p=top_p, seed=seed), max_tokens, stop_ids
+        )
 
     def _tiles(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[Job]]]:
         """(padded length, windows to run together), longest first."""

@@ -166,6 +166,11 @@ class StreamDecoder:
         """The text completed by this id; often empty in the middle of a character."""
         return self._utf8.decode(self._tokenizer.decode_bytes([id]))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no character is unfinished."""
+        return not self._utf8.getstate()[0]
+
     def flush(self) -> str:
         """What is left at the end: U+FFFD for an unfinished character, else nothing."""
         return self._utf8.decode(b"", final=True)

@@ -1,0 +1,204 @@
+"""Many requests, one model: each step takes some tokens of many sequences through it, together.
+
+A step is three calls: the scheduler plans (`scheduler.py`), the runner computes (`runner.py`), and what was made goes
+back to the scheduler and out to those who asked. docs/life-of-a-request.md follows one request through all of it.
+
+An engine belongs to one thread: who has more sends them through a queue.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gristmill.errors import InputError
+from gristmill.inference.answer import Answer
+from gristmill.inference.requests import Piece, Request, Token
+from gristmill.inference.runner import Runner
+from gristmill.inference.sampler import History, chance, pick
+from gristmill.inference.scheduler import EngineConfig, Finish, Job, Part, Plan, Scheduler
+from gristmill.model import Transformer
+from gristmill.tokenizer import Tokenizer
+
+
+class Choice:
+    """One answer on its way: its job, and what is made of its tokens."""
+
+    def __init__(self, stream: "Stream", number: int, job: Job, answer: Answer, vocab_size: int) -> None:
+        self.stream, self.number, self.job, self.answer = stream, number, job, answer
+        request = stream.request
+        self.history = History(job.prompt, vocab_size) if request.sampling.has_penalties else None
+        self.scores_prompt = request.scores_prompt
+        known = 0 if not request.echo else 1 if self.scores_prompt else len(job.prompt)
+        self.echoed = [Token(id) for id in job.prompt[:known]]  # until it is given away
+
+    def asked(self, part: Part) -> list[int]:
+        """The positions in its sequence whose tokens the logits of this part are to predict."""
+        scored = range(part.start + 1, min(part.end + 1, len(self.job.prompt))) if self.scores_prompt else ()
+        return [*(p for p in scored if p >= len(self.echoed)), *([part.end] if part.samples else [])]
+
+
+class Stream:
+    """A request's answers. Iterating over it runs the engine until they are complete; `take` gives what is there."""
+
+    def __init__(self, engine: "Engine", request: Request) -> None:
+        self.request = request
+        self.choices: list[Choice] = []
+        self._engine = engine
+        self._pieces: deque[Piece] = deque()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no more pieces will come; there may be some to take."""
+        return all(choice.job.finish is not None for choice in self.choices)
+
+    def put(self, piece: Piece) -> None:
+        self._pieces.append(piece)
+
+    def take(self) -> list[Piece]:
+        taken = list(self._pieces)
+        self._pieces.clear()
+        return taken
+
+    def __iter__(self) -> Iterator[Piece]:
+        while True:
+            yield from self.take()
+            if self.is_done:
+                return
+            self._engine.step()
+
+
+class Engine:
+    """tokenizer: without it there are ids and no texts. The number of threads is that at the engine's beginning."""
+
+    def __init__(self, model: Transformer, cfg: EngineConfig | None = None, tokenizer: Tokenizer | None = None) -> None:
+        self.model, self.cfg, self.tokenizer = model, cfg or EngineConfig(), tokenizer
+        self.scheduler = Scheduler(self.cfg)
+        self.runner = Runner(model, self.cfg.num_blocks, self.cfg.block_tokens)
+        self._choices: dict[Job, Choice] = {}
+
+    def submit(self, request: Request) -> Stream:
+        """Raises InputError for what can never be done, QueueFull for what cannot be done now."""
+        max_tokens = self._check(request)
+        stream, vocab_size = Stream(self, request), self.model.wte.num_embeddings
+        for number in range(request.n):
+            job = Job(
+                prompt=tuple(request.prompt),
+                max_tokens=max_tokens,
+                stop_ids=request.stop_ids,
+                priority=request.priority,
+                salt=request.tenant,
+                reuse=not request.scores_prompt,  # which needs the logits of all of it
+            )
+            answer = Answer(self.tokenizer.stream_decoder() if self.tokenizer else None, request.stop)
+            stream.choices.append(Choice(stream, number, job, answer, vocab_size))
+        self.scheduler.submit([choice.job for choice in stream.choices])
+        self._choices.update((choice.job, choice) for choice in stream.choices)
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        """Ends what is not complete; its last piece says so."""
+        for choice in stream.choices:
+            if choice.job.finish is None:
+                self.scheduler.finish(choice.job, "cancelled")
+                self._close(choice, "", [])
+
+    def step(self) -> bool:
+        """Whether there was anything to do."""
+        plan = self.scheduler.schedule()
+        if not plan.parts:
+            return False
+        tokens = self._sample(plan, self.runner.run(plan.parts))
+        self.scheduler.postprocess(plan, [tokens[part.job].id for part in plan.parts if part.samples])
+        for part in plan.parts:
+            self._deliver(self._choices[part.job], tokens.get(part.job))
+        return True
+
+    def _check(self, request: Request) -> int:
+        """The largest number of new tokens."""
+        vocab_size, prompt = self.model.wte.num_embeddings, request.prompt
+        context = self.model.cfg.max_seq_len
+        if not prompt:
+            raise InputError("the prompt has no token; give text, or begin with <|endoftext|>")
+        if len(prompt) >= context:
+            raise InputError(f"the prompt has {len(prompt)} tokens; with max_seq_len={context} it must be shorter")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise InputError(
+                f"the prompt has an id outside of 0 to {vocab_size - 1}; encode it with the model's own tokenizer"
+            )
+        if any(id >= vocab_size for id in request.sampling.logit_bias):
+            raise InputError(f"logit_bias has an id above the model's last, {vocab_size - 1}; leave it out")
+        if request.stop and self.tokenizer is None:
+            raise InputError("stop strings need a tokenizer, and this engine has none; give stop_ids")
+        if request.max_tokens is None:
+            return min(context, self.cfg.num_blocks * self.cfg.block_tokens) - len(prompt)
+        if len(prompt) + request.max_tokens > context:
+            raise InputError(
+                f"a prompt of {len(prompt)} tokens and {request.max_tokens} new ones exceed max_seq_len={context}; "
+                "lower max_tokens or shorten the prompt"
+            )
+        return request.max_tokens
+
+    @torch.inference_mode()
+    def _sample(self, plan: Plan, hidden_TD: Tensor) -> dict[Job, Token]:
+        """The next token of each part that asks for one; on the way, the log-probabilities of echoed prompts."""
+        asked: list[tuple[Part, int]] = []
+        rows, first = [], 0
+        for part in plan.parts:
+            positions = self._choices[part.job].asked(part)
+            asked += ((part, position) for position in positions)
+            rows += [first + position - 1 - part.start for position in positions]
+            first += part.end - part.start
+        tokens = {}
+        for (part, position), logits_V in zip(asked, self.runner.logits(hidden_TD[rows]), strict=True):
+            choice, job = self._choices[part.job], part.job
+            logprobs = choice.stream.request.logprobs
+            if position < len(job.prompt):
+                choice.echoed.append(_token(job.prompt[position], logits_V, logprobs))
+            else:
+                sampling = choice.stream.request.sampling
+                number = chance(sampling.seed, choice.number, position)
+                tokens[job] = _token(pick(logits_V, sampling, number, choice.history), logits_V, logprobs)
+        return tokens
+
+    def _deliver(self, choice: Choice, token: Token | None) -> None:
+        """After a step: what may go out."""
+        job, text = choice.job, ""
+        tokens: list[Token] = []
+        if choice.echoed and job.num_computed >= len(job.prompt):
+            self._push(choice, self._prompt_text(job.prompt), choice.echoed, None)
+            choice.echoed = []
+        if token is not None and not (job.finish == "stop" and token.id in job.stop_ids):
+            if choice.history is not None:
+                choice.history.add(token.id)
+            text, tokens = choice.answer.feed(token)
+            if choice.answer.is_stopped:
+                self.scheduler.finish(job, "stop")
+        if job.finish is not None:
+            self._close(choice, text, tokens)
+        elif text or tokens:
+            self._push(choice, text, tokens, None)
+
+    def _close(self, choice: Choice, text: str, tokens: list[Token]) -> None:
+        rest, last = choice.answer.end()
+        finish = "stop" if choice.answer.is_stopped else choice.job.finish  # also where it was the last token anyway
+        self._push(choice, text + rest, tokens + last, finish)
+        del self._choices[choice.job]
+
+    def _push(self, choice: Choice, text: str, tokens: list[Token], finish: Finish | None) -> None:
+        choice.stream.put(Piece(choice.number, text, tokens, finish))
+
+    def _prompt_text(self, prompt: Sequence[int]) -> str:
+        """Without the <|endoftext|> that begins a text."""
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(prompt[1:] if prompt[0] == self.tokenizer.eot_id else prompt)
+
+
+def _token(id: int, logits_V: Tensor, logprobs: int | None) -> Token:
+    if logprobs is None:
+        return Token(id)
+    logprobs_V = logits_V.double().log_softmax(-1)
+    values, ids = logprobs_V.topk(min(logprobs, len(logits_V)))
+    return Token(id, float(logprobs_V[id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))

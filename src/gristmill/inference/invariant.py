@@ -1,0 +1,145 @@
+"""Linear layers and experts that round a token's numbers alike, whatever tokens share the pass.
+
+A matrix library chooses a kernel by the number of rows, and kernels add in different orders: the same sequence would
+get other last bits, and at a near tie another text, in another batch. Here a product is made of pieces whose numbers
+of rows come from a short list, and a piece is used only if a trial on this machine shows that it rounds each row as a
+piece of 16 rows does. Where all agree that costs nothing; where none does, everything goes in sixteens. (He, 2025,
+"Defeating Nondeterminism in LLM Inference", describes the problem and fixed tiles on GPUs.)
+
+Few sizes have another use: oneDNN compiles a kernel for each number of rows that it meets.
+
+Only the CPU's products are meant. The number of threads must stay the same, too.
+
+Shapes: T tokens, K inputs, N outputs; D model, E experts, F hidden; A assignments of a token to an expert.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gristmill.kernels.precision import upcast
+from gristmill.model import Transformer
+from gristmill.model.transformer import DenseGLU, Experts, Linear
+
+TILE = 16
+LINE = 64  # bytes
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def product(x_TK: Tensor, w_KN: Tensor) -> Tensor:
+    """x w in fixed pieces."""
+    if lacking := -x_TK.shape[1] * x_TK.itemsize % LINE // x_TK.itemsize:  # or each row would lie in a way of its own
+        x_TK, w_KN = F.pad(x_TK, (0, lacking)), F.pad(w_KN.T, (0, lacking)).T
+    T, shape = len(x_TK), (*w_KN.shape, w_KN.stride(0) == 1, _offset(w_KN), x_TK.dtype)
+    agrees = functools.partial(_agrees, shape, torch.get_num_threads())
+    out_TN, first = x_TK.new_empty(T, w_KN.shape[1]), 0
+    for size in pieces(T, agrees):
+        rows = slice(first, min(first + size, T))
+        x, out, first = x_TK[rows], out_TN[rows], rows.stop
+        if len(x) < size:
+            x = F.pad(x, (0, 0, 0, size - len(x)))
+        elif _offset(x):
+            x = x.clone()
+        if len(out) < size or _offset(out):
+            out.copy_(torch.mm(x, w_KN)[: len(out)])
+        else:
+            torch.mm(x, w_KN, out=out)
+    return out_TN
+
+
+def _offset(x: Tensor) -> int:
+    """Bytes beyond a cache line, which decide between kernels, too. What torch allocates begins at one."""
+    return x.data_ptr() % LINE
+
+
+def pieces(rows: int, agrees: Callable[[int], bool]) -> Iterator[int]:
+    """Sizes that cover so many rows, the last one perhaps with some to spare."""
+    while rows > 0:
+        above = next((size for size in SIZES if size >= rows and agrees(size)), None)
+        below = next((size for size in reversed(SIZES) if size <= rows and agrees(size)), TILE)
+        size = above if above is not None and (above <= TILE or above <= 1.5 * rows) else below
+        yield size
+        rows -= size
+
+
+@functools.cache
+def _agrees(shape: tuple[int, int, bool, int, torch.dtype], threads: int, rows: int) -> bool:
+    """Whether a product of so many rows rounds each of them as one of TILE rows does: tried with random numbers.
+
+    shape: of the weights, whether they are transposed, their offset, the type.
+    """
+    if rows == TILE:
+        return True
+    (K, N, is_transposed, offset, dtype), chance = shape, torch.Generator().manual_seed(0)
+    x = torch.randn(max(rows, TILE), K, generator=chance).to(dtype)
+    start = offset // dtype.itemsize
+    w = torch.empty(start + K * N, dtype=dtype)[start:].copy_(torch.randn(K * N, generator=chance))
+    w = w.view(N, K).T if is_transposed else w.view(K, N)
+    tried, wanted = (torch.cat([torch.mm(part.clone(), w) for part in x.split(size)]) for size in (rows, TILE))
+    return torch.equal(tried, wanted)
+
+
+def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """`F.linear`: x [..., K] -> [..., N] in x's dtype."""
+    return product(x.flatten(0, -2), weight_NK.to(x.dtype).T).view(*x.shape[:-1], len(weight_NK))
+
+
+def experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w1: Tensor, v1: Tensor, w2: Tensor) -> Tensor:
+    """`kernels.experts.experts`, expert by expert; a token's own results are added up in the order of its choice."""
+    T, K = ids_TK.shape
+    order_A, weight_A = ids_TK.flatten().argsort(stable=True), weights_TK.flatten()
+    counts = torch.bincount(ids_TK.flatten(), minlength=len(w1)).tolist()
+    rows_AD = x_TD.new_empty(T * K, x_TD.shape[1])
+    for expert, mine in enumerate(order_A.split(counts)):
+        if len(mine):
+            rows_AD[mine] = _glu(x_TD[mine // K], weight_A[mine], w1[expert], v1[expert], w2[expert])
+    return F.embedding_bag(torch.arange(T * K).view(T, K), rows_AD, mode="sum")
+
+
+def _glu(x_TD: Tensor, weight_T: Tensor, w1_FD: Tensor, v1_FD: Tensor, w2_FD: Tensor) -> Tensor:
+    gate, up = upcast(linear(x_TD, w1_FD)), upcast(linear(x_TD, v1_FD))
+    silu = gate / (1 + (-gate).exp())  # torch's own rounds the last elements of a tensor in another way than the rest
+    return product((silu * up * weight_T[:, None]).to(x_TD.dtype), w2_FD.to(x_TD.dtype))
+
+
+def _dense(module: DenseGLU, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out = _glu(x_TD, x_TD.new_ones(len(x_TD), dtype=torch.float32), module.w1, module.v1, module.w2)
+    return out, x_TD.new_zeros(1, dtype=torch.float32), torch.tensor([len(x_TD)])
+
+
+@contextmanager
+def batch_invariant(model: Transformer) -> Iterator[None]:
+    """While it lasts, the model's linear layers and experts are those above. What was replaced before (by expert
+    parallelism) stays as it is."""
+    replaced = []
+    for module in model.modules():
+        if "forward" in vars(module):
+            continue
+        match module:
+            case Linear():
+                forward: Callable[..., object] = functools.partial(_linear_of, module)
+            case Experts():
+                forward = functools.partial(_experts_of, module)
+            case DenseGLU():
+                forward = functools.partial(_dense, module)
+            case _:
+                continue
+        module.forward = forward  # type: ignore[assignment]
+        replaced.append(module)
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
+
+
+def _linear_of(module: Linear, x: Tensor) -> Tensor:
+    return linear(x, module.weight)
+
+
+def _experts_of(module: Experts, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    return experts(x_TD, weights_TK, ids_TK, module.w1, module.v1, module.w2)

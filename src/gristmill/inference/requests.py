@@ -1,0 +1,67 @@
+"""What an engine is asked for and what it gives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from gristmill.errors import InputError
+from gristmill.inference.sampler import Sampling
+from gristmill.inference.scheduler import Finish
+
+MAX_TOP = 20  # of the most probable tokens that may be asked for beside each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """prompt: ids. max_tokens: None is as many as there is room for. n: answers, which differ by chance alone.
+
+    stop_ids end an answer, as does a text of `stop` in it; neither becomes part of it.
+    logprobs: None, or how many of the most probable tokens are told beside each one's own log-probability, which is of
+    the model's distribution, before bias, penalties and temperature. echo: the prompt comes first, as the beginning of
+    each answer. priority: 0 goes before 1. tenant: prompts of one are not looked for among those of another.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    n: int = 1
+    stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
+    priority: int = 0
+    tenant: str = ""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise InputError(f"max_tokens={self.max_tokens} must not be negative")
+        if not 1 <= self.n <= 128:
+            raise InputError(f"n={self.n} must be from 1 to 128")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise InputError(f"stop={self.stop!r:.80} must be a tuple of texts that are not empty")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP:
+            raise InputError(f"logprobs={self.logprobs} must be from 0 to {MAX_TOP}, or null for none")
+        if not 0 <= self.priority <= 1000:
+            raise InputError(f"priority={self.priority} must be from 0 (goes first) to 1000")
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's own log-probabilities are asked for."""
+        return self.echo and self.logprobs is not None
+
+
+class Token(NamedTuple):
+    """`logprob`: None where it was not asked for, and of a prompt's first token. `top`: the most probable ids."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Piece(NamedTuple):
+    """More of answer number `choice`. `finish` stands on its last piece. A token comes when its text has come."""
+
+    choice: int
+    text: str
+    tokens: list[Token]
+    finish: Finish | None

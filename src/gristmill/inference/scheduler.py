@@ -1,0 +1,264 @@
+"""Which tokens of which sequences go through the model next. Pure: no tensors, no clock.
+
+    plan = scheduler.schedule()
+    ...                                       # the model makes the next id of each part that `samples`
+    scheduler.postprocess(plan, ids)
+
+Sequences join and leave between any two steps (continuous batching, Orca, Yu et al., 2022), and a long prompt goes in
+chunks beside the decoding of others (Sarathi-Serve, Agrawal et al., 2024, arXiv:2403.02310).
+
+All sequences stand in one fixed order: by the step of their arrival, moved back by `priority_steps` for each level of
+priority (0 is the first). In any step those in front get blocks before those behind, whose blocks are taken when there
+are too few. So the first one always advances, and as only so many can ever arrive before another, each is the first
+at last: nobody starves, and nobody is thrown out for ever.
+"""
+
+import heapq
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gristmill.errors import Failure, InputError
+from gristmill.inference.blocks import Blocks, chained
+
+Finish = Literal["stop", "length", "cancelled"]
+
+
+class QueueFull(Failure):
+    """Too many requests wait; the same one may be accepted a little later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """cache_tokens: whose keys and values are kept, of all sequences together, in blocks of `block_tokens`.
+    token_budget: of one step, prompts and new tokens together. max_running: sequences in one step; of the others
+    `max_waiting` may wait. priority_steps: how many steps later a request of one level more urgent may come and still
+    go first. prefix_cache: whether prompts that begin alike share what was computed."""
+
+    cache_tokens: int = 32768
+    block_tokens: int = 16
+    token_budget: int = 512
+    max_running: int = 64
+    max_waiting: int = 1024
+    priority_steps: int = 256
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1 or 64 % self.block_tokens:
+            raise InputError(f"block_tokens={self.block_tokens} must divide 64; 16 is usual")
+        if self.cache_tokens < self.block_tokens:
+            raise InputError(f"cache_tokens={self.cache_tokens} must be at least block_tokens={self.block_tokens}")
+        for name in ("max_running", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.priority_steps < 0:
+            raise InputError(f"priority_steps={self.priority_steps} must not be negative; 0 is one queue for all")
+        if self.token_budget < self.max_running:
+            raise InputError(
+                f"token_budget={self.token_budget} must be at least max_running={self.max_running}, so that each "
+                "running sequence gets its next token in each step; raise the one or lower the other"
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        return self.cache_tokens // self.block_tokens
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """One sequence on its way. `ids`: the prompt and what was made; the keys and values of the first `num_computed` of
+    them are in `blocks`. `reuse`: whether published blocks may stand for its prompt."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    stop_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    salt: str = ""
+    reuse: bool = True
+    finish: Finish | None = None
+    order: tuple[int, int] = (0, 0)
+    num_computed: int = 0
+    num_preemptions: int = 0
+    ids: list[int] = field(init=False)
+    blocks: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)  # of the full blocks of `ids`, as far as they were asked for
+
+    def __post_init__(self) -> None:
+        self.ids = list(self.prompt)
+
+    @property
+    def num_made(self) -> int:
+        return len(self.ids) - len(self.prompt)
+
+    @property
+    def pending(self) -> int:
+        return len(self.ids) - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.pending == 1 and self.num_computed > 0
+
+    def __lt__(self, other: "Job") -> bool:
+        return self.order < other.order
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens `job.ids[start:end]` of this step; `samples`: the last of them asks for the next id."""
+
+    job: Job
+    start: int
+    end: int
+    samples: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    parts: tuple[Part, ...]
+
+
+class Scheduler:
+    def __init__(self, cfg: EngineConfig) -> None:
+        self.cfg = cfg
+        self.blocks = Blocks(cfg.num_blocks)
+        self.running: list[Job] = []  # in order
+        self.waiting: list[Job] = []  # a heap
+        self._step = 0
+        self._numbers = itertools.count()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """All of them or none. Raises QueueFull, and InputError for one that could never run."""
+        capacity = self.cfg.num_blocks * self.cfg.block_tokens
+        for job in jobs:
+            if not job.prompt:
+                raise InputError("the prompt has no token; give text, or begin with <|endoftext|>")
+            if len(job.prompt) + job.max_tokens > capacity:
+                raise InputError(
+                    f"a prompt of {len(job.prompt)} tokens and {job.max_tokens} new ones exceed the cache of "
+                    f"{capacity} tokens; ask for less, or raise cache_tokens"
+                )
+        if len(self.waiting) + len(jobs) > self.cfg.max_waiting:
+            raise QueueFull(
+                f"{len(self.waiting)} sequences wait already, of at most max_waiting={self.cfg.max_waiting}; "
+                "try again later, or raise it"
+            )
+        for job in jobs:
+            job.order = (self._step + job.priority * self.cfg.priority_steps, next(self._numbers))
+            heapq.heappush(self.waiting, job)
+
+    def finish(self, job: Job, reason: Finish) -> None:
+        """Ends a sequence where it stands: a stop string was found, or nobody wants it any more."""
+        if job.finish is not None:
+            return
+        job.finish = reason
+        if job in self.running:
+            self.running.remove(job)
+            self.blocks.give_back(job.blocks)
+            job.blocks = []
+        else:
+            self.waiting.remove(job)
+            heapq.heapify(self.waiting)
+
+    def schedule(self) -> Plan:
+        """The next step; no parts when there is nothing to do. Each plan must be given to `postprocess`."""
+        self._step += 1
+        self._grow()
+        self._admit()
+        budget, parts = self.cfg.token_budget, []
+        for job in [*(j for j in self.running if j.is_decoding), *(j for j in self.running if not j.is_decoding)]:
+            end = min(len(job.ids), job.num_computed + budget)
+            if end > job.num_computed:
+                samples = end == len(job.ids) and job.num_made < job.max_tokens
+                parts.append(Part(job, job.num_computed, end, samples))
+                budget -= end - job.num_computed
+        return Plan(tuple(parts))
+
+    def postprocess(self, plan: Plan, sampled: Sequence[int]) -> None:
+        """The plan was run. sampled: an id for each part that asked for one. Ended sequences have their `finish`."""
+        ids = iter(sampled)
+        for part in plan.parts:
+            job, id = part.job, next(ids) if part.samples else None
+            if job.finish is not None:
+                continue
+            job.num_computed = part.end
+            if self.cfg.prefix_cache:
+                for number in range(part.start // self.cfg.block_tokens, part.end // self.cfg.block_tokens):
+                    self.blocks.publish(job.blocks[number], self._name(job, number))
+            if id is not None:
+                job.ids.append(id)
+                if id in job.stop_ids:
+                    self.finish(job, "stop")
+            if job.finish is None and part.end >= len(job.prompt) and job.num_made == job.max_tokens:
+                self.finish(job, "length")
+
+    def _grow(self) -> None:
+        """A block for every decoding sequence whose last one is full, at the cost of those behind it."""
+        for job in list(self.running):
+            while job in self.running and len(job.blocks) < self._num_blocks(job):
+                if (taken := self.blocks.take((), 1)) is not None:
+                    job.blocks += taken
+                else:
+                    self._preempt(self.running[-1])  # perhaps itself
+
+    def _admit(self) -> None:
+        """From the waiting, in order, those for whose prompts there is room; it may be made by those behind them."""
+        while self.waiting:
+            job = self.waiting[0]
+            behind = [other for other in self.running if job < other]
+            ahead = sum(o.pending for o in self.running if o < job or o.is_decoding)
+            if len(self.running) - len(behind) >= self.cfg.max_running or ahead >= self.cfg.token_budget:
+                return
+            reserve = len(self.running) - len(behind)  # or those in front would take its blocks in the next steps
+            if self._available(job) + sum(len(other.blocks) for other in behind) < reserve:
+                return
+            while len(self.running) >= self.cfg.max_running or self._available(job) < reserve:
+                if not behind:
+                    return
+                self._preempt(behind.pop())
+            heapq.heappop(self.waiting)
+            shared = self._shared(job)
+            taken = self.blocks.take(shared, self._num_blocks(job) - len(shared))
+            assert taken is not None
+            job.blocks, job.num_computed = taken, len(shared) * self.cfg.block_tokens
+            self.running.append(job)
+            self.running.sort()
+
+    def _preempt(self, job: Job) -> None:
+        """Back to the queue, at its old place. What it had is computed again, as far as it is not still published."""
+        self.running.remove(job)
+        self.blocks.give_back(job.blocks)
+        job.blocks, job.num_computed = [], 0
+        job.num_preemptions += 1
+        heapq.heappush(self.waiting, job)
+
+    def _num_blocks(self, job: Job) -> int:
+        return -(-len(job.ids) // self.cfg.block_tokens)
+
+    def _available(self, job: Job) -> int:
+        """Blocks that would be left if this one got all that it needs now; negative when there are too few."""
+        shared = self._shared(job)
+        return self.blocks.would_leave(shared, self._num_blocks(job) - len(shared))
+
+    def _shared(self, job: Job) -> list[int]:
+        """Published blocks of its beginning; not of its last token, whose pass through the model makes the next."""
+        if not (self.cfg.prefix_cache and job.reuse):
+            return []
+        return self.blocks.find(self._names(job, (len(job.ids) - 1) // self.cfg.block_tokens))
+
+    def _names(self, job: Job, count: int) -> list[bytes]:
+        if count:
+            self._name(job, count - 1)
+        return job.names[:count]
+
+    def _name(self, job: Job, number: int) -> bytes:
+        size = self.cfg.block_tokens
+        while len(job.names) <= number:
+            start = len(job.names) * size
+            previous = job.names[-1] if job.names else None
+            job.names.append(chained(previous, job.ids[start : start + size], job.salt))
+        return job.names[number]
