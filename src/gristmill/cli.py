@@ -135,6 +135,10 @@ def generate(
         int | None,
         typer.Option(min=0, help="Keep so many of the most probable tokens; 0 is all. [default: as published, else 0]"),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Keep tokens this times as probable as the first. [default: as published]"),
+    ] = None,
     repetition_penalty: Annotated[
         float | None,
         typer.Option(help="Above 1 makes what was said less probable. [default: as published, else 1: none]"),
@@ -151,7 +155,12 @@ def generate(
     for setting in published.not_applied:
         print(f"note: the model is published with {setting}, which is not applied", file=sys.stderr)
     sampling = published.sampling(
-        temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=repetition_penalty, seed=seed
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
     loaded, its_tokenizer = load_model(model)
     messages = [{"role": "system", "content": system}] if system is not None else []

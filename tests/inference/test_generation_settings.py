@@ -48,7 +48,7 @@ def test_do_sample_false_is_greedy_until_a_temperature_is_given(tmp_path: Path) 
     published = published_sampling(publish(tmp_path, DBRX | {"do_sample": False}))
     assert published.sampling() == Sampling(temperature=0.0, top_p=0.95, top_k=50, repetition_penalty=1.01)
     assert published.sampling(temperature=0.5, top_p=0.9).temperature == 0.5
-    for setting in ({"top_p": 0.5}, {"top_k": 3}):
+    for setting in ({"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}):
         with pytest.raises(InputError, match="give a temperature too"):
             published.sampling(**setting)
 
@@ -63,8 +63,11 @@ def test_a_temperature_counts_where_nothing_is_said_of_sampling(tmp_path: Path) 
 def test_what_would_change_the_next_token_and_is_not_applied_is_told(tmp_path: Path) -> None:
     neutral = {key: values[0] if values else None for key, values in NOT_APPLIED.items()}
     assert published_sampling(publish(tmp_path, neutral)).not_applied == ()
-    said = DBRX | {"num_beams": 4, "min_p": 0.05, "max_length": 8192, "use_cache": True}
-    assert published_sampling(publish(tmp_path, said)).not_applied == ("num_beams=4", "min_p=0.05")
+    said = DBRX | {"num_beams": 4, "typical_p": 0.5, "min_p": 0.05, "max_length": 8192, "use_cache": True}
+    published = published_sampling(publish(tmp_path, said))
+    assert published.not_applied == ("num_beams=4", "typical_p=0.5")
+    assert published.sampling().min_p == 0.05
+    assert published.sampling(min_p=0.1).min_p == 0.1
 
 
 def test_transformers_defaults_are_among_the_values_that_change_nothing(tmp_path: Path) -> None:
@@ -89,6 +92,7 @@ def test_transformers_defaults_are_among_the_values_that_change_nothing(tmp_path
         ({"top_p": 1.5}, r"top_p=1\.5 must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k=-1 must be a whole number"),
         ({"top_k": 50.0}, r"top_k=50\.0 must be a whole number"),
+        ({"min_p": 1.5}, r"min_p=1\.5 must be from 0"),
         ({"repetition_penalty": 1e-300}, "repetition_penalty=1e-300 must be from 0.01 to 100"),
         ({"do_sample": "false"}, "do_sample='false' must be true or false"),
         ({"eos_token_id": [1, "2"]}, r"eos_token_id=\[1, '2'\] must be a token id"),

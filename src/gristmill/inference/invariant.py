@@ -16,6 +16,7 @@ Shapes: T tokens, K inputs, N outputs; D model, E experts, F hidden; A assignmen
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from gristmill.model.transformer import DenseGLU, Experts, Linear
 
 TILE = 16
 LINE = 64  # bytes
+Shape: TypeAlias = tuple[int, int, bool, int, torch.dtype]  # of weights: K, N, whether transposed, offset, type
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -34,10 +36,12 @@ def product(x_TK: Tensor, w_KN: Tensor) -> Tensor:
     """x w in fixed pieces."""
     if lacking := -x_TK.shape[1] * x_TK.itemsize % LINE // x_TK.itemsize:  # or each row would lie in a way of its own
         x_TK, w_KN = F.pad(x_TK, (0, lacking)), F.pad(w_KN.T, (0, lacking)).T
-    T, shape = len(x_TK), (*w_KN.shape, w_KN.stride(0) == 1, _offset(w_KN), x_TK.dtype)
-    agrees = functools.partial(_agrees, shape, torch.get_num_threads())
-    out_TN, first = x_TK.new_empty(T, w_KN.shape[1]), 0
-    for size in pieces(T, agrees):
+    shape = (*w_KN.shape, w_KN.stride(0) == 1, _offset(w_KN), x_TK.dtype)
+    T, sizes, first = len(x_TK), _sizes(shape, torch.get_num_threads(), len(x_TK)), 0
+    if sizes == (T,) and not _offset(x_TK):
+        return torch.mm(x_TK, w_KN)
+    out_TN = x_TK.new_empty(T, w_KN.shape[1])
+    for size in sizes:
         rows = slice(first, min(first + size, T))
         x, out, first = x_TK[rows], out_TN[rows], rows.stop
         if len(x) < size:
@@ -49,6 +53,11 @@ def product(x_TK: Tensor, w_KN: Tensor) -> Tensor:
         else:
             torch.mm(x, w_KN, out=out)
     return out_TN
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(shape: Shape, threads: int, rows: int) -> tuple[int, ...]:
+    return tuple(pieces(rows, functools.partial(_agrees, shape, threads)))
 
 
 def _offset(x: Tensor) -> int:
@@ -67,11 +76,8 @@ def pieces(rows: int, agrees: Callable[[int], bool]) -> Iterator[int]:
 
 
 @functools.cache
-def _agrees(shape: tuple[int, int, bool, int, torch.dtype], threads: int, rows: int) -> bool:
-    """Whether a product of so many rows rounds each of them as one of TILE rows does: tried with random numbers.
-
-    shape: of the weights, whether they are transposed, their offset, the type.
-    """
+def _agrees(shape: Shape, threads: int, rows: int) -> bool:
+    """Whether a product of so many rows rounds each of them as one of TILE rows does: tried with random numbers."""
     if rows == TILE:
         return True
     (K, N, is_transposed, offset, dtype), chance = shape, torch.Generator().manual_seed(0)

@@ -18,7 +18,6 @@ OURS = Sampling(temperature=0.8, top_p=0.95)  # for a model that publishes nothi
 # Published settings that would change the next token and are not applied here, with the values that change nothing.
 NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
-    "min_p": (0,),
     "typical_p": (1,),
     "top_h": (),
     "epsilon_cutoff": (0,),
@@ -50,6 +49,7 @@ class Published:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
     repetition_penalty: float | None = None
     stop_ids: frozenset[int] = frozenset()
     not_applied: tuple[str, ...] = ()
@@ -60,22 +60,24 @@ class Published:
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
+        min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int = 0,
     ) -> Sampling:
         """Each setting: the one given (`top_k` 0 is all tokens), else the published one, else ours (OURS).
 
-        Raises InputError for an impossible one, and for a top_p or top_k given to a model that is published as greedy.
+        Raises InputError for an impossible one, and for a top_p, top_k or min_p given to a model published as greedy.
         """
-        if self.temperature == 0 and temperature is None and (top_p is not None or top_k is not None):
+        if self.temperature == 0 and temperature is None and (top_p, top_k, min_p) != (None, None, None):
             raise InputError(
-                "top_p and top_k change nothing here: this model is published with do_sample false, which is greedy; "
-                "give a temperature too"
+                "top_p, top_k and min_p change nothing here: this model is published with do_sample false, which is "
+                "greedy; give a temperature too"
             )
         return Sampling(
             temperature=_first(temperature, self.temperature, OURS.temperature),
             top_p=_first(top_p, self.top_p, OURS.top_p),
             top_k=_first(top_k, self.top_k, OURS.top_k) or None,
+            min_p=_first(min_p, self.min_p, OURS.min_p),
             repetition_penalty=_first(repetition_penalty, self.repetition_penalty, OURS.repetition_penalty),
             seed=seed,
         )
@@ -101,6 +103,7 @@ def published_sampling(folder: Path) -> Published:
             temperature=_number(said, "temperature") if _does_sample(said) else 0.0,
             top_p=_number(said, "top_p"),
             top_k=_top_k(said),
+            min_p=_number(said, "min_p"),
             repetition_penalty=_number(said, "repetition_penalty"),
             stop_ids=_stop_ids(said),
             not_applied=tuple(f"{key}={said[key]!r:.40}" for key in NOT_APPLIED if not _changes_nothing(said, key)),
