@@ -107,6 +107,10 @@ def test_any_chunks_of_a_sequence_give_the_same_bits_and_those_are_the_models_lo
                 logits += runner.logits(runner.run([Part(job, start, start + size, samples=False)]))
                 start += size
             given.append(torch.stack(logits))
+        any_rows = engine(model, batch_invariant=False).runner
+        job.blocks = list(range(10))
+        plain = torch.stack(list(any_rows.logits(any_rows.run([Part(job, 0, 150, samples=False)]))))
+        torch.testing.assert_close(plain, wanted, atol=1e-4, rtol=1e-5)
         assert torch.equal(given[0], given[1])
         assert torch.equal(given[0], given[2])
         torch.testing.assert_close(given[0], wanted, atol=1e-4, rtol=1e-5)

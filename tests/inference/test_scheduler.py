@@ -234,3 +234,18 @@ def test_the_full_queue_and_what_can_never_run_are_refused_with_the_fix() -> Non
 def test_impossible_settings_are_named(changes: dict[str, int], says: str) -> None:
     with pytest.raises(InputError, match=f"^{says}"):
         config(**changes)
+
+
+def test_nobody_is_let_in_who_would_be_thrown_out_again_or_get_no_token() -> None:
+    scheduler = Scheduler(config(cache_tokens=32, prefix_cache=False))
+    first, second = job(14, 14), job(14, 4)  # four blocks each: all eight, and the next steps need more
+    scheduler.submit([first, second])
+    while first.finish is None or second.finish is None:
+        step(scheduler)
+    assert first.num_preemptions == second.num_preemptions == 0
+    scheduler = Scheduler(config(cache_tokens=256))
+    long, behind = job(40, 1), job(5, 1)
+    scheduler.submit([long, behind])
+    step(scheduler)
+    assert scheduler.running == [long]  # its chunks are all that a step holds
+    assert not behind.blocks

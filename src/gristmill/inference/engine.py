@@ -75,7 +75,7 @@ class Engine:
     def __init__(self, model: Transformer, cfg: EngineConfig | None = None, tokenizer: Tokenizer | None = None) -> None:
         self.model, self.cfg, self.tokenizer = model, cfg or EngineConfig(), tokenizer
         self.scheduler = Scheduler(self.cfg)
-        self.runner = Runner(model, self.cfg.num_blocks, self.cfg.block_tokens)
+        self.runner = Runner(model, self.cfg.num_blocks, self.cfg.block_tokens, self.cfg.batch_invariant)
         self._choices: dict[Job, Choice] = {}
 
     def submit(self, request: Request) -> Stream:

@@ -29,6 +29,7 @@ from gristmill.model.transformer import DenseGLU, Experts, Linear
 TILE = 16
 LINE = 64  # bytes
 Shape: TypeAlias = tuple[int, int, bool, int, torch.dtype]  # of weights: K, N, whether transposed, offset, type
+Multiply: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # x [T, K], w [K, N] -> [T, N]: `product`, or `torch.mm`
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -89,12 +90,20 @@ def _agrees(shape: Shape, threads: int, rows: int) -> bool:
     return torch.equal(tried, wanted)
 
 
-def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
+def linear(x: Tensor, weight_NK: Tensor, multiply: Multiply = product) -> Tensor:
     """`F.linear`: x [..., K] -> [..., N] in x's dtype."""
-    return product(x.flatten(0, -2), weight_NK.to(x.dtype).T).view(*x.shape[:-1], len(weight_NK))
+    return multiply(x.flatten(0, -2), weight_NK.to(x.dtype).T).view(*x.shape[:-1], len(weight_NK))
 
 
-def experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w1: Tensor, v1: Tensor, w2: Tensor) -> Tensor:
+def experts(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+    w1: Tensor,
+    v1: Tensor,
+    w2: Tensor,
+    multiply: Multiply = product,
+) -> Tensor:
     """`kernels.experts.experts`, expert by expert; a token's own results are added up in the order of its choice."""
     T, K = ids_TK.shape
     order_A, weight_A = ids_TK.flatten().argsort(stable=True), weights_TK.flatten()
@@ -102,23 +111,18 @@ def experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w1: Tensor, v1: Te
     rows_AD = x_TD.new_empty(T * K, x_TD.shape[1])
     for expert, mine in enumerate(order_A.split(counts)):
         if len(mine):
-            rows_AD[mine] = _glu(x_TD[mine // K], weight_A[mine], w1[expert], v1[expert], w2[expert])
+            rows_AD[mine] = _glu(x_TD[mine // K], weight_A[mine], w1[expert], v1[expert], w2[expert], multiply)
     return F.embedding_bag(torch.arange(T * K).view(T, K), rows_AD, mode="sum")
 
 
-def _glu(x_TD: Tensor, weight_T: Tensor, w1_FD: Tensor, v1_FD: Tensor, w2_FD: Tensor) -> Tensor:
-    gate, up = upcast(linear(x_TD, w1_FD)), upcast(linear(x_TD, v1_FD))
+def _glu(x_TD: Tensor, weight_T: Tensor, w1_FD: Tensor, v1_FD: Tensor, w2_FD: Tensor, multiply: Multiply) -> Tensor:
+    gate, up = upcast(linear(x_TD, w1_FD, multiply)), upcast(linear(x_TD, v1_FD, multiply))
     silu = gate / (1 + (-gate).exp())  # torch's own rounds the last elements of a tensor in another way than the rest
-    return product((silu * up * weight_T[:, None]).to(x_TD.dtype), w2_FD.to(x_TD.dtype))
-
-
-def _dense(module: DenseGLU, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    out = _glu(x_TD, x_TD.new_ones(len(x_TD), dtype=torch.float32), module.w1, module.v1, module.w2)
-    return out, x_TD.new_zeros(1, dtype=torch.float32), torch.tensor([len(x_TD)])
+    return multiply((silu * up * weight_T[:, None]).to(x_TD.dtype), w2_FD.to(x_TD.dtype))
 
 
 @contextmanager
-def batch_invariant(model: Transformer) -> Iterator[None]:
+def engine_layers(model: Transformer, multiply: Multiply = product) -> Iterator[None]:
     """While it lasts, the model's linear layers and experts are those above. What was replaced before (by expert
     parallelism) stays as it is."""
     replaced = []
@@ -127,11 +131,11 @@ def batch_invariant(model: Transformer) -> Iterator[None]:
             continue
         match module:
             case Linear():
-                forward: Callable[..., object] = functools.partial(_linear_of, module)
+                forward: Callable[..., object] = functools.partial(_linear_of, module, multiply)
             case Experts():
-                forward = functools.partial(_experts_of, module)
+                forward = functools.partial(_experts_of, module, multiply)
             case DenseGLU():
-                forward = functools.partial(_dense, module)
+                forward = functools.partial(_dense_of, module, multiply)
             case _:
                 continue
         module.forward = forward  # type: ignore[assignment]
@@ -143,9 +147,14 @@ def batch_invariant(model: Transformer) -> Iterator[None]:
             del module.forward
 
 
-def _linear_of(module: Linear, x: Tensor) -> Tensor:
-    return linear(x, module.weight)
+def _linear_of(module: Linear, multiply: Multiply, x: Tensor) -> Tensor:
+    return linear(x, module.weight, multiply)
 
 
-def _experts_of(module: Experts, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-    return experts(x_TD, weights_TK, ids_TK, module.w1, module.v1, module.w2)
+def _experts_of(module: Experts, multiply: Multiply, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+    return experts(x_TD, weights_TK, ids_TK, module.w1, module.v1, module.w2, multiply)
+
+
+def _dense_of(module: DenseGLU, multiply: Multiply, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    out = _glu(x_TD, x_TD.new_ones(len(x_TD), dtype=torch.float32), module.w1, module.v1, module.w2, multiply)
+    return out, x_TD.new_zeros(1, dtype=torch.float32), torch.tensor([len(x_TD)])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.inference.invariant import batch_invariant, linear
+from gristmill.inference.invariant import engine_layers, linear, product
 from gristmill.inference.scheduler import Part
 from gristmill.kernels.precision import upcast
 from gristmill.model import Transformer
@@ -36,10 +36,11 @@ class Group:
 
 
 class Runner:
-    def __init__(self, model: Transformer, num_blocks: int, block_tokens: int) -> None:
+    def __init__(self, model: Transformer, num_blocks: int, block_tokens: int, batch_invariant: bool = True) -> None:
         assert BUCKET % block_tokens == 0
         cfg = model.cfg
         self.model, self.block_tokens = model, block_tokens
+        self.multiply = product if batch_invariant else torch.mm
         self.device = model.wte.weight.device
         self.on_cpu, self.threads = self.device.type == "cpu", torch.get_num_threads()
         self.repeats = cfg.n_heads // cfg.kv_n_heads
@@ -66,7 +67,7 @@ class Runner:
             return out
 
         torch.set_num_threads(self.threads)  # another number rounds otherwise
-        seams = batch_invariant(self.model) if self.on_cpu else nullcontext()
+        seams = engine_layers(self.model, self.multiply) if self.on_cpu else nullcontext()
         with evaluating(self.model), seams:
             hidden, _ = self.model(tokens.to(self.device), positions.to(self.device), attend)
         return hidden[0]
@@ -75,7 +76,10 @@ class Runner:
     def logits(self, hidden_TD: Tensor) -> Iterator[Tensor]:
         """[V] in fp32 on the CPU, of each row."""
         for rows in hidden_TD.split(LOGITS_ROWS):
-            yield from upcast(linear(rows, self.model.output_weight)) if self.on_cpu else self.model.logits(rows).cpu()
+            if self.on_cpu:
+                yield from upcast(linear(rows, self.model.output_weight, self.multiply))
+            else:
+                yield from self.model.logits(rows).cpu()
 
     def _slots(self, part: Part) -> Tensor:
         """[tokens of the part]: where each one's key lies among all of the blocks'."""
