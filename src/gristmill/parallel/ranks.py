@@ -206,7 +206,10 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "cpu:gloo,cuda:nccl"
     try:
-        store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+        place, problem = Answer(lambda: next(iter(rendezvous("env://", timeout=timeout)))).within(timeout_s + ASK_S)
+        if problem is not None:
+            raise problem
+        store, rank, world_size = place
         name, problem = Answer(partial(_meet, store, rank, world_size, timeout_s)).within(timeout_s + ASK_S)
         if problem is not None:
             raise problem
@@ -214,8 +217,11 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
         dist.init_process_group(backend, store=mine, rank=rank, world_size=world_size, timeout=timeout)
     except Failure:
         raise
-    except queue.Empty:
-        raise Failure(f"rank {rank} is cut off: the store that the ranks share does not answer any more") from None
+    except queue.Empty:  # torch tries again beyond its own timeout where nobody listens
+        raise Failure(
+            f"the processes of this training did not find each other: the store that they share did not answer for "
+            f"{timeout_s + ASK_S:.0f} s; look at what rank 0 says, and at the network"
+        ) from None
     except (RuntimeError, ValueError) as problem:
         raise Failure(f"the processes of this training did not find each other: {problem}") from None
     mine.set(f"who/{rank}", f"process {os.getpid()} on {os.uname().nodename}")
