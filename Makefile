@@ -34,6 +34,7 @@ bench: .venv/locked
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/tokenizer.py
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/engine.py
 
 exact: .venv/locked
 	GRISTMILL_EXACT=150 $(BIN)/python -m pytest tests/exact
