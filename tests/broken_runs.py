@@ -2,9 +2,11 @@
 that a child trains a few milliseconds after it was started.
 """
 
+import faulthandler
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -25,6 +27,7 @@ def child(recipe: str, overrides: Sequence[str], out: str, environment: dict[str
     sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115 (the process ends with it)
     if host:
         enter(host)
+    faulthandler.register(signal.SIGUSR1)  # `wait` asks one that does not end where it is
     os.environ |= environment
     from gristmill.cli import _exit_code
     from gristmill.pipeline import run
@@ -124,6 +127,8 @@ def wait(processes: Sequence[BaseProcess], timeout_s: float = 120) -> list[int |
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
+            os.kill(process.pid or 0, signal.SIGUSR1)
+            process.join(0.5)
             process.kill()
             process.join()
     return [process.exitcode for process in processes]

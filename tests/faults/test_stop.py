@@ -51,12 +51,12 @@ def until(moment: Callable[[], bool], processes: list[BaseProcess]) -> None:
         time.sleep(0.005)
 
 
-def stop(processes: list[BaseProcess]) -> float:
+def stop(processes: list[BaseProcess], said: Callable[[], str]) -> float:
     """Tell all of them; the seconds until the last has ended."""
     started = time.monotonic()
     for process in processes:
         os.kill(process.pid or 0, signal.SIGTERM)
-    assert wait(processes, PATIENCE_S + 10) == [75] * len(processes)
+    assert wait(processes, PATIENCE_S + 10) == [75] * len(processes), said()
     return time.monotonic() - started
 
 
@@ -83,7 +83,7 @@ def test_a_stop_is_heard_while_a_batch_waits_for_the_network(
     processes = broken.start()
     until(lambda: "training the model" in broken.said(), processes)
     time.sleep(2)
-    assert stop(processes) < PATIENCE_S
+    assert stop(processes, broken.said) < PATIENCE_S
     for file in hidden:
         file.unlink()
         shutil.copy(shards / file.relative_to(bucket), file)
@@ -98,7 +98,7 @@ def test_a_stop_is_heard_while_a_batch_waits_for_the_network(
         seen = broken.last_logged()
         time.sleep(2)
     assert seen < 24
-    assert stop(processes) < PATIENCE_S
+    assert stop(processes, broken.said) < PATIENCE_S
     assert broken.committed()[-1] == broken.last_logged() == seen
 
     shutil.rmtree(bucket)
