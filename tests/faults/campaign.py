@@ -278,7 +278,7 @@ class Campaign:
         assert "rank 1 is cut off" in broken.said(1), broken.said(1)[-2000:]
         tally.hits += 1
         tally.notes.append(
-            f"the other rank ended after {took[0]:.0f} s (timeout 20 s) and named it; it ended after {took[1]:.0f} s"
+            f"the other rank ended after {took[0]:.0f} s (timeout 20 s) and named it, that one after {took[1]:.0f} s"
         )
         tally.lost.append(broken.last_logged() - max(broken.committed()))
         self.check_end(replace(broken, network=None), tally)
