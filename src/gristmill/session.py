@@ -1,10 +1,11 @@
 """What a run holds while it works: the lock on its folder, and the signals that may end it."""
 
 import fcntl
+import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,7 +49,11 @@ class Signals:
         if not self.graceful or self.event.is_set():
             raise Stopped(signum)
         self.event.set()
-        console.print(f"\n  {self.signum.name}: saving what is done (again to stop at once)")
+        if not console.quiet:
+            # Not by the console: what this interrupts may be writing there, and a buffer is not entered twice.
+            with suppress(OSError, ValueError):
+                said = f"\n  {self.signum.name}: saving what is done (again to stop at once)\n"
+                os.write(console.file.fileno(), said.encode())
 
 
 @contextmanager
