@@ -166,7 +166,8 @@ class ShardFiles:
                 if self.holds(info) or not _is_at(path, file):
                     return None
                 self._fill(file, info, patient)
-                path.replace(self._path(info, WHOLE))
+                with self._cache.locked():  # or whoever adds up sizes could miss it between its two names
+                    path.replace(self._path(info, WHOLE))
                 return os.fdopen(os.dup(file.fileno()), "rb")
             finally:
                 if _is_at(path, file):  # not renamed
