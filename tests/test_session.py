@@ -13,7 +13,7 @@ def test_a_signal_that_comes_while_the_console_is_written_to_breaks_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (tmp_path / "log").open("w") as log, Signals() as signals:
-        monkeypatch.setattr(console, "file", log)
+        monkeypatch.setattr(console, "_file", log)
         signals.graceful = True
         before = signal.signal(signal.SIGALRM, signals._handle)
         try:
