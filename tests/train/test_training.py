@@ -182,6 +182,19 @@ def test_gradients_do_not_depend_on_the_micro_batch(shards: Path, micro_batch: i
         assert torch.allclose(grad, split[name], rtol=1e-4, atol=1e-6), name
 
 
+def test_a_bias_rises_for_experts_below_the_mean_and_nothing_else_moves_it() -> None:
+    cfg = replace(CFG, balance="bias", bias_rate=0.01)
+    model = Transformer(replace(MODEL, moe_router_bias=True))
+    Balance(cfg, model).after(torch.tensor([[8.0, 0.0, 4.0, 4.0], [1.0, 2.0, 3.0, 2.0]]))
+    moved = [block.ffn.router_bias.tolist() for block in model.blocks]
+    assert moved == [pytest.approx([-0.01, 0.01, 0.0, 0.0]), pytest.approx([0.01, 0.0, -0.01, 0.0])]
+    for balance, shape in (("bias", MODEL), ("global", replace(MODEL, moe_router_bias=True))):
+        with pytest.raises(InputError, match="set both or neither"):
+            Balance(replace(CFG, balance=balance), Transformer(shape))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bias_rate=0\.01 belongs to balance=bias and global does not use it"):
+        replace(CFG, bias_rate=0.01)
+
+
 def test_figures_agree_with_the_batches(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
     steps = [event for event in events(shards, tokenizer, tmp_path) if isinstance(event, Step)]
     assert [step.tokens for step in steps] == [512 * (i + 1) for i in range(20)]

@@ -4,7 +4,6 @@ A block is treated when it has just got its weights and the next has none, so th
 """
 
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import nn
@@ -14,10 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from gristmill.model import ModelConfig, Transformer
 from gristmill.model.transformer import Block, MoE
+from gristmill.parallel.config import Recompute
 from gristmill.parallel.dispatch import split_experts
 from gristmill.parallel.mesh import EXPERT, Mesh
-
-Recompute = Literal["none", "selective", "full"]
 
 
 def parallel_model(

@@ -13,7 +13,7 @@ from gristmill.parallel.mesh import local, make_mesh
 def sharded_elements(cfg: ModelConfig, layout: Layout, rank: int = 0) -> int:
     """Weights that `rank` has of a model: on meta tensors, in a process group that sends nothing.
 
-    This process must not be part of another one. Raises InputError where the model cannot be split so.
+    This process must not be part of another one. The layout must fit the model (`config.misfit`).
     """
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:

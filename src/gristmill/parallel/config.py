@@ -1,8 +1,11 @@
 """How a training lies over its processes."""
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from gristmill.model.config import ModelConfig
+
+Recompute: TypeAlias = Literal["none", "selective", "full"]  # of a block, in the backward pass: see apply.py
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from gristmill.model.config import ModelConfig
-from gristmill.parallel.config import Layout
+from gristmill.parallel.config import Layout, Recompute
 
-Recompute: TypeAlias = Literal["none", "selective", "full"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 FP32 = 4
 CHUNK_LOGITS = 2**26  # kernels/loss.py

@@ -12,8 +12,8 @@ from math import isqrt
 
 from gristmill.errors import InputError
 from gristmill.model.counts import train_flops_per_token
-from gristmill.parallel.config import Layout, ParallelConfig, lay_out, misfit
-from gristmill.parallel.footprint import RECOMPUTE, Footprint, Moment, Recompute, Training, Way, highest, param_bytes
+from gristmill.parallel.config import Layout, ParallelConfig, Recompute, lay_out, misfit
+from gristmill.parallel.footprint import RECOMPUTE, Footprint, Moment, Training, Way, highest, param_bytes
 from gristmill.parallel.hardware import Hardware
 from gristmill.parallel.traffic import Clock, Times, Traffic
 

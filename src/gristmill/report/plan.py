@@ -10,8 +10,8 @@ from typing import Any, Literal
 from gristmill.errors import Failure, InputError
 from gristmill.model import ModelConfig
 from gristmill.parallel import traffic
-from gristmill.parallel.config import ParallelConfig
-from gristmill.parallel.footprint import EXPERT_LOAD, FP32, Recompute, Training
+from gristmill.parallel.config import ParallelConfig, Recompute
+from gristmill.parallel.footprint import EXPERT_LOAD, FP32, Training
 from gristmill.parallel.hardware import GPUS, Hardware, cpu
 from gristmill.parallel.plan import RESERVE, Found, Plan, default_batch_tokens, search
 from gristmill.report.shape import aligned, short

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from gristmill.parallel.config import ParallelConfig
+from gristmill.parallel.config import ParallelConfig, Recompute
 
 OPERATIONAL = {"key": False}
 
@@ -158,7 +158,7 @@ class TrainConfig:
     balance: Literal["global", "rank", "micro_batch", "bias"] = "global"
     bias_rate: float = 0.001
     parallel: ParallelConfig = field(default_factory=ParallelConfig, metadata=OPERATIONAL)
-    recompute: Literal["none", "selective", "full"] = field(default="none", metadata=OPERATIONAL)
+    recompute: Recompute = field(default="none", metadata=OPERATIONAL)
     compile: bool = field(default=False, metadata=OPERATIONAL)
     workers: int = field(default=1, metadata=OPERATIONAL)
     rank_timeout_s: float = field(default=300.0, metadata=OPERATIONAL)
@@ -183,6 +183,11 @@ class TrainConfig:
             )
         if self.bias_rate <= 0:
             raise ValueError(f"bias_rate={self.bias_rate} must be positive")
+        if self.balance != "bias" and self.bias_rate != TrainConfig.bias_rate:
+            raise ValueError(
+                f"bias_rate={self.bias_rate} belongs to balance=bias and {self.balance} does not use it: set it to "
+                f"{TrainConfig.bias_rate}"
+            )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**31 - 1")
         if self.threads is not None and self.threads < 1:

@@ -21,8 +21,8 @@ from gristmill.train.muon import BATCH_NUMEL, muon_update
 
 
 class Optimizer:
-    """Updates all parameters: `clip` the gradients, then `step` or `drop` them. `state()` and `load()` speak in names:
-    "momentum/blocks.0.attn.Wqkv.weight"."""
+    """Updates all parameters: `clip` the gradients, then `step` or `drop` them. `state()` speaks in names, such as
+    "momentum/blocks.0.attn.Wqkv.weight"; whoever fills its tensors has loaded it."""
 
     def __init__(self, cfg: OptimizerConfig, model: Transformer, ranks: Ranks = ALONE, replicas: int = 1) -> None:
         """ranks, replicas: of a sharded model, all its ranks, and how many of them have the same part."""
