@@ -16,8 +16,8 @@ AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma"
 X86 = {
     "avx2": "-mavx2 -mfma",
     "avx512": AVX512,
-    "avx512_bf16": f"{AVX512} -mavx512bf16",
-    "amx_bf16": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+    "avx512_bf16": f"{AVX512} -mavx512bf16 -mavx512vnni",
+    "amx_bf16": f"{AVX512} -mavx512bf16 -mavx512vnni -mamx-tile -mamx-bf16",
 }
 
 

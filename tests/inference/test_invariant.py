@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from gristmill.inference.invariant import SIZES, TILE, engine_layers, experts, linear, pieces
+from gristmill.inference.invariant import SIZES, TILE, TorchLayers, experts, linear, pieces
 from gristmill.kernels.experts import experts_reference
 from gristmill.model import Transformer
 
@@ -59,7 +59,7 @@ def test_the_models_own_layers_are_back_afterwards(tiny: Tiny) -> None:
         dispatched = model.blocks[0].ffn
         dispatched.forward = dispatched.forward  # as parallelism does
         before = {module: vars(module).get("forward") for module in model.modules()}
-        with suppress(KeyError), engine_layers(model):
+        with suppress(KeyError), TorchLayers(model).seated():
             assert "forward" in vars(model.blocks[1].attn.Wqkv)
             raise KeyError
         assert {module: vars(module).get("forward") for module in model.modules()} == before

@@ -223,7 +223,7 @@ def test_the_full_queue_and_what_can_never_run_are_refused_with_the_fix() -> Non
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"block_tokens": 24}, "block_tokens=24 must divide 64"),
+        ({"block_tokens": 24}, "block_tokens=24 must be at least 2 and divide 64"),
         ({"cache_tokens": 3}, "cache_tokens=3 must be at least block_tokens=4"),
         ({"max_running": 0}, "max_running=0 must be at least 1"),
         ({"max_waiting": 0}, "max_waiting=0 must be at least 1"),

@@ -3,13 +3,9 @@
 fp32 within 1e-5 of the largest number; bf16 within a few roundings of it. AMX is emulated, too.
 """
 
-import ctypes
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,47 +23,9 @@ from gristmill.kernels.loss import cross_entropy, cross_entropy_reference
 from gristmill.kernels.norm import rms_norm
 from gristmill.kernels.rotary import rotary_angles, rotate, rotate_reference
 
-ROOT = Path(__file__).parents[2]
-look_for_library = native._library  # before `make sanitize` puts another there
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 DTYPES = sorted(TOLERANCE, key=str)
 in_every_way = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def not_run(why: str) -> None:
-    """Skips, or fails where the environment says that native kernels must be there."""
-    if "native" in os.environ.get("GRISTMILL_REQUIRE", "").split(","):
-        pytest.fail(why)
-    pytest.skip(why)
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The code for AMX over tiles in plain C++."""
-    if (compiler := shutil.which(os.environ.get("CXX", "g++"))) is None:
-        not_run("no C++ compiler")
-    library = tmp_path_factory.mktemp("emulated") / "emulated.so"
-    flags = "-std=c++17 -O1 -fPIC -fopenmp -fno-math-errno -Wno-psabi -shared -DEMULATE_AMX -DISA=amx_bf16"
-    source = ROOT / "src/gristmill/kernels/native/kernels.cpp"
-    subprocess.run([str(compiler), *flags.split(), str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
-
-
-@pytest.fixture(params=[*native.ISAS, "emulated AMX", "torch"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every way of computing on a CPU, one after the other; a way that is not here is reported."""
-    name = request.param
-    if name == "emulated AMX":
-        library = request.getfixturevalue("emulated")
-        monkeypatch.setattr(native, "_library", lambda: library)
-        monkeypatch.setattr(native, "_in_use", "amx_bf16")
-    elif name in native.available():
-        monkeypatch.setattr(native, "_in_use", name)
-    elif name == "plain":
-        not_run("the native kernels were not built")
-    else:
-        pytest.skip(f"this CPU has no {name}")
-    return str(name)
 
 
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -235,8 +193,6 @@ def test_a_target_outside_the_vocabulary_is_refused(kernels: str, target: int) -
 
 
 def test_what_a_kernel_cannot_read_is_refused() -> None:
-    if native.available() == ["torch"]:
-        not_run("the native kernels were not built")
     q, starts = torch.randn(1, 4, 2, 8), torch.zeros(1, 4, dtype=torch.long)
     for wrong in (
         (q.bfloat16(), q, q, starts),
@@ -250,9 +206,11 @@ def test_what_a_kernel_cannot_read_is_refused() -> None:
         torch.ops.gristmill.rms_norm(q[0, 0], torch.ones(4), 1e-5)
 
 
-def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_another_version_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, opened_anew: Callable[[], object]
+) -> None:
     monkeypatch.setattr(native, "INTERFACE", -1)
-    assert look_for_library.__wrapped__() is None
+    assert opened_anew() is None
 
 
 def test_frozen_experts_cost_no_gradient(kernels: str) -> None:
@@ -278,10 +236,8 @@ def test_what_is_not_a_number_stays_so(kernels: str) -> None:
     assert cross_entropy(x[0, 0], torch.ones(4, 8), torch.zeros(2, dtype=torch.long))[0].isnan()
 
 
-def test_the_operators_know_their_shapes_without_computing() -> None:
+def test_the_operators_know_their_shapes_without_computing(built: None) -> None:
     """What torch.compile and torch.export ask of an operator."""
-    if native.available() == ["torch"]:
-        not_run("the native kernels were not built")
     q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 4, 1, 8)
     starts = torch.zeros(1, 4, dtype=torch.long)
     cos, sin = (x.reshape(4, -1) for x in rotary_angles(torch.arange(4)[None], 8, 1e4))
@@ -307,10 +263,8 @@ def test_kernels_that_are_not_here_are_refused() -> None:
         native.use("fast")
 
 
-def test_one_pool_of_threads_serves_torch_and_the_library() -> None:
+def test_one_pool_of_threads_serves_torch_and_the_library(built: None) -> None:
     """The library finds OpenMP's functions in the copy that torch brought: a second one would fight for the cores."""
-    if native.available() == ["torch"]:
-        not_run("the native kernels were not built")
     code = (
         "import torch; from gristmill.kernels import native; native.available(); "
         "print(len({line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split('/')[-1]}))"

@@ -102,11 +102,10 @@ def test_training_takes_six_operations_a_used_weight_and_attention() -> None:
 
 
 def test_a_cached_token_holds_what_is_counted() -> None:
-    cfg = ModelConfig(**{**SHAPE, **QWEN})  # type: ignore[arg-type]
+    cfg = ModelConfig(**{**SHAPE, **QWEN, "head_size": 32})  # type: ignore[arg-type]
     for dtype in (torch.bfloat16, torch.float32):
         runner = Runner(Transformer(cfg, dtype), num_blocks=5, block_tokens=16)
-        num_bytes = runner.k_LNBGC.nbytes + runner.v_LNBGC.nbytes
-        assert num_bytes == 80 * kv_bytes_per_token(cfg, dtype.itemsize)
+        assert runner.paged.nbytes == 80 * kv_bytes_per_token(cfg, dtype.itemsize)
 
 
 def test_a_checkpoint_of_training_holds_what_is_counted() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gristmill.errors import InputError
 from gristmill.inference.answer import Answer
+from gristmill.inference.layers import Layers
 from gristmill.inference.requests import Piece, Request, Token
 from gristmill.inference.runner import Runner
 from gristmill.inference.sampler import History, chance, pick
@@ -70,12 +71,19 @@ class Stream:
 
 
 class Engine:
-    """tokenizer: without it there are ids and no texts. The number of threads is that at the engine's beginning."""
+    """tokenizer: without it there are ids and no texts. layers: None are those of the model's weights as they are now.
+    The number of threads is that at the engine's beginning."""
 
-    def __init__(self, model: Transformer, cfg: EngineConfig | None = None, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        cfg: EngineConfig | None = None,
+        tokenizer: Tokenizer | None = None,
+        layers: Layers | None = None,
+    ) -> None:
         self.model, self.cfg, self.tokenizer = model, cfg or EngineConfig(), tokenizer
         self.scheduler = Scheduler(self.cfg)
-        self.runner = Runner(model, self.cfg.num_blocks, self.cfg.block_tokens, self.cfg.batch_invariant)
+        self.runner = Runner(model, self.cfg.num_blocks, self.cfg.block_tokens, layers)
         self._choices: dict[Job, Choice] = {}
 
     def submit(self, request: Request) -> Stream:

@@ -121,30 +121,38 @@ def _glu(x_TD: Tensor, weight_T: Tensor, w1_FD: Tensor, v1_FD: Tensor, w2_FD: Te
     return multiply((silu * up * weight_T[:, None]).to(x_TD.dtype), w2_FD.to(x_TD.dtype))
 
 
-@contextmanager
-def engine_layers(model: Transformer, multiply: Multiply = product) -> Iterator[None]:
-    """While it lasts, the model's linear layers and experts are those above. What was replaced before (by expert
-    parallelism) stays as it is."""
-    replaced = []
-    for module in model.modules():
-        if "forward" in vars(module):
-            continue
-        match module:
-            case Linear():
-                forward: Callable[..., object] = functools.partial(_linear_of, module, multiply)
-            case Experts():
-                forward = functools.partial(_experts_of, module, multiply)
-            case DenseGLU():
-                forward = functools.partial(_dense_of, module, multiply)
-            case _:
+class TorchLayers:
+    """What has been replaced before (by expert parallelism) stays as it is. multiply: with `torch.mm` there are no
+    fixed pieces."""
+
+    def __init__(self, model: Transformer, multiply: Multiply = product) -> None:
+        self.model, self.multiply = model, multiply
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        return upcast(linear(hidden_TD, self.model.output_weight, self.multiply))
+
+    @contextmanager
+    def seated(self) -> Iterator[None]:
+        replaced = []
+        for module in self.model.modules():
+            if "forward" in vars(module):
                 continue
-        module.forward = forward  # type: ignore[assignment]
-        replaced.append(module)
-    try:
-        yield
-    finally:
-        for module in replaced:
-            del module.forward
+            match module:
+                case Linear():
+                    forward: Callable[..., object] = functools.partial(_linear_of, module, self.multiply)
+                case Experts():
+                    forward = functools.partial(_experts_of, module, self.multiply)
+                case DenseGLU():
+                    forward = functools.partial(_dense_of, module, self.multiply)
+                case _:
+                    continue
+            module.forward = forward  # type: ignore[assignment]
+            replaced.append(module)
+        try:
+            yield
+        finally:
+            for module in replaced:
+                del module.forward
 
 
 def _linear_of(module: Linear, multiply: Multiply, x: Tensor) -> Tensor:

@@ -34,8 +34,7 @@ class EngineConfig:
     """cache_tokens: whose keys and values are kept, of all sequences together, in blocks of `block_tokens`.
     token_budget: of one step, prompts and new tokens together. max_running: sequences in one step; of the others
     `max_waiting` may wait. priority_steps: how many steps later a request of one level more urgent may come and still
-    go first. prefix_cache: whether prompts that begin alike share what was computed. batch_invariant: on a CPU, whether
-    a request's bits are the same in any company; without it fp32 decodes one sequence faster."""
+    go first. prefix_cache: whether prompts that begin alike share what was computed."""
 
     cache_tokens: int = 32768
     block_tokens: int = 16
@@ -44,11 +43,10 @@ class EngineConfig:
     max_waiting: int = 1024
     priority_steps: int = 256
     prefix_cache: bool = True
-    batch_invariant: bool = True
 
     def __post_init__(self) -> None:
-        if self.block_tokens < 1 or 64 % self.block_tokens:
-            raise InputError(f"block_tokens={self.block_tokens} must divide 64; 16 is usual")
+        if self.block_tokens < 2 or 64 % self.block_tokens:
+            raise InputError(f"block_tokens={self.block_tokens} must be at least 2 and divide 64; 16 is usual")
         if self.cache_tokens < self.block_tokens:
             raise InputError(f"cache_tokens={self.cache_tokens} must be at least block_tokens={self.block_tokens}")
         for name in ("max_running", "max_waiting"):

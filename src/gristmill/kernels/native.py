@@ -18,7 +18,7 @@ from torch import Tensor
 from gristmill.errors import InputError
 
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # each CPU that runs one runs those before it
-INTERFACE = 1  # of the C functions; raised with cpu.cpp when one changes
+INTERFACE = 2  # of the C functions; raised with cpu.cpp when one changes
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 _in_use: str | None = None
@@ -83,6 +83,22 @@ class _Sizes(ctypes.Structure):
     )
 
 
+class _Matrix(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("kind", "N", "K", "group")))
+
+
+class _ExpertSizes(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("tokens", "top_k", "experts", "D", "F", "kind", "group"))
+
+
+class _PagedSizes(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("T", "H", "G", "C", "B", "parts")),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("slots", "part", "tables")),
+    )
+
+
 def _call(name: str, like: Tensor, *arguments: Any) -> None:
     """Tensors go as pointers, numbers as 64 bits or as floats."""
     given = [
@@ -95,7 +111,12 @@ def _call(name: str, like: Tensor, *arguments: Any) -> None:
         else a
         for a in arguments
     ]
-    getattr(_library(), f"{name}_{TYPES[like.dtype]}_{in_use()}")(*given)
+    _function(_library(), name, like.dtype, in_use())(*given)
+
+
+@functools.cache
+def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype, isa: str) -> Any:
+    return getattr(library, f"{name}_{TYPES[dtype]}_{isa}")
 
 
 def _given(x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -203,6 +224,47 @@ def _attention_backward(
     return dq, dk, dv
 
 
+def _product(x: Tensor, data: Tensor, kind: int, N: int, group: int) -> Tensor:
+    """data: of `packed.Packed`, whose sizes the caller has from there."""
+    T, K = x.shape
+    x, out = x.contiguous(), torch.empty(T, N, dtype=x.dtype)
+    _call("product", x, T, x, _Matrix(data.data_ptr(), kind, N, K, group), out)
+    return out
+
+
+def _packed_experts(
+    x: Tensor, weights: Tensor, ids: Tensor, blocks: Tensor, slots: Tensor, kind: int, F: int, group: int
+) -> Tensor:
+    """blocks: [S, bytes], an expert's three matrices in each; slots: [E], where each expert is that a token chose."""
+    (T, D), K = x.shape, ids.shape[1]
+    weights, ids = _given(weights, torch.float32, T, K), _given(ids, torch.int64, T, K)
+    x, out = x.contiguous(), torch.empty(T, D, dtype=x.dtype)
+    places = slots * blocks.stride(0) + blocks.data_ptr()
+    sizes = _ExpertSizes(T, K, len(slots), D, F, kind, group)
+    _call("experts", x, sizes, x, weights, ids, places, out)
+    return out
+
+
+def _paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, parts: Tensor, tables: Tensor
+) -> Tensor:
+    """q [T, H, C], k and v [T, G, C]; keys and values [N, G, numbers of B positions], see native/paged.h; slots [T]:
+    where each token's go; parts [parts, 4]: first token, tokens, position of the first, where its blocks begin in
+    tables."""
+    (T, H, C), G = q.shape, k.shape[1]
+    q, k, v = _rows(q, q.dtype, T, H, C), _rows(k, q.dtype, T, G, C), _rows(v, q.dtype, T, G, C)
+    B = keys.shape[2] // (-(-C // 32) * 32)
+    assert H // G <= 64
+    for cache in (keys, values):
+        assert cache.dtype == q.dtype
+        assert cache.is_contiguous()
+    out = torch.empty(T, H, C, dtype=q.dtype)
+    numbers = (x.data_ptr() for x in (slots, parts, tables))
+    heads = (_Heads(x.data_ptr(), 0, x.stride(0), x.stride(1)) for x in (q, k, v))
+    _call("paged_attention", q, _PagedSizes(T, H, G, C, B, len(parts), C**-0.5, *numbers), *heads, keys, values, out)
+    return out
+
+
 _operators = torch.library.Library("gristmill", "DEF")
 
 
@@ -260,4 +322,21 @@ _define(
         q.new_empty(q.shape),
         *(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (k, v)),  # as they lie when summed over heads
     ),
+)
+_define(
+    "product(Tensor x, Tensor data, int kind, int N, int group) -> Tensor",
+    _product,
+    lambda x, data, kind, N, group: x.new_empty(len(x), N),
+)
+_define(
+    "packed_experts(Tensor x, Tensor weights, Tensor ids, Tensor blocks, Tensor slots, int kind, int F, int group)"
+    " -> Tensor",
+    _packed_experts,
+    lambda x, weights, ids, blocks, slots, kind, F, group: x.new_empty(x.shape),
+)
+_define(
+    "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor parts,"
+    " Tensor tables) -> Tensor",
+    _paged_attention,
+    lambda q, k, v, keys, values, slots, parts, tables: q.new_empty(q.shape),
 )

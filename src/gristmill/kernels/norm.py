@@ -13,7 +13,9 @@ from gristmill.kernels import native
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) * weight, in x's dtype; weight [D] is an fp32 master."""
     if native.serves(x) and weight.dtype == torch.float32:
-        return _NativeRMSNorm.apply(x, weight, eps)
+        if torch.is_grad_enabled():
+            return _NativeRMSNorm.apply(x, weight, eps)
+        return torch.ops.gristmill.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps)[0].view(x.shape)
     return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
 
 

@@ -31,15 +31,17 @@ def rotate(x_BSNC: Tensor, cos: Tensor, sin: Tensor, turned: int | None = None, 
         return gpu_rotary.rotate(x_BSNC, cos, sin, turned, clip)
     turned, clip = x_BSNC.shape[2] if turned is None else turned, float("inf") if clip is None else clip
     if native.serves(x_BSNC):
-        return _NativeRotate.apply(x_BSNC, cos, sin, turned, clip)
+        if torch.is_grad_enabled():
+            return _NativeRotate.apply(x_BSNC, cos, sin, turned, clip)
+        angles = (_of_tokens(angle, x_BSNC) for angle in (cos, sin))
+        return torch.ops.gristmill.rotate(_tokens(x_BSNC), *angles, turned, clip).view(x_BSNC.shape)
     return rotate_reference(x_BSNC, cos, sin, turned, clip)
 
 
 class _NativeRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BSNC, cos, sin, turned, clip):  # type: ignore[no-untyped-def]
-        (B, S, _N, C), x_TNC = x_BSNC.shape, _tokens(x_BSNC)
-        cos, sin = (angle.expand(B, S, 1, C // 2).reshape(B * S, C // 2) for angle in (cos, sin))
+        x_TNC, cos, sin = _tokens(x_BSNC), _of_tokens(cos, x_BSNC), _of_tokens(sin, x_BSNC)
         ctx.save_for_backward(cos, sin, *([x_TNC] if clip < float("inf") else []))
         ctx.turned, ctx.clip = turned, clip
         return torch.ops.gristmill.rotate(x_TNC, cos, sin, turned, clip).view(x_BSNC.shape)
@@ -51,6 +53,12 @@ class _NativeRotate(torch.autograd.Function):
         x_TNC = clipped[0] if clipped else grad_TNC  # any numbers: none of them is beyond infinity
         dx_TNC = torch.ops.gristmill.rotate_backward(x_TNC, cos, sin, ctx.turned, ctx.clip, grad_TNC)
         return dx_TNC.view(grad_BSNC.shape), None, None, None, None
+
+
+def _of_tokens(angle: Tensor, x_BSNC: Tensor) -> Tensor:
+    """[T, C / 2]"""
+    B, S, _N, C = x_BSNC.shape
+    return angle.expand(B, S, 1, C // 2).reshape(B * S, C // 2)
 
 
 def _tokens(x_BSNC: Tensor) -> Tensor:

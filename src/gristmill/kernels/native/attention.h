@@ -5,9 +5,7 @@
 // may see are skipped. Blocks are padded with zeros to BLOCK positions and to a head size that is a multiple of 32.
 #pragma once
 #include "gemm.h"
-
-extern "C" void* malloc(__SIZE_TYPE__);
-extern "C" void free(void*);
+#include "memory.h"
 
 namespace {
 
@@ -25,21 +23,6 @@ struct Sizes {
     const int64_t* starts;
     int64_t padded_head() const { return (C + 31) / 32 * 32; }
     int64_t padded_length() const { return (S + BLOCK - 1) / BLOCK * BLOCK; }
-};
-
-// Memory of one thread, handed out in pieces that begin at a multiple of 64 bytes.
-struct Arena {
-    uint8_t *base, *next;
-    explicit Arena(int64_t bytes) : base((uint8_t*)malloc(bytes + 64)), next(base + 64 - (uintptr_t)base % 64) {
-        if (!base) __builtin_trap();
-    }
-    ~Arena() { free(base); }
-    Arena(const Arena&) = delete;
-    template <class T> T* take(int64_t count) {
-        T* piece = (T*)next;
-        next += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
-        return piece;
-    }
 };
 
 // BLOCK positions from `first` on of head h as the left side of a product: rows [BLOCK][padded head] ...
@@ -107,15 +90,66 @@ INLINE vi visible(int64_t key, int64_t start, int64_t query) {
     return (number >= (int32_t)(start - key)) & (number <= (int32_t)(query - key));
 }
 
+// The softmax over blocks of keys as it goes, of up to BLOCK rows of queries. Row i sees the keys from start[i] to query[i].
+template <class T> struct Running {
+    int64_t width;
+    T *queries, *probs;
+    float *scores, *sums;
+    int64_t start[BLOCK], query[BLOCK];
+    float highest[BLOCK], total[BLOCK];
+    bool begun;
+
+    static int64_t bytes(int64_t width) { return BLOCK * (width + BLOCK) * (sizeof(T) + 4) + 64 * 4; }
+    Running(int64_t width, Arena& arena)
+        : width(width), queries(arena.take<T>(BLOCK * width)), probs(arena.take<T>(BLOCK * BLOCK)),
+          scores(arena.take<float>(BLOCK * BLOCK)), sums(arena.take<float>(BLOCK * width)) {}
+    void begin() {
+        for (int64_t i = 0; i < BLOCK; i++) highest[i] = -1e30f, total[i] = 0;
+        begun = false;
+    }
+    // The keys [width][BLOCK] and values [BLOCK][width], packed, of the positions from k0 on. rows: see `gemm`.
+    void add(int64_t rows, const T* keys, const T* values, int64_t k0, float scale, bool all_visible) {
+        gemm(false, rows, BLOCK, width, queries, width, keys, BLOCK, scores, BLOCK);
+        for (int64_t i = 0; i < rows; i++) {
+            float* row = scores + i * BLOCK;
+            vf most = splat(highest[i]);
+            for (int64_t j = 0; j < BLOCK; j += W) {
+                vf s = load(row + j) * scale;
+                if (!all_visible) s = select(visible(k0 + j, start[i], query[i]), s, splat(-1e38f));
+                store(row + j, s);
+                most = larger(most, s);
+            }
+            const float now = max(most);
+            vf sum_now = {};
+            for (int64_t j = 0; j < BLOCK; j += W) {
+                vf p = exp(load(row + j) - now);
+                sum_now += p;
+                store(probs + i * BLOCK + j, p);
+            }
+            if (begun && highest[i] != now) {
+                const float shrink = exp(splat(highest[i] - now))[0];
+                total[i] *= shrink;
+                for (int64_t c = 0; c < width; c += W) store(sums + i * width + c, load(sums + i * width + c) * shrink);
+            }
+            total[i] += sum(sum_now);
+            highest[i] = now;
+        }
+        gemm(begun, rows, width, BLOCK, probs, BLOCK, values, width, sums, width);
+        begun = true;
+    }
+    void result(int64_t i, int64_t C, T* out) const {
+        const float inverse = 1.0f / total[i];
+        for (int64_t c = 0; c < C; c += W) store_some(out + c, C - c, load(sums + i * width + c) * inverse);
+    }
+};
+
 template <class T>
 void forward_head(const Sizes& z, const Heads<const T>& q, const Heads<const T>& k, const Heads<const T>& v, T* out,
                   float* lse, int64_t b, int64_t h, Arena& arena) {
     const int64_t width = z.padded_head(), length = z.padded_length(), g = h / (z.H / z.G);
     const int64_t* starts = z.starts + b * z.S;
     T *keys = arena.take<T>(width * length), *values = arena.take<T>(width * length);
-    T *queries = arena.take<T>(BLOCK * width), *probs = arena.take<T>(BLOCK * BLOCK);
-    float *scores = arena.take<float>(BLOCK * BLOCK), *sums = arena.take<float>(BLOCK * width);
-    float highest[BLOCK], total[BLOCK];
+    Running<T> softmax(width, arena);
     for (int64_t first = 0; first < z.S; first += BLOCK) {
         pack_columns(k, z, b, g, first, keys + first * width);
         pack_rows(v, z, b, g, first, values + first * width);
@@ -123,46 +157,19 @@ void forward_head(const Sizes& z, const Heads<const T>& q, const Heads<const T>&
     Tiles configured;
     for (int64_t q0 = 0; q0 < z.S; q0 += BLOCK) {
         const int64_t rows = z.S - q0 < BLOCK ? z.S - q0 : BLOCK;
-        as_rows(q, z, b, h, q0, queries);
-        for (int64_t i = 0; i < BLOCK; i++) highest[i] = -1e30f, total[i] = 0;
-        bool begun = false;
+        as_rows(q, z, b, h, q0, softmax.queries);
+        for (int64_t i = 0; i < BLOCK; i++) {
+            softmax.query[i] = i < rows ? q0 + i : z.S - 1;
+            softmax.start[i] = starts[softmax.query[i]];
+        }
+        softmax.begin();
         for (int64_t k0 = starts[q0] / BLOCK * BLOCK; k0 < q0 + rows; k0 += BLOCK) {
             const bool all_visible = k0 + BLOCK <= q0 + 1 && starts[q0 + rows - 1] <= k0;
-            gemm(false, BLOCK, BLOCK, width, queries, width, keys + k0 * width, BLOCK, scores, BLOCK);
-            for (int64_t i = 0; i < BLOCK; i++) {
-                float* row = scores + i * BLOCK;
-                const int64_t query = i < rows ? q0 + i : z.S - 1, start = starts[query];
-                vf most = splat(highest[i]);
-                for (int64_t j = 0; j < BLOCK; j += W) {
-                    vf s = load(row + j) * z.scale;
-                    if (!all_visible) s = select(visible(k0 + j, start, query), s, splat(-1e38f));
-                    store(row + j, s);
-                    most = larger(most, s);
-                }
-                const float now = max(most);
-                vf sum_now = {};
-                for (int64_t j = 0; j < BLOCK; j += W) {
-                    vf p = exp(load(row + j) - now);
-                    sum_now += p;
-                    store(probs + i * BLOCK + j, p);
-                }
-                if (begun && highest[i] != now) {
-                    const float shrink = exp(splat(highest[i] - now))[0];
-                    total[i] *= shrink;
-                    for (int64_t c = 0; c < width; c += W)
-                        store(sums + i * width + c, load(sums + i * width + c) * shrink);
-                }
-                total[i] += sum(sum_now);
-                highest[i] = now;
-            }
-            gemm(begun, BLOCK, width, BLOCK, probs, BLOCK, values + k0 * width, width, sums, width);
-            begun = true;
+            softmax.add(BLOCK, keys + k0 * width, values + k0 * width, k0, z.scale, all_visible);
         }
         for (int64_t i = 0; i < rows; i++) {
-            T* row = out + ((b * z.S + q0 + i) * z.H + h) * z.C;
-            const float inverse = 1.0f / total[i];
-            for (int64_t c = 0; c < z.C; c += W) store_some(row + c, z.C - c, load(sums + i * width + c) * inverse);
-            lse[(b * z.H + h) * z.S + q0 + i] = highest[i] + __builtin_logf(total[i]);
+            softmax.result(i, z.C, out + ((b * z.S + q0 + i) * z.H + h) * z.C);
+            lse[(b * z.H + h) * z.S + q0 + i] = softmax.highest[i] + __builtin_logf(softmax.total[i]);
         }
     }
 }
@@ -245,7 +252,7 @@ void backward_head(const Sizes& z, const Heads<const T>& q, const Heads<const T>
 template <class T>
 void attention_forward(const Sizes& z, Heads<const T> q, Heads<const T> k, Heads<const T> v, T* out, float* lse) {
     const int64_t width = z.padded_head(), all = width * z.padded_length();
-    const int64_t bytes = 2 * all * sizeof(T) + BLOCK * (width + BLOCK) * (sizeof(T) + 4) + 64 * 8;
+    const int64_t bytes = 2 * all * sizeof(T) + 64 * 2 + Running<T>::bytes(width);
 #pragma omp parallel for schedule(dynamic)
     for (int64_t task = 0; task < z.B * z.H; task++) {
         Arena arena(bytes);

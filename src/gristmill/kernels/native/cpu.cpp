@@ -7,7 +7,7 @@
 #endif
 
 // What native.py must agree with: raised when a function's arguments change.
-extern "C" int interface() { return 1; }
+extern "C" int interface() { return 2; }
 
 // 0 plain, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx_bf16.
 extern "C" int best_isa() {
@@ -17,7 +17,7 @@ extern "C" int best_isa() {
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
         !__builtin_cpu_supports("avx512dq"))
         return 1;
-    if (!__builtin_cpu_supports("avx512bf16")) return 2;
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vnni")) return 2;
     unsigned a, b, c, d = 0;
     const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);  // amx_bf16, amx_tile
     const long request_permission = 0x1023, tile_data = 18;  // of arch_prctl(2): Linux gives tiles to who asks

@@ -72,6 +72,8 @@ void gemm(bool add, int64_t M, int64_t N, int64_t K, const T* A, int64_t lda, co
 }
 
 #if defined(HAS_AMX)
+const bool HAS_TILES = true;
+
 // A tile is 16 rows of 64 bytes: A 16 x 32, B 16 pairs of rows x 16, C 16 x 16. Tiles 0-3 sum, 4-5 hold A, 6-7 B.
 struct Tiles {
     Tiles() {
@@ -134,6 +136,8 @@ void gemm<bf16>(bool add, int64_t M, int64_t N, int64_t K, const bf16* A, int64_
         }
 }
 #else
+const bool HAS_TILES = false;
+
 struct Tiles {
     Tiles() {}  // nothing to configure
 };

@@ -1,5 +1,7 @@
 // The library's functions for one instruction set, which the build names: `glu_forward_bf16_avx2` and so on.
 #include "attention.h"
+#include "packed.h"
+#include "paged.h"
 #include "rows.h"
 
 #define JOIN(name, type, isa) name##_##type##_##isa
@@ -43,6 +45,15 @@
                                                          Heads<const T> out, Heads<const T> grad, const float* lse,      \
                                                          T* dq, float* dk, float* dv) {                                  \
         attention_backward(z, q, k, v, out, grad, lse, dq, dk, dv);                                                      \
+    }                                                                                                                    \
+    extern "C" void NAMED(product, type, ISA)(int64_t rows, const T* x, Matrix w, T* out) { product(rows, x, w, out); }  \
+    extern "C" void NAMED(experts, type, ISA)(Sizes3 z, const T* x, const float* weights, const int64_t* ids,            \
+                                              const uint8_t* const* places, T* out) {                                    \
+        experts(z, x, weights, ids, places, out);                                                                        \
+    }                                                                                                                    \
+    extern "C" void NAMED(paged_attention, type, ISA)(PagedSizes z, Heads<const T> q, Heads<const T> k,                  \
+                                                      Heads<const T> v, T* keys, T* values, T* out) {                    \
+        paged_attention(z, q, k, v, keys, values, out);                                                                  \
     }
 
 FOR_TYPE(float, f32)

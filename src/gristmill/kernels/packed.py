@@ -1,0 +1,125 @@
+"""Matrices arranged once for products with few rows or many, each weight read once, in order: native/packed.h.
+
+No batch changes a bit: a row's sums are added in one order, whatever rows stand beside it.
+
+Shapes: T tokens, K inputs, N outputs; E experts, D model, F hidden; P = N / PANEL panels, rounded up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gristmill.kernels.quantized import Quantized
+
+PANEL = 64  # outputs that lie beside one another
+INPUTS = 32  # what inputs are rounded up to
+Kind: TypeAlias = Literal["f32", "bf16", "int8", "int4"]
+KINDS: tuple[Kind, ...] = ("f32", "bf16", "int8", "int4")
+LINE = 64  # bytes
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix [N, K] as bytes. `group`: inputs that share a scale, 0 where there are none."""
+
+    data: Tensor
+    kind: Kind
+    N: int
+    K: int
+    group: int = 0
+
+
+def pack(weight: Tensor | Quantized) -> Packed:
+    """weight: [N, K] in fp32 or bf16, or quantized; any strides."""
+    if isinstance(weight, Quantized):
+        (N, K), kind = weight.codes.shape, KINDS[2 if weight.bits == 8 else 3]
+        return Packed(_quantized_bytes(weight), kind, N, K, weight.group)
+    N, K = weight.shape
+    padded = F.pad(weight, (0, -K % INPUTS, 0, -N % PANEL))
+    if weight.dtype == torch.float32:
+        panels = padded.unflatten(0, (-1, PANEL)).transpose(1, 2)  # [P, K, PANEL]
+    else:  # two inputs of an output stay together
+        assert weight.dtype == torch.bfloat16
+        panels = padded.contiguous().view(torch.int32).unflatten(0, (-1, PANEL)).transpose(1, 2)
+    return Packed(_aligned(panels), "f32" if weight.dtype == torch.float32 else "bf16", N, K)
+
+
+def _quantized_bytes(weight: Quantized) -> Tensor:
+    """Panel by panel and group by group: the PANEL scales, then the codes, two inputs of an output together."""
+    N, group = len(weight.codes), weight.group
+    codes = F.pad(weight.codes, (0, 0, 0, -N % PANEL)).unflatten(0, (-1, PANEL)).unflatten(-1, (-1, group))
+    scales = F.pad(weight.scales, (0, 0, 0, -N % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2)  # [P, J, PANEL]
+    codes = codes.transpose(1, 2)  # [P, J, PANEL, group]
+    if weight.bits == 8:
+        pairs = codes.contiguous().view(torch.int16).transpose(2, 3)  # [P, J, group / 2, PANEL]
+    else:  # four such pairs in one: 4 bits of each, counted from -8
+        nibbles = (codes.to(torch.int32) + 8).unflatten(-1, (-1, 4, 2))  # [P, J, PANEL, group / 8, 4, 2]
+        words = (nibbles << torch.tensor([0, 4, 8, 12])[:, None]).sum(-2, dtype=torch.int32)
+        pairs = (words[..., 0] | words[..., 1] << 16).transpose(2, 3)  # [P, J, group / 8, PANEL]
+    parts = (scales.contiguous().view(torch.uint8), pairs.contiguous().view(torch.uint8).flatten(2))
+    return _aligned(torch.cat(parts, dim=-1))
+
+
+def aligned_empty(num_bytes: int) -> Tensor:
+    """uint8, from the beginning of a cache line."""
+    made = torch.empty(num_bytes + LINE, dtype=torch.uint8)
+    return made[-made.data_ptr() % LINE :][:num_bytes]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Its bytes."""
+    made = aligned_empty(x.numel() * x.element_size())
+    made.view(x.dtype).view(x.shape).copy_(x)
+    return made
+
+
+def product(x_TK: Tensor, matrix: Packed) -> Tensor:
+    """x Wᵀ: [T, N] in x's dtype, which is that of a matrix that is not quantized."""
+    return torch.ops.gristmill.product(x_TK, matrix.data, KINDS.index(matrix.kind), matrix.N, matrix.group)
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """blocks [S, bytes]: in each w1, v1 and w2ᵀ of one expert. slots [E]: which block is an expert's."""
+
+    blocks: Tensor
+    slots: Tensor
+    kind: Kind
+    F: int
+    group: int
+
+
+def pack_experts(w1: Tensor | Quantized, v1: Tensor | Quantized, w2: Tensor | Quantized) -> PackedExperts:
+    """w1, v1, w2: [E, F, D], or [F, D] of one expert; of a quantized w2 its transpose, [E, D, F]."""
+    blocks = torch.empty(0)
+    for number, matrices in enumerate(zip(*map(_each, (w1, v1)), _each(w2, transposed=True), strict=True)):
+        parts = [pack(matrix) for matrix in matrices]
+        if number == 0:
+            E, bytes_ = len(_each(w1)), sum(part.data.numel() for part in parts)
+            blocks = aligned_empty(E * bytes_).view(E, bytes_)
+        torch.cat([part.data for part in parts], out=blocks[number])
+    return PackedExperts(blocks, torch.arange(len(blocks)), parts[0].kind, parts[0].N, parts[0].group)
+
+
+def _each(w: Tensor | Quantized, transposed: bool = False) -> Sequence[Tensor | Quantized]:
+    """The experts' own matrices."""
+    if isinstance(w, Quantized):
+        pairs = zip(_stacked(w.codes), _stacked(w.scales), strict=True)
+        return [Quantized(codes, scales, w.bits) for codes, scales in pairs]
+    return [each.T for each in _stacked(w)] if transposed else list(_stacked(w))
+
+
+def _stacked(x: Tensor) -> Tensor:
+    return x if x.dim() == 3 else x[None]
+
+
+def experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, packed: PackedExperts) -> Tensor:
+    """What `kernels.experts.experts` computes, forward only. weights_TK in fp32."""
+    kind = KINDS.index(packed.kind)
+    return torch.ops.gristmill.packed_experts(
+        x_TD, weights_TK, ids_TK, packed.blocks, packed.slots, kind, packed.F, packed.group
+    )

@@ -1,0 +1,80 @@
+"""What the engine computes with is the model: training's own bits, and its gradients."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gristmill.inference import Engine, EngineConfig, Request, Sampling
+from gristmill.inference.layers import NativeLayers
+from gristmill.kernels import native
+from gristmill.model import Transformer
+from gristmill.model.transformer import packed
+
+Tiny = Callable[..., Transformer]
+DBRX = {"moe_num_experts": 16, "moe_top_k": 4, "d_model": 64, "n_heads": 8, "kv_n_heads": 2}
+QWEN = {"norm": "rms_norm", "qk_norm": True, "head_size": 6, "d_model": 25, "ffn_hidden_size": 33, "clip_qkv": None}
+
+needs_kernels = pytest.mark.skipif(native.available() == ["torch"], reason="the native kernels were not built")
+
+
+def hidden_states(model: Transformer, rows: Tensor) -> Tensor:
+    """Training's forward pass."""
+    positions = torch.arange(rows.shape[1]).expand_as(rows)
+    hidden, _ = model(rows, positions, packed(torch.zeros_like(rows)))
+    return hidden
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [DBRX, QWEN])
+def test_log_probabilities_of_50_sampled_sequences_are_those_of_trainings_forward_pass_bit_for_bit(
+    tiny: Tiny, changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model, chance = tiny(max_seq_len=256, **changes), random.Random(0)
+    model.compute_dtype = dtype
+    engine = Engine(model, EngineConfig(cache_tokens=4096, token_budget=100))
+    streams = [
+        engine.submit(
+            Request(
+                prompt=[chance.randrange(300) for _ in range(chance.randrange(1, 100))],
+                max_tokens=chance.randrange(1, 40),
+                sampling=Sampling(temperature=1.0, seed=number),
+                logprobs=0,
+            )
+        )
+        for number in range(50)
+    ]
+    model.train()
+    for stream in streams:
+        made = [token for piece in stream for token in piece.tokens]
+        prompt = list(stream.request.prompt)
+        row = torch.tensor([prompt + [token.id for token in made]])
+        layers = NativeLayers(model)
+        with layers.seated():
+            hidden = hidden_states(model, row)
+        logprobs = layers.logits(hidden[0].detach()).double().log_softmax(-1)
+        wanted = [float(logprobs[len(prompt) - 1 + n, token.id]) for n, token in enumerate(made)]
+        assert [token.logprob for token in made] == wanted
+
+
+@needs_kernels
+def test_gradients_through_the_engines_layers_are_the_models(tiny: Tiny) -> None:
+    for changes in (DBRX, QWEN):
+        model = tiny(**changes).requires_grad_(True).train()
+        rows = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(0))
+
+        def gradients(model: Transformer = model, rows: Tensor = rows) -> list[Tensor]:
+            model.zero_grad()
+            (hidden_states(model, rows)[..., 0] * torch.arange(30)).sum().backward()
+            return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+        wanted = gradients()
+        with NativeLayers(model).seated():
+            given = gradients()
+        assert len(given) == len(wanted) > 10
+        for a, b in zip(given, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
