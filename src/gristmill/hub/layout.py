@@ -79,7 +79,18 @@ def _joined(shape: tuple[int, ...], pieces: Sequence[Piece], published: Weights)
             start += torch.Size(piece.shape).numel()
         return whole
 
-    return Weight(shape, dtype, load)
+    def rows(start: int, stop: int) -> Tensor:
+        if len(pieces) == shape[0] > 1:  # an expert each
+            read = [part.load() for part in parts[start:stop]]
+            return torch.stack(
+                [tensor.mT if piece.transposed else tensor for tensor, piece in zip(read, pieces, strict=False)]
+            )
+        if len(pieces) == 1 and not pieces[0].transposed:
+            each = pieces[0].shape[0] // shape[0]
+            return parts[0].read(start * each, stop * each).view(-1, *shape[1:])
+        return load()[start:stop]
+
+    return Weight(shape, dtype, load, rows)
 
 
 def _cut(load: Callable[[], Tensor], piece: Piece, start: int) -> Tensor:

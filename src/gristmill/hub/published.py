@@ -11,8 +11,9 @@ import torch
 from gristmill.errors import InputError
 from gristmill.hub import dbrx, qwen3_moe
 from gristmill.hub.layout import Layout, as_one_expert, from_published, to_published
+from gristmill.hub.quantized import QuantizeConfig, from_quantized, read_settings, to_quantized
 from gristmill.hub.settings import SpecialIds, read_json
-from gristmill.hub.tensors import MAX_SHARD_BYTES, Weights, open_weights, write_weights
+from gristmill.hub.tensors import DTYPES, MAX_SHARD_BYTES, PACKED, Weights, open_weights, write_weights
 from gristmill.model import ModelConfig
 
 CONFIG_JSON = "config.json"
@@ -37,13 +38,16 @@ def read_published(folder: Path) -> tuple[ModelConfig, Weights]:
             f"{folder / CONFIG_JSON} says model_type={model_type!r}; the known layouts are {', '.join(MODEL_TYPES)}"
         )
     cfg = module_of(model_type).from_json(config)
-    published = open_weights(folder)
+    kinds = read_settings(config) if config.get("quantization_config") else set()
+    published = open_weights(folder, DTYPES | PACKED if kinds else DTYPES)
     if cfg.n_layers > len(published):
         raise InputError(
             f"config.json says {cfg.n_layers:,} layers, and the weights are {len(published):,} tensors in all"
         )
     if cfg.tie_word_embeddings:
         published = _without_copy_of_embedding(published)
+    if kinds:
+        return cfg, from_quantized(cfg, layout_of(cfg), published, kinds)
     return cfg, from_published(cfg, layout_of(cfg), published)
 
 
@@ -69,21 +73,27 @@ def write_published(
     ids: SpecialIds | None,
     *,
     dtype: torch.dtype | None = None,
+    quantize: QuantizeConfig | None = None,
     generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     advance: Callable[[float], None] = lambda num_bytes: None,
 ) -> None:
     """Write `config.json`, `generation_config.json` and the weights into the existing directory `folder`.
 
-    dtype: of all weights; None keeps each one's. ids: None when the model has no tokenizer. generation: settings
-    that the model was published with. A dense FFN leaves as a mixture of one expert. Raises InputError when the
-    configuration fits no published layout.
+    dtype: of all weights; None keeps each one's. quantize: how matrices become codes; then `dtype` says nothing.
+    ids: None when the model has no tokenizer. generation: settings that the model was published with. A dense FFN
+    leaves as a mixture of one expert. Raises InputError when the configuration fits no published layout.
     """
     cfg, weights = as_one_expert(cfg, weights)
-    published = to_published(layout_of(cfg), weights)
-    if dtype is not None:
-        published = {name: weight.to(dtype) for name, weight in published.items()}
-    config = module_of(model_type_of(cfg)).to_json(cfg, ids, dtype or main_dtype(published))
+    layout, to_json = layout_of(cfg), module_of(model_type_of(cfg)).to_json
+    if quantize is not None:
+        published = to_quantized(cfg, layout, weights, quantize)
+        config = to_json(cfg, ids, torch.bfloat16) | {"quantization_config": quantize.to_json(cfg)}
+    else:
+        published = to_published(layout, weights)
+        if dtype is not None:
+            published = {name: weight.to(dtype) for name, weight in published.items()}
+        config = to_json(cfg, ids, dtype or main_dtype(published))
     _write_json(folder / CONFIG_JSON, config)
     if settings := ids.for_generation(generation or {}) if ids else generation:
         _write_json(folder / GENERATION_JSON, settings)

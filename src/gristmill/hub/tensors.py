@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gristmill.errors import Failure, InputError
 from gristmill.hub.settings import read_json
+from gristmill.kernels.quantized import Quantized
 from gristmill.model import ModelConfig, Transformer
 
 SINGLE = "model.safetensors"
@@ -25,21 +26,26 @@ CHUNK = re.compile(r"(.+)@(\d+(?:,\d+)*)")  # the key of a tensor's part: its na
 MAX_SHARD_BYTES = 5 * 10**9
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # weights' own
+PACKED = {"I32": torch.int32, "I64": torch.int64}  # of quantized ones: their codes, and their shapes
 LFS_POINTER = b"version https://git-lfs"
 NAMED = 3  # so many offenders stand in a message
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that is not in memory yet; `load` reads or makes it."""
+    """A tensor that is not in memory yet; `load` reads or makes it.
+
+    rows: reads those from one number to another of the first dimension, and no more; None where that cannot be done.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    rows: Callable[[int, int], Tensor] | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Weight":
-        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor, lambda start, stop: tensor[start:stop])
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +53,25 @@ class Weight:
 
     def to(self, dtype: torch.dtype) -> "Weight":
         """Raises InputError, when it is loaded, for values that a narrower type cannot hold."""
-        return self if dtype == self.dtype else Weight(self.shape, dtype, lambda: _cast(self.load(), dtype))
+        if dtype == self.dtype:
+            return self
+        return Weight(
+            self.shape,
+            dtype,
+            lambda: _cast(self.load(), dtype),
+            lambda start, stop: _cast(self.read(start, stop), dtype),
+        )
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Those rows of the first dimension; only their bytes are read where the file allows it."""
+        return self.load()[start:stop] if self.rows is None else self.rows(start, stop)
+
+    def expert(self, number: int) -> Tensor | Quantized:
+        """One of the matrices that are stacked in it; only its bytes are read where the file allows it.
+
+        A quantized one comes as its codes, [N, K]: K are its inputs, so that of w2 is the transposed one.
+        """
+        return self.read(number, number + 1)[0]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,15 +106,17 @@ def in_memory(tensors: Mapping[str, Tensor]) -> Weights:
 # ---- reading -------------------------------------------------------------------------------------------
 
 
-def open_weights(folder: Path) -> Weights:
-    """Everything in the folder's safetensors files; only their headers are read now.
+def open_weights(folder: Path, dtypes: Mapping[str, torch.dtype] = DTYPES) -> Weights:
+    """Everything in the folder's safetensors files; only their headers are read now. `dtypes`: what may stand there.
 
     Raises InputError when `folder` has no safetensors, Failure when a file is damaged.
     """
-    return {name: whole(chunks) for name, chunks in open_chunks(folder).items()}
+    return {name: whole(chunks) for name, chunks in open_chunks(folder, dtypes=dtypes).items()}
 
 
-def open_chunks(folder: Path, stem: str = "model") -> dict[str, list[Chunk]]:
+def open_chunks(
+    folder: Path, stem: str = "model", dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> dict[str, list[Chunk]]:
     """Each tensor's parts, which together make it whole: one, unless several ranks hold it. Raises as above.
 
     stem: what the files' names begin with.
@@ -99,7 +125,7 @@ def open_chunks(folder: Path, stem: str = "model") -> dict[str, list[Chunk]]:
     keys: set[str] = set()
     for file in weight_files(folder, stem):
         try:
-            for key, weight, read in _open_file(file):
+            for key, weight, read in _open_file(file, dtypes):
                 if key in keys:
                     raise Failure(f"{file} holds {key!r}, and so does another file beside it; remove the stray one")
                 keys.add(key)
@@ -119,28 +145,41 @@ def whole(chunks: list[Chunk]) -> Weight:
     if len(chunks) == 1 and not any(chunks[0].offsets):
         return chunks[0].weight
     shape = tuple(max(side.stop for side in sides) for sides in zip(*(chunk.place for chunk in chunks), strict=True))
-    return Weight(shape, chunks[0].weight.dtype, partial(_assembled, shape, chunks))
+    rows = partial(_assembled, shape, chunks)
+    return Weight(shape, chunks[0].weight.dtype, partial(rows, 0, shape[0]), rows)
 
 
-def _assembled(shape: tuple[int, ...], chunks: list[Chunk]) -> Tensor:
-    whole = torch.empty(shape, dtype=chunks[0].weight.dtype)
+def _assembled(shape: tuple[int, ...], chunks: list[Chunk], start: int, stop: int) -> Tensor:
+    """Rows `start` to `stop` of the first dimension."""
+    part = torch.empty(stop - start, *shape[1:], dtype=chunks[0].weight.dtype)
     for chunk in chunks:
-        whole[chunk.place] = chunk.weight.load()
-    return whole
+        first, *others = chunk.place
+        lower, upper = max(first.start, start), min(first.stop, stop)
+        if lower < upper:
+            inside = slice(lower - first.start, upper - first.start)
+            part[(slice(lower - start, upper - start), *others)] = chunk.read((inside, *(slice(None) for _ in others)))
+    return part
 
 
-def _open_file(file: Path) -> Iterator[tuple[str, Weight, Callable[[tuple[slice, ...]], Tensor]]]:
+def _open_file(
+    file: Path, dtypes: Mapping[str, torch.dtype]
+) -> Iterator[tuple[str, Weight, Callable[[tuple[slice, ...]], Tensor]]]:
     opened = safe_open(file, framework="pt")
     names = opened.keys()  # it is no mapping: it cannot be iterated itself
     for name in names:
         header = opened.get_slice(name)
-        if header.get_dtype() not in DTYPES:
+        if header.get_dtype() not in dtypes:
             raise InputError(
                 f"{file}: {name} is stored as {header.get_dtype()}; weights are read from {', '.join(DTYPES)}: "
                 "quantized ones must be converted first"
             )
-        weight = Weight(tuple(header.get_shape()), DTYPES[header.get_dtype()], partial(opened.get_tensor, name))
+        load, rows = partial(opened.get_tensor, name), partial(_rows, header)
+        weight = Weight(tuple(header.get_shape()), dtypes[header.get_dtype()], load, rows)
         yield name, weight, header.__getitem__
+
+
+def _rows(header: Any, start: int, stop: int) -> Tensor:
+    return header[start:stop]
 
 
 def _why(file: Path, problem: Exception) -> str:
@@ -235,7 +274,7 @@ def serialized(weights: Weights) -> Iterator[bytes | memoryview]:
 
     The package's own writer wants every tensor of a file in memory; this one wants one of them.
     """
-    codes = {dtype: code for code, dtype in DTYPES.items()}
+    codes = {dtype: code for code, dtype in (DTYPES | PACKED).items()}
     ordered = sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize)  # each aligned to its own size
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
