@@ -141,6 +141,7 @@ def test_the_operators_know_their_shapes_without_computing(built: None) -> None:
     where = torch.arange(3), torch.tensor([[0, 3, 0, 0]]), torch.tensor([0])
     weights, ids = torch.rand(3, 1), torch.zeros(3, 1, dtype=torch.long)
     cases = [
+        (operators.lay_panels, (torch.randn(2, 64, 3),)),
         (operators.product, (x, matrix.data, 0, 5, 0)),
         (operators.packed_experts, (x, weights, ids, made.blocks, made.slots, 0, 40, 0)),
         (operators.paged_attention, (q, k, k, caches[0], caches[1], *where)),

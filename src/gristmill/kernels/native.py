@@ -224,6 +224,16 @@ def _attention_backward(
     return dq, dk, dv
 
 
+def _lay_panels(x: Tensor) -> Tensor:
+    """[..., P, M] -> [..., M, P] of numbers of 32 or 16 bits, where P is a panel's 64 outputs."""
+    *before, P, M = x.shape
+    assert P == 64
+    x, out = x.contiguous(), torch.empty(*before, M, P, dtype=x.dtype)
+    like = torch.empty(0, dtype=torch.float32 if x.dtype.itemsize == 4 else torch.bfloat16)
+    _call("lay_panels", like, x.numel() // (P * M), M, x, out)
+    return out
+
+
 def _product(x: Tensor, data: Tensor, kind: int, N: int, group: int) -> Tensor:
     """data: of `packed.Packed`, whose sizes the caller has from there."""
     T, K = x.shape
@@ -322,6 +332,11 @@ _define(
         q.new_empty(q.shape),
         *(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (k, v)),  # as they lie when summed over heads
     ),
+)
+_define(
+    "lay_panels(Tensor x) -> Tensor",
+    _lay_panels,
+    lambda x: x.new_empty(x.mT.shape),
 )
 _define(
     "product(Tensor x, Tensor data, int kind, int N, int group) -> Tensor",

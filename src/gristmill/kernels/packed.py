@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gristmill.kernels import native
 from gristmill.kernels.quantized import Quantized
 
 PANEL = 64  # outputs that lie beside one another
@@ -34,18 +35,23 @@ class Packed:
 
 
 def pack(weight: Tensor | Quantized) -> Packed:
-    """weight: [N, K] in fp32 or bf16, or quantized; any strides."""
+    """weight: [N, K] in fp32 or bf16, or quantized."""
+    assert native.in_use() != "torch"
     if isinstance(weight, Quantized):
         (N, K), kind = weight.codes.shape, KINDS[2 if weight.bits == 8 else 3]
         return Packed(_quantized_bytes(weight), kind, N, K, weight.group)
     N, K = weight.shape
-    padded = F.pad(weight, (0, -K % INPUTS, 0, -N % PANEL))
-    if weight.dtype == torch.float32:
-        panels = padded.unflatten(0, (-1, PANEL)).transpose(1, 2)  # [P, K, PANEL]
-    else:  # two inputs of an output stay together
-        assert weight.dtype == torch.bfloat16
-        panels = padded.contiguous().view(torch.int32).unflatten(0, (-1, PANEL)).transpose(1, 2)
-    return Packed(_aligned(panels), "f32" if weight.dtype == torch.float32 else "bf16", N, K)
+    is_float = weight.dtype == torch.float32
+    if weight.stride(0) == 1 < N:  # [K, N] in memory
+        x_KN = F.pad(weight.T, (0, -N % PANEL, 0, -K % INPUTS))
+        if not is_float:  # two inputs of an output go together
+            x_KN = torch.stack((x_KN[::2], x_KN[1::2]), -1).view(torch.int32).squeeze(-1)
+        panels = x_KN.unflatten(1, (-1, PANEL)).transpose(0, 1)  # [P, K, PANEL]
+    else:
+        x_NK = F.pad(weight, (0, -K % INPUTS, 0, -N % PANEL)).contiguous()
+        units = x_NK if is_float else x_NK.view(torch.int32)
+        panels = torch.ops.gristmill.lay_panels(units.unflatten(0, (-1, PANEL)))
+    return Packed(_aligned(panels), "f32" if is_float else "bf16", N, K)
 
 
 def _quantized_bytes(weight: Quantized) -> Tensor:
@@ -55,13 +61,21 @@ def _quantized_bytes(weight: Quantized) -> Tensor:
     scales = F.pad(weight.scales, (0, 0, 0, -N % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2)  # [P, J, PANEL]
     codes = codes.transpose(1, 2)  # [P, J, PANEL, group]
     if weight.bits == 8:
-        pairs = codes.contiguous().view(torch.int16).transpose(2, 3)  # [P, J, group / 2, PANEL]
+        units = codes.contiguous().view(torch.int16)  # [P, J, PANEL, group / 2]
     else:  # four such pairs in one: 4 bits of each, counted from -8
-        nibbles = (codes.to(torch.int32) + 8).unflatten(-1, (-1, 4, 2))  # [P, J, PANEL, group / 8, 4, 2]
-        words = (nibbles << torch.tensor([0, 4, 8, 12])[:, None]).sum(-2, dtype=torch.int32)
-        pairs = (words[..., 0] | words[..., 1] << 16).transpose(2, 3)  # [P, J, group / 8, PANEL]
-    parts = (scales.contiguous().view(torch.uint8), pairs.contiguous().view(torch.uint8).flatten(2))
+        eight = (codes + 8).contiguous().view(torch.int64)  # a byte each: [P, J, PANEL, group / 8]
+        words = _nibbles(eight) | _nibbles(eight >> 8) << 16
+        units = words.to(torch.int32)
+    laid = torch.ops.gristmill.lay_panels(units)
+    parts = (scales.contiguous().view(torch.uint8), laid.view(torch.uint8).flatten(2))
     return _aligned(torch.cat(parts, dim=-1))
+
+
+def _nibbles(eight: Tensor) -> Tensor:
+    """The low 4 bits of every other byte of 8, beside one another."""
+    two = eight & 0x000F000F000F000F
+    two = (two | two >> 12) & 0x000000FF000000FF
+    return (two | two >> 24) & 0xFFFF
 
 
 def aligned_empty(num_bytes: int) -> Tensor:

@@ -46,6 +46,9 @@
                                                          T* dq, float* dk, float* dv) {                                  \
         attention_backward(z, q, k, v, out, grad, lse, dq, dk, dv);                                                      \
     }                                                                                                                    \
+    extern "C" void NAMED(lay_panels, type, ISA)(int64_t count, int64_t M, const T* x, T* out) {                         \
+        lay_panels(count, M, x, out);                                                                                    \
+    }                                                                                                                    \
     extern "C" void NAMED(product, type, ISA)(int64_t rows, const T* x, Matrix w, T* out) { product(rows, x, w, out); }  \
     extern "C" void NAMED(experts, type, ISA)(Sizes3 z, const T* x, const float* weights, const int64_t* ids,            \
                                               const uint8_t* const* places, T* out) {                                    \

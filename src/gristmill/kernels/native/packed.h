@@ -37,6 +37,17 @@ struct Matrix {
 const int64_t ROW_TILE = HAS_TILES ? 16 : 1;
 INLINE int64_t tiled(int64_t rows) { return (rows + ROW_TILE - 1) / ROW_TILE * ROW_TILE; }
 
+// [count][PANEL][M] -> [count][M][PANEL] of what four bytes, or two, hold: how a panel is made.
+template <class U> void lay_panels(int64_t count, int64_t M, const U* x, U* out) {
+    const int64_t strip = 64 / sizeof(U);
+#pragma omp parallel for
+    for (int64_t n = 0; n < count; n++)
+        for (int64_t from = 0; from < M; from += strip)
+            for (int64_t p = 0; p < PANEL; p++)
+                for (int64_t m = from; m < from + strip && m < M; m++)
+                    out[(n * M + m) * PANEL + p] = x[(n * PANEL + p) * M + m];
+}
+
 // ---- rows as they are ----------------------------------------------------------------------------------
 
 template <class T> struct Rows {
