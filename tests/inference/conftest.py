@@ -1,10 +1,14 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from gristmill.model import ModelConfig, Transformer
+from gristmill.tokenizer import TokenizerConfig, build_tokenizer
 
 
 @pytest.fixture
@@ -28,3 +32,14 @@ def tiny() -> Callable[..., Transformer]:
         return Transformer(ModelConfig(**{**shape, **changes})).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, out = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("tokenizer")
+    text = "The mill stands by the river. " * 9
+    table = pa.table({"id": ["0"], "source": ["prose"], "text": [text], "num_bytes": [len(text)]})
+    for split in ("train", "validation", "test"):
+        pq.write_table(table, folder / f"documents-{split}.parquet")
+    build_tokenizer(TokenizerConfig(vocab_size=270), folder, out)
+    return out

@@ -2,8 +2,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,20 +12,9 @@ from gristmill.hub import in_memory, write_published, write_weights
 from gristmill.hub.settings import SpecialIds
 from gristmill.inference import Sampling, generate, load_model, stream
 from gristmill.model import Transformer
-from gristmill.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from gristmill.tokenizer import Tokenizer
 
 Tiny = Callable[..., Transformer]
-
-
-@pytest.fixture(scope="session")
-def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, out = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("tokenizer")
-    text = "The mill stands by the river. " * 9
-    table = pa.table({"id": ["0"], "source": ["prose"], "text": [text], "num_bytes": [len(text)]})
-    for split in ("train", "validation", "test"):
-        pq.write_table(table, folder / f"documents-{split}.parquet")
-    build_tokenizer(TokenizerConfig(vocab_size=270), folder, out)
-    return out
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -5,10 +5,12 @@ May use the model, the tokenizer and artifacts. safetensors and JSON only: nothi
 
 from gristmill.hub.checkpoint import read_checkpoint
 from gristmill.hub.published import read_published, write_published
+from gristmill.hub.quantized import QuantizedWeight
 from gristmill.hub.settings import SpecialIds
 from gristmill.hub.tensors import Weight, Weights, assemble, in_memory, open_weights, write_weights
 
 __all__ = [
+    "QuantizedWeight",
     "SpecialIds",
     "Weight",
     "Weights",

@@ -1,6 +1,6 @@
 """Named weights: known by shape and dtype first, read one at a time, written one at a time.
 
-A model larger than memory passes through: what is read is a map of the file, and a written tensor is not kept.
+A model larger than memory passes through: what is read is one tensor or a part of it, and a written one is not kept.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -164,22 +164,54 @@ def _assembled(shape: tuple[int, ...], chunks: list[Chunk], start: int, stop: in
 def _open_file(
     file: Path, dtypes: Mapping[str, torch.dtype]
 ) -> Iterator[tuple[str, Weight, Callable[[tuple[slice, ...]], Tensor]]]:
-    opened = safe_open(file, framework="pt")
-    names = opened.keys()  # it is no mapping: it cannot be iterated itself
-    for name in names:
-        header = opened.get_slice(name)
-        if header.get_dtype() not in dtypes:
+    safe_open(file, framework="np")  # raises where the header is not what the format asks for
+    with file.open("rb") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(start - 8))
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in dtypes:
             raise InputError(
-                f"{file}: {name} is stored as {header.get_dtype()}; weights are read from {', '.join(DTYPES)}: "
+                f"{file}: {name} is stored as {entry['dtype']}; weights are read from {', '.join(DTYPES)}: "
                 "quantized ones must be converted first"
             )
-        load, rows = partial(opened.get_tensor, name), partial(_rows, header)
-        weight = Weight(tuple(header.get_shape()), dtypes[header.get_dtype()], load, rows)
-        yield name, weight, header.__getitem__
+        stored = Stored(file, start + entry["data_offsets"][0], tuple(entry["shape"]), dtypes[entry["dtype"]])
+        yield name, Weight(stored.shape, stored.dtype, stored.load, stored.rows), stored.part
 
 
-def _rows(header: Any, start: int, stop: int) -> Tensor:
-    return header[start:stop]
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, from byte `start` on. It is read, not mapped: what is in memory is what was asked for."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def load(self) -> Tensor:
+        return self._read(0, self.shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        row = torch.Size(self.shape[1:]).numel()
+        return self._read(start * row, (stop - start, *self.shape[1:]))
+
+    def part(self, place: tuple[slice, ...]) -> Tensor:
+        if not place:
+            return self.load()
+        start, stop, _step = place[0].indices(self.shape[0])
+        return self.rows(start, stop)[(slice(None), *place[1:])]
+
+    def _read(self, element: int, shape: tuple[int, ...]) -> Tensor:
+        made = torch.empty(shape, dtype=self.dtype)
+        room = made.view(-1).view(torch.uint8).numpy().data if made.numel() else memoryview(b"")
+        with self.file.open("rb", buffering=0) as opened:
+            opened.seek(self.start + element * self.dtype.itemsize)
+            while room:
+                if not (count := opened.readinto(room)):
+                    raise Failure(f"{self.file} has become shorter since it was opened; fetch or build it again")
+                room = room[count:]
+        return made
 
 
 def _why(file: Path, problem: Exception) -> str:

@@ -5,7 +5,7 @@ May use the model, hub and evaluate's `Scorer`; it changes nothing in them.
 
 from gristmill.inference.engine import Engine, Stream
 from gristmill.inference.generate import complete, generate, stream
-from gristmill.inference.load import find_model, load_model
+from gristmill.inference.load import find_model, load_engine, load_model
 from gristmill.inference.requests import Piece, Request, Token
 from gristmill.inference.sampler import Sampling
 from gristmill.inference.scheduler import EngineConfig, QueueFull
@@ -24,6 +24,7 @@ __all__ = [
     "complete",
     "find_model",
     "generate",
+    "load_engine",
     "load_model",
     "stream",
 ]

@@ -10,12 +10,14 @@ Shapes: T tokens, D model, E experts, K experts a token, F hidden; N outputs of 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from gristmill.hub import QuantizedWeight, Weights
 from gristmill.inference import invariant
+from gristmill.inference.disk import ExpertCache
 from gristmill.kernels import native, packed
 from gristmill.kernels.experts import experts
 from gristmill.kernels.packed import Packed, PackedExperts, pack, pack_experts
@@ -24,7 +26,8 @@ from gristmill.kernels.quantized import Quantized
 from gristmill.model import Transformer
 from gristmill.model.transformer import DenseGLU, Experts, Linear
 
-Matrix: TypeAlias = Tensor | Quantized
+MATRICES = ("w1", "v1", "w2")
+GUESSED_TOKENS = 4  # in a step of more, most of a layer's experts are needed anyway
 
 
 class Layers(Protocol):
@@ -59,30 +62,31 @@ class ModelLayers:
 
 
 class NativeLayers:
-    """read: the matrix of a name among the model's parameters; by default the parameter itself.
-
-    What parallelism has replaced stays as it is.
+    """weights: of the model's matrices, where it has none itself; None: its own. disk_bytes: None, or the memory for
+    experts, of which all others stay on disk. What parallelism has replaced stays as it is.
     """
 
-    def __init__(self, model: Transformer, read: Callable[[str], Matrix] | None = None) -> None:
-        self.model, self.dtype = model, model.compute_dtype
-        self.read = read or (lambda name: model.get_parameter(name).detach())
-        self.forwards: dict[torch.nn.Module, Callable[..., object]] = {}
+    def __init__(self, model: Transformer, weights: Weights | None = None, disk_bytes: int | None = None) -> None:
+        self.model, self.dtype, self.weights = model, model.compute_dtype, weights
+        self.forwards: dict[torch.nn.Module, Callable[..., Any]] = {}
         for name, module in model.named_modules():
             if "forward" in vars(module):
                 continue
             match module:
                 case Linear():
                     dtype = torch.promote_types(self.dtype, torch.float32) if name.endswith("router") else self.dtype
-                    self.forwards[module] = partial(_linear, module, self._matrix(f"{name}.weight", dtype))
-                case Experts():
+                    matrix = self._matrix(f"{name}.weight", dtype)
+                    self.forwards[module] = partial(_linear, module, matrix)
+                    if name == "lm_head":
+                        self.output = matrix
+                case Experts() if disk_bytes is None:
                     self.forwards[module] = partial(_experts, module, self._experts(name))
                 case DenseGLU():
                     self.forwards[module] = partial(_dense, self._experts(name))
         if model.cfg.tie_word_embeddings:
             self.output = self._matrix("wte.weight", self.dtype)
-        else:
-            self.output = self.forwards[model.lm_head].args[1]  # type: ignore[attr-defined]
+
+        self.cache = None if disk_bytes is None else self._on_disk(disk_bytes)
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         return upcast(packed.product(hidden_TD, self.output))
@@ -97,16 +101,36 @@ class NativeLayers:
             for module in self.forwards:
                 del module.forward
 
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor | Quantized:
+        if self.weights is None:
+            return self.model.get_parameter(name).detach().to(dtype)
+        match self.weights[name]:
+            case QuantizedWeight() as weight:
+                return weight.quantized()
+            case weight:
+                return weight.load().to(dtype)
+
     def _matrix(self, name: str, dtype: torch.dtype) -> Packed:
-        return pack(_cast(self.read(name), dtype))
+        return pack(self._read(name, dtype))
 
     def _experts(self, name: str) -> PackedExperts:
         """Of a mixture, or the one of a dense model."""
-        return pack_experts(*(_cast(self.read(f"{name}.{matrix}"), self.dtype) for matrix in ("w1", "v1", "w2")))
+        return pack_experts(*(self._read(f"{name}.{matrix}", self.dtype) for matrix in MATRICES))
 
+    def _on_disk(self, num_bytes: int) -> ExpertCache:
+        weights, dtype, L = self.weights, self.dtype, self.model.cfg.n_layers
+        assert weights is not None
 
-def _cast(matrix: Matrix, dtype: torch.dtype) -> Matrix:
-    return matrix if isinstance(matrix, Quantized) else matrix.to(dtype)
+        def read(layer: int, expert: int) -> PackedExperts:
+            found = (weights[f"blocks.{layer}.ffn.experts.{matrix}"].expert(expert) for matrix in MATRICES)
+            return pack_experts(*(one if isinstance(one, Quantized) else one.to(dtype) for one in found))
+
+        cache = ExpertCache(read, L, self.model.cfg.moe_num_experts, num_bytes)
+        routers = [self.forwards[self.model.get_submodule(f"blocks.{layer}.ffn.router")] for layer in range(L)]
+        for layer, guess in enumerate([*routers[1:], None]):
+            module = self.model.get_submodule(f"blocks.{layer}.ffn.experts")
+            self.forwards[module] = partial(_experts_on_disk, cache, layer, guess)
+        return cache
 
 
 def _linear(module: Linear, matrix: Packed, x: Tensor) -> Tensor:
@@ -125,6 +149,21 @@ def _dense(made: PackedExperts, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     T = len(x_TD)
     out_TD = packed.experts(x_TD, torch.ones(T, 1), torch.zeros(T, 1, dtype=torch.long), made)
     return out_TD, x_TD.new_zeros(1, dtype=torch.float32), torch.tensor([T])
+
+
+def _experts_on_disk(
+    cache: ExpertCache,
+    layer: int,
+    guess: Callable[..., Tensor] | None,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    ids_TK: Tensor,
+) -> Tensor:
+    """guess: the next layer's router."""
+    made = cache.of(layer, ids_TK)
+    if guess is not None and len(x_TD) <= GUESSED_TOKENS:
+        cache.fetch(layer + 1, guess(upcast(x_TD)).topk(ids_TK.shape[1]).indices.unique().tolist())
+    return packed.experts(x_TD, weights_TK, ids_TK, made)
 
 
 class _Linear(torch.autograd.Function):

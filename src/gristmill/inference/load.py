@@ -6,12 +6,22 @@ import torch
 
 from gristmill import artifact
 from gristmill.errors import InputError
-from gristmill.hub import assemble
+from gristmill.hub import Weights, assemble
 from gristmill.hub.checkpoint import CONFIG
-from gristmill.hub.folder import open_model
+from gristmill.hub.folder import ModelFolder, open_model
 from gristmill.hub.published import CONFIG_JSON
+from gristmill.hub.tensors import check_names
+from gristmill.inference.disk import AT_ONCE, READERS
+from gristmill.inference.engine import Engine
+from gristmill.inference.layers import NativeLayers
+from gristmill.inference.runner import LOGITS_ROWS
+from gristmill.inference.scheduler import EngineConfig
+from gristmill.kernels import native
 from gristmill.model import Transformer
+from gristmill.model.counts import kv_bytes_per_token
 from gristmill.tokenizer import Tokenizer
+
+SPARE_BYTES = 64 * 2**20  # what libraries take when they are first used, and what lies between pieces of memory
 
 
 def load_model(path: Path, compute_dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
@@ -19,6 +29,67 @@ def load_model(path: Path, compute_dtype: torch.dtype = torch.float32) -> tuple[
 
     Raises InputError when `path` holds no model, Failure when what it holds is damaged.
     """
+    found, tokenizer = _open(path)
+    return assemble(found.cfg, found.weights, compute_dtype), tokenizer
+
+
+def load_engine(
+    path: Path,
+    cfg: EngineConfig | None = None,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    memory_bytes: int | None = None,
+) -> Engine:
+    """An engine of the model, whose matrices are packed as they are read: none is in memory twice.
+
+    memory_bytes: for the process, everything that cannot be read again included; experts that do not fit stay on
+    disk. The system may keep more of the files in memory that it has to spare. Raises as `load_model`, and InputError
+    when too little is left.
+    """
+    found, tokenizer = _open(path)
+    cfg = cfg or EngineConfig()
+    if not native.serves(torch.empty(0, dtype=compute_dtype)):
+        if memory_bytes is not None:
+            raise InputError("a memory bound needs the native kernels, which are not built here; leave it out")
+        return Engine(assemble(found.cfg, found.weights, compute_dtype), cfg, tokenizer)
+    with torch.device("meta"):
+        model = Transformer(found.cfg, compute_dtype).eval().requires_grad_(False)
+    check_names({name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}, found.weights)
+    kept = {}
+    for name, weight in found.weights.items():
+        if name == "wte.weight" or "norm" in name or name.endswith("router_bias"):
+            kept[name] = weight.load().to(compute_dtype if name == "wte.weight" else torch.float32)
+    model.load_state_dict(kept, strict=False, assign=True)
+    disk_bytes = None
+    if memory_bytes is not None and found.cfg.ffn == "moe":
+        disk_bytes = memory_bytes - _taken(model, found.weights, cfg)
+    return Engine(model, cfg, tokenizer, NativeLayers(model, found.weights, disk_bytes))
+
+
+def _taken(model: Transformer, weights: Weights, cfg: EngineConfig) -> int:
+    """Bytes of a process with everything but the experts: what it has now, and what comes."""
+    shape, itemsize = model.cfg, model.compute_dtype.itemsize
+    matrices = sum(
+        weight.nbytes // weight.dtype.itemsize * itemsize
+        for name, weight in weights.items()
+        if ".experts." not in name and name != "wte.weight"
+    )
+    if shape.tie_word_embeddings:
+        matrices += weights["wte.weight"].nbytes // weights["wte.weight"].dtype.itemsize * itemsize
+    cache = cfg.cache_tokens * kv_bytes_per_token(shape, itemsize) * 32 / min(32, shape.head_dim)
+    expert = 3 * shape.d_model * shape.ffn_hidden_size * itemsize
+    assert shape.vocab_size is not None
+    step = cfg.token_budget * (shape.moe_top_k + 4) * (shape.d_model + shape.ffn_hidden_size) * 4
+    logits = LOGITS_ROWS * shape.vocab_size * 8
+    return SPARE_BYTES + resident_bytes() + matrices + int(cache) + step + logits + (AT_ONCE + 6 * READERS) * expert
+
+
+def resident_bytes() -> int:
+    """Of this process, without the pages of files."""
+    with open("/proc/self/status") as status:
+        return sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+
+
+def _open(path: Path) -> tuple[ModelFolder, Tokenizer]:
     found = open_model(find_model(path))
     if found.tokenizer is None:
         raise InputError(
@@ -31,7 +102,7 @@ def load_model(path: Path, compute_dtype: torch.dtype = torch.float32) -> tuple[
             f"{found.path}: the tokenizer has {tokenizer.vocab_size} ids, the model {found.cfg.vocab_size}; "
             "put the tokenizer there that the model was trained with"
         )
-    return assemble(found.cfg, found.weights, compute_dtype), tokenizer
+    return found, tokenizer
 
 
 def find_model(path: Path) -> Path:

@@ -59,6 +59,13 @@ def in_use() -> str:
     return _in_use
 
 
+def compute_alone() -> None:
+    """In the calling thread, from now on: work beside the others, who have the cores."""
+    torch.get_num_threads()  # has torch set this thread's number first
+    if (library := _library()) is not None:
+        library.compute_alone()
+
+
 def serves(x: Tensor) -> bool:
     """Whether the native kernels take a tensor like x."""
     return x.device.type == "cpu" and x.dtype in TYPES and in_use() != "torch"

@@ -1,4 +1,5 @@
 // Which of the instruction sets that the library was compiled for this CPU, and its system, can run.
+#include <omp.h>
 #include <stdint.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -8,6 +9,9 @@
 
 // What native.py must agree with: raised when a function's arguments change.
 extern "C" int interface() { return 2; }
+
+// This thread's parallel loops get no other thread.
+extern "C" void compute_alone() { omp_set_num_threads(1); }
 
 // 0 plain, 1 avx2, 2 avx512, 3 avx512_bf16, 4 amx_bf16.
 extern "C" int best_isa() {
