@@ -207,8 +207,8 @@ def export(
     src: ModelArg,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new directory, or the new .gguf file.")],
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of all weights. [default: as each is stored]"),
+        Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"] | None,
+        typer.Option(help="Of all weights; q8_0 and q4_0 are for gguf. [default: as each is stored]"),
     ] = None,
     format: Annotated[
         Literal["dbrx", "qwen3_moe", "gguf"] | None,
@@ -221,11 +221,32 @@ def export(
     from gristmill.hub.export import export_gguf, export_model
     from gristmill.inference import find_model
 
-    precision = getattr(torch, dtype) if dtype else None
+    in_blocks = dtype in ("q8_0", "q4_0")
+    precision = getattr(torch, dtype) if dtype and not in_blocks else None
     if format == "gguf" or (format is None and out.suffix == ".gguf"):
-        print(export_gguf(find_model(src), out, precision))
+        print(export_gguf(find_model(src), out, dtype if in_blocks else precision))
+    elif in_blocks:
+        raise InputError(f"--dtype {dtype} is for GGUF files; `gristmill quantize` makes quantized directories")
     else:
         print(export_model(find_model(src), out, precision, format).path)
+
+
+@app.command()
+def quantize(
+    src: ModelArg,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new directory.")],
+    bits: Annotated[int, typer.Option(help="8 or 4, of each matrix; an output matrix of its own has 8.")] = 8,
+    group: Annotated[int, typer.Option(help="32, 64 or 128 inputs share a scale.")] = 64,
+    documents: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text, .jsonl or .parquet to measure on. [default: a run's test documents]"),
+    ] = None,
+) -> None:
+    """Store a model's matrices, experts included, as small whole numbers, and measure what that costs."""
+    from gristmill.hub.quantized import QuantizeConfig
+    from gristmill.inference.quantizing import quantize_model
+
+    print(quantize_model(src, out, QuantizeConfig(bits=bits, group=group), documents).path)
 
 
 @app.command()

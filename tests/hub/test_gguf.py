@@ -45,7 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 CONTEXT = 256  # what llama.cpp rounds a smaller one up to
 
 
-def write(model: Transformer, tokenizer: Path, file: Path, dtype: torch.dtype | None = None) -> Path:
+def write(model: Transformer, tokenizer: Path, file: Path, dtype: torch.dtype | str | None = None) -> Path:
     write_gguf(file, model.cfg, in_memory(model.state_dict()), tokenizer, name="tiny", license="mit", dtype=dtype)
     return file
 
@@ -61,6 +61,48 @@ def read(file: Path) -> dict[str, tuple[str, Tensor]]:
         assert list(values.shape) == shape
         found[tensor.name] = (tensor.tensor_type.name, values)
     return found
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
+@pytest.mark.parametrize("changes", [{}, QWEN | {"n_heads": 2, "head_size": 32}])
+def test_blocks_are_those_of_a_plain_loop(
+    tiny: Tiny, tokenizer_dir: Path, tmp_path: Path, dtype: str, changes: dict[str, Any]
+) -> None:
+    model = tiny(**changes, ffn_hidden_size=64)
+    file = write(model, tokenizer_dir, tmp_path / "tiny.gguf", dtype)
+    table = layout(model.cfg)
+    plain = to_published(table, in_memory(model.state_dict()))
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    assert found.keys() == plain.keys()
+    for name, weight in plain.items():
+        kind, numbers = found[name].tensor_type.name, weight.load().detach().numpy()
+        if "norm" in name or "ffn_gate_inp" in name:
+            assert kind == "F32"
+            assert np.array_equal(found[name].data, numbers)
+            continue
+        wanted = "Q8_0" if name in ("token_embd.weight", "output.weight") else dtype.upper()
+        assert kind == wanted
+        blocks = b"".join(block_of(block, kind) for block in numbers.reshape(-1, 32))
+        assert found[name].data.tobytes() == blocks
+
+
+def block_of(numbers: np.ndarray[Any, np.dtype[np.float32]], kind: str) -> bytes:
+    """The 32 numbers' fp16 scale and codes, as ggml-quants.c describes its reference."""
+    largest = numbers[np.abs(numbers).argmax()]
+    scale = abs(largest) / np.float32(127) if kind == "Q8_0" else largest / np.float32(-8)
+    inverse = np.float32(1) / scale if scale else np.float32(0)
+    scaled = numbers * inverse
+    if kind == "Q8_0":
+        codes = (np.sign(scaled) * np.floor(np.abs(scaled) + np.float32(0.5))).astype(np.int8)
+        return np.float16(scale).tobytes() + codes.tobytes()
+    codes = np.minimum(15, np.floor(scaled + np.float32(8.5))).astype(np.uint8)
+    return np.float16(scale).tobytes() + (codes[:16] | codes[16:] << 4).tobytes()
+
+
+def test_rows_that_blocks_do_not_divide_are_refused(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"ffn_down_exps.weight has 24 inputs, and Q8_0 wants a multiple of 32"):
+        write(tiny(), tokenizer_dir, tmp_path / "tiny.gguf", "q8_0")
+    assert not list(tmp_path.iterdir())
 
 
 def fields(file: Path) -> dict[str, Any]:

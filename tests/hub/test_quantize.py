@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,19 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from gristmill.errors import InputError
-from gristmill.hub import in_memory, read_published, write_published
+from gristmill import artifact
+from gristmill.errors import Failure, InputError
+from gristmill.hub import assemble, in_memory, read_published, write_published
+from gristmill.hub.export import export_model
 from gristmill.hub.layout import as_one_expert
 from gristmill.hub.quantized import QuantizeConfig, QuantizedWeight, pack, unpack
 from gristmill.hub.tensors import SINGLE
+from gristmill.inference import load_model
+from gristmill.inference.quantizing import quantize_model
 from gristmill.kernels.quantized import Quantized, quantize
-from gristmill.model import Transformer
+from gristmill.model import Transformer, packed
 
 Tiny = Callable[..., Transformer]
 WIDE = {"d_model": 64, "ffn_hidden_size": 32}  # groups of 32 divide both
@@ -153,5 +159,121 @@ def test_what_is_damaged_or_quantized_in_another_way_is_refused(tiny: Tiny, case
 
 def test_groups_that_do_not_divide_the_inputs_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny(**WIDE)
-    with pytest.raises(InputError, match=r"group=64 .* 32 inputs of blocks.0.ffn.experts.w2; of these 32 would"):
+    with pytest.raises(InputError, match=r"group=64 .* 32 inputs of blocks.0.ffn.experts.w2; 32 would"):
         write_published(tmp_path, model.cfg, in_memory(model.state_dict()), None, quantize=QuantizeConfig())
+
+
+@pytest.mark.parametrize("changes", SHAPES[2:])
+@pytest.mark.parametrize("bits", [4, 8])
+@torch.no_grad()
+def test_transformers_with_compressed_tensors_computes_the_same(
+    tiny: Tiny, changes: dict[str, Any], bits: int, tmp_path: Path
+) -> None:
+    cfg, weights = read_published(written(tmp_path, tiny(**changes), bits))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, local_files_only=True, experts_implementation="eager")
+    tokens = torch.randint(292, (2, 24), generator=torch.Generator().manual_seed(1))
+    theirs(tokens)  # the first call decompresses
+    for parameter in theirs.parameters():
+        parameter.data = parameter.data.float()
+    for name, weight in weights.items():
+        if ".out_proj." in name:
+            layer = theirs.model.layers[int(name.split(".")[1])]
+            assert torch.equal(layer.self_attn.o_proj.weight, weight.load().bfloat16().float())
+    model = assemble(cfg, {name: weight.to(torch.bfloat16) for name, weight in weights.items()})
+    positions = torch.arange(24).expand(2, -1)
+    ours = model.logits(model(tokens, positions, packed(torch.zeros_like(tokens)))[0])
+    wanted = theirs(tokens).logits
+    assert (ours - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+# ---- the command ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    file = tmp_path / "held-out.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("def add(a, b): return a", "Mehl. " * 20)))
+    return file
+
+
+HOW = QuantizeConfig(bits=4, group=32)
+
+
+def test_the_loss_is_that_of_the_written_model_and_stands_in_manifest_and_card(
+    checkpoint: Callable[..., Path], documents: Path, tmp_path: Path
+) -> None:
+    src = checkpoint(**WIDE)
+    made = quantize_model(src, tmp_path / "small", HOW, documents)
+    loss = made.metrics["test_bits_per_byte"]
+    for path, figure in ((src, "before"), (made.path, "after")):
+        model, tokenizer = load_model(path)
+        nats = num_bytes = 0.0
+        for line in documents.read_text().splitlines():
+            ids = [tokenizer.eot_id, *tokenizer.encode(json.loads(line)["text"])]
+            assert len(ids) <= 96  # of the context: no windows
+            num_bytes += len(json.loads(line)["text"].encode())
+            tokens = torch.tensor([ids])
+            hidden, _ = model(tokens, torch.arange(len(ids))[None], packed(torch.zeros_like(tokens)))
+            logits = model.logits(hidden[0, :-1])
+            nats += float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+        assert loss[figure] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    assert loss["loss"] == pytest.approx(loss["after"] / loss["before"] - 1)
+    assert loss["documents"] == 2
+    card = (made.path / "README.md").read_text()
+    assert f"test bits per byte {loss['before']:.3f} -> {loss['after']:.3f} ({loss['loss']:+.2%})" in card
+
+
+def test_the_lineage_names_the_model_and_its_data(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    src = checkpoint(**WIDE)
+    made = quantize_model(src, tmp_path / "small", HOW)
+    assert made.metrics["test_bits_per_byte"] is None
+    assert "not measured" in (made.path / "README.md").read_text()
+    assert made.manifest["inputs"]["model"]["content"] == artifact.load(src).content
+    assert made.licenses == artifact.load(src).licenses
+    assert not artifact.verify(made.path).problems
+    size = sum(file.stat().st_size for file in made.path.glob("*.safetensors"))
+    assert made.metrics["weight_bytes"] == pytest.approx(size, rel=0.1)
+
+
+def test_a_model_from_elsewhere_is_named_with_its_hash_and_license(tiny: Tiny, tmp_path: Path) -> None:
+    src = tmp_path / "theirs"
+    src.mkdir()
+    write_published(src, (model := tiny(**QWEN)).cfg, in_memory(model.state_dict()), None)
+    (src / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    made = quantize_model(src, tmp_path / "small", HOW)
+    assert made.manifest["sources"]["theirs"]["fingerprint"]
+    assert "license: apache-2.0" in (made.path / "README.md").read_text()
+    assert (made.path / "ORIGINAL_README.md").is_file()
+
+
+def test_a_quantized_model_is_exported_as_any_other_but_not_quantized_again(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = quantize_model(checkpoint(**WIDE), tmp_path / "small", HOW)
+    dense = export_model(made.path, tmp_path / "dense")
+    back, codes = read_published(dense.path)[1], read_published(made.path)[1]
+    assert all(torch.equal(back[name].load(), codes[name].load()) for name in codes)
+    with pytest.raises(InputError, match="is quantized already"):
+        quantize_model(made.path, tmp_path / "smaller", HOW)
+    assert not (tmp_path / "smaller").exists()
+
+
+def test_damage_and_wrong_input_leave_nothing(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    src, out = checkpoint(**WIDE), tmp_path / "small"
+    (tmp_path / "empty.txt").write_text("")
+    for wrong in ("empty.txt", "absent.txt"):
+        with pytest.raises(InputError, match=wrong):
+            quantize_model(src, out, HOW, tmp_path / wrong)
+    with pytest.raises(InputError, match="bits=3"):
+        QuantizeConfig(bits=3)
+    with pytest.raises(InputError, match="group=64 must divide the 32 inputs"):
+        quantize_model(src, out, QuantizeConfig())
+    with (src / SINGLE).open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(Failure, match="is damaged: its SHA-256"):
+        quantize_model(src, out, HOW)
+    assert not out.exists()
+    assert not list(tmp_path.glob(".*partial"))

@@ -22,12 +22,13 @@ def model_card(
     artifact: Artifact | None,
     origin: Origin | None,
     evaluation: Mapping[str, Any] | None,
+    quantized: str | None = None,
 ) -> str:
     """README.md with the hub's front matter.
 
     license: `license`, and `license_name` where that is "other", as the hub spells them.
     artifact, origin: the model's own and its lineage; None for a directory that Gristmill did not make.
-    evaluation: of a model that was trained here, when there is one.
+    evaluation: of a model that was trained here, when there is one. quantized: how, and what that costs.
     """
     cfg = model.cfg
     sources = sorted(_sources(origin), key=lambda source: source.name) if origin else []
@@ -38,8 +39,11 @@ def model_card(
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n",
         f"# {name}\n\n{_summary(cfg, bool(read), started_from)}\n",
     ]
+    if quantized:
+        parts.append(f"## Quantization\n\n{quantized[0].upper()}{quantized[1:]}.\n")
     if model.tokenizer:
-        parts.append(f"## Use\n\n{_USAGE}{_BEGINNING if read else ''}\n")
+        usage = _QUANTIZED_USAGE[model_type_of(cfg)] if quantized else _USAGE
+        parts.append(f"## Use\n\n{usage}{_BEGINNING if read else ''}\n")
     if evaluation:
         parts.append(f"## Figures\n\n{_figures(evaluation)}\n")
     if started_from or not read:
@@ -134,6 +138,14 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=64, do_sample=False)
 `gristmill generate . 'def fibonacci(' --max-tokens 64 --temperature 0` prints the same: it computes in
 float32 and puts `<|endoftext|>` before a text. Without `dtype`, transformers computes in the precision in which the
 weights are stored."""
+
+_QUANTIZED_USAGE = {
+    "qwen3_moe": "`gristmill generate . 'def fibonacci('`. The tensors are in the layout of compressed-tensors: "
+    "with that package installed, transformers' `AutoModelForCausalLM.from_pretrained` reads them (without "
+    "`dequantize=True`, which knows one number of bits only); vLLM and SGLang know the layout too.",
+    "dbrx": "`gristmill generate . 'def fibonacci('`. The tensors are encoded as compressed-tensors does it, which has "
+    "no form for DBRX's stacked experts: for other programs, `gristmill export` makes plain tensors or GGUF of them.",
+}
 
 _BEGINNING = " In training every document followed `<|endoftext|>`: begin a text with it, not a conversation."
 

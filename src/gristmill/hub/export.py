@@ -19,6 +19,7 @@ from gristmill.hub.card import model_card
 from gristmill.hub.folder import CARD, ModelFolder, open_model
 from gristmill.hub.importing import card_license, check_files, copy_tokenizer, known_hashes
 from gristmill.hub.published import model_type_of, write_published
+from gristmill.hub.quantized import QuantizeConfig
 from gristmill.hub.settings import SpecialIds
 from gristmill.hub.tensors import MAX_SHARD_BYTES, assemble
 from gristmill.progress import bar, console
@@ -113,8 +114,10 @@ def export_model(
     return artifact.load(out)
 
 
-def export_gguf(src: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
+def export_gguf(src: Path, out: Path, dtype: torch.dtype | str | None = None) -> Path:
     """Write the model in `src` and its tokenizer as the new file `out`, which llama.cpp runs.
+
+    dtype: also "q8_0" or "q4_0", blocks of 8 or 4 bits.
 
     Raises InputError for what llama.cpp cannot say, or when `out` is there already.
     """
@@ -133,7 +136,12 @@ def export_gguf(src: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
         raise InputError(f"{out} lies below a file; choose another place") from None
     if known := known_hashes(src):
         check_files(src, known)
-    num_bytes = sum(weight.to(dtype or weight.dtype).nbytes for weight in model.weights.values())
+    if isinstance(dtype, str):
+        num_bytes = sum(
+            torch.Size(weight.shape).numel() for weight in model.weights.values()
+        )  # at most: 34 bytes for 32
+    else:
+        num_bytes = sum(weight.to(dtype or weight.dtype).nbytes for weight in model.weights.values())
     artifact.require_room(out, num_bytes)
     licensed = license_of(src, artifact.lineage(src) if artifact.load_ours(src) else None)
     license = licensed.get("license_name", licensed["license"])
@@ -147,6 +155,7 @@ def write_directory(
     dtype: torch.dtype | None,
     max_shard_bytes: int,
     advance: Callable[[float], None] = lambda num_bytes: None,
+    quantize: QuantizeConfig | None = None,
 ) -> None:
     """Weights, configuration, tokenizer and the papers that travel with them; not the card."""
     for paper in model.papers:
@@ -162,6 +171,7 @@ def write_directory(
         model.weights,
         ids,
         dtype=dtype,
+        quantize=quantize,
         generation=model.generation,
         max_shard_bytes=max_shard_bytes,
         advance=advance,
@@ -172,7 +182,7 @@ def license_of(src: Path, origin: Origin | None) -> dict[str, str]:
     """What a card says of a published model that is given out unchanged; "other" for one that was trained here."""
     if origin is None:
         return card_license(src) or {"license": "other"}
-    while origin.kind in ("model", "export"):
+    while origin.kind in ("model", "export", "quantized"):
         origin = origin.inputs[0]
     return {key: str(origin.detail[key]) for key in ("license", "license_name") if key in origin.detail} or {
         "license": "other"

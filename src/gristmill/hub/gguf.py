@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 import gguf
 import torch
@@ -21,7 +21,7 @@ from gristmill.hub.importing import chat_template
 from gristmill.hub.layout import Layout, Piece, as_one_expert, shapes, to_published
 from gristmill.hub.published import main_dtype, model_type_of
 from gristmill.hub.settings import read_json
-from gristmill.hub.tensors import Weights, check_names
+from gristmill.hub.tensors import Weight, Weights, check_names
 from gristmill.model import ModelConfig
 from gristmill.progress import bar
 from gristmill.tokenizer.layout import EOT, IM_END, SPLIT_PATTERN, byte_of_symbol
@@ -29,10 +29,19 @@ from gristmill.tokenizer.layout import EOT, IM_END, SPLIT_PATTERN, byte_of_symbo
 MAX_LAYERS = 512  # llama.cpp's tables have this size, and a larger model ends the process that loads it
 MAX_EXPERTS = 1024
 
+GgufDtype: TypeAlias = torch.dtype | str  # "q8_0" or "q4_0"
+EIGHT_BITS = ("wte.weight", "lm_head.weight")  # also where the others have four
+
 STORED = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     torch.bfloat16: (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+}
+
+# Blocks of 32 inputs that share an fp16 scale
+QUANTIZED = {
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
 
 QWEN_SPLIT = SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit alone
@@ -52,13 +61,14 @@ def write_gguf(
     *,
     name: str,
     license: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: GgufDtype | None = None,
 ) -> None:
     """Write a model and its tokenizer as one GGUF file.
 
     weights: under our own names. tokenizer: a directory with tokenizer.json and tokenizer_config.json. dtype: float32,
-    float16 or bfloat16 for the matrices; None keeps the one that most weights have. Norm scales and routers are always
-    float32. One tensor is in memory at a time; the same input gives the same bytes.
+    float16, bfloat16, "q8_0" or "q4_0" for the matrices; None keeps the one that most weights have. Norm scales and
+    routers are always float32; embeddings and output are Q8_0 where the rest is quantized. One tensor is in memory at a
+    time; the same input gives the same bytes.
 
     llama.cpp keeps keys and values in float16 unless told otherwise: to compare logits, give it float32 for both.
 
@@ -72,24 +82,35 @@ def write_gguf(
     if dtype is None:
         dtype = main_dtype(weights)
         dtype = torch.float32 if dtype == torch.float64 else dtype
-    if dtype not in STORED:
-        raise InputError(f"dtype={dtype} is not written to GGUF; give float32, float16 or bfloat16")
+    if dtype not in STORED and dtype not in QUANTIZED:
+        raise InputError(f"dtype={dtype} is not written to GGUF; give float32, float16, bfloat16, q8_0 or q4_0")
 
     table = layout(cfg)
     exact = {name for name in table if "norm" in name or ".router." in name}
-    tensors = to_published(table, {name: weights[name].to(torch.float32 if name in exact else dtype) for name in table})
+    plain = dtype if isinstance(dtype, torch.dtype) else None
+    tensors = to_published(
+        table,
+        {name: weights[name].to(torch.float32 if name in exact else plain or weights[name].dtype) for name in table},
+    )
+    kinds: dict[str, gguf.GGMLQuantizationType] = {}
+    for ours, pieces in table.items():
+        for piece in pieces:
+            if isinstance(dtype, str) and ours not in exact:
+                kinds[piece.name] = QUANTIZED["q8_0" if ours in EIGHT_BITS else dtype][0]
+            else:
+                kinds[piece.name] = STORED[tensors[piece.name].dtype][0]
+    stored = {key: _in_blocks(key, tensors[key], kind) for key, kind in kinds.items()}
     with TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
         partial = Path(folder) / file.name
         with closing(gguf.GGUFWriter(partial, architecture)) as writer:
-            for key, tensor in tensors.items():
-                kind = STORED[tensor.dtype][0]
-                writer.add_tensor_info(key, tensor.shape, None, tensor.nbytes, raw_dtype=kind)  # type: ignore[arg-type]  # the code stands in its place
+            for key, kind in kinds.items():
+                writer.add_tensor_info(key, tensors[key].shape, None, stored[key].nbytes, raw_dtype=kind)  # type: ignore[arg-type]  # the code stands in its place
             _describe(writer, cfg, name, license, dtype)
             _add_tokenizer(writer, tokenizer, weights["wte.weight"].shape[0])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-        _append_tensors(partial, writer.data_alignment, tensors)
+        _append_tensors(partial, writer.data_alignment, stored)
         partial.replace(file)
 
 
@@ -146,6 +167,23 @@ def layout(cfg: ModelConfig) -> Layout:
     return table
 
 
+def _in_blocks(key: str, weight: Weight, kind: gguf.GGMLQuantizationType) -> Weight:
+    """What stands in the file: the bytes of its blocks, where it is quantized."""
+    if kind not in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0):
+        return weight
+    numbers, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    *outer, inputs = weight.shape
+    if inputs % numbers:
+        raise InputError(
+            f"{key} has {inputs} inputs, and {kind.name} wants a multiple of {numbers}; give another dtype"
+        )
+
+    def load() -> Tensor:
+        return torch.from_numpy(gguf.quants.quantize(weight.load().float().contiguous().numpy(), kind))
+
+    return Weight((*outer, inputs // numbers * num_bytes), torch.uint8, load)
+
+
 def _append_tensors(file: Path, alignment: int, tensors: Weights) -> None:
     total = sum(tensor.nbytes for tensor in tensors.values())
     with file.open("ab") as out, bar(f"writing {file.stem}", total) as advance:
@@ -163,13 +201,13 @@ def _bytes(tensor: Tensor) -> memoryview:
 # ---- metadata ------------------------------------------------------------------------------------------
 
 
-def _describe(writer: gguf.GGUFWriter, cfg: ModelConfig, name: str, license: str | None, dtype: torch.dtype) -> None:
+def _describe(writer: gguf.GGUFWriter, cfg: ModelConfig, name: str, license: str | None, dtype: GgufDtype) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     if license is not None:
         writer.add_license(license)
     writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
-    writer.add_file_type(STORED[dtype][1])
+    writer.add_file_type((QUANTIZED[dtype] if isinstance(dtype, str) else STORED[dtype])[1])
 
     writer.add_context_length(cfg.max_seq_len)
     writer.add_embedding_length(cfg.d_model)

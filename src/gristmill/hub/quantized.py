@@ -14,7 +14,7 @@ hold inputs as all others do: [E * D, F].
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -220,8 +220,12 @@ class QuantizeConfig:
     An output matrix of its own gets 8 bits whatever the others have. Embeddings, norms and routers stay as they are.
     """
 
-    bits: Literal[4, 8] = 8
+    bits: int = 8
     group: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS or self.group not in GROUPS:
+            raise InputError(f"bits={self.bits} must be one of {BITS}, group={self.group} one of {GROUPS}")
 
     def bits_of(self, cfg: ModelConfig) -> dict[str, int]:
         """Our name of each matrix that is quantized -> its bits. Raises InputError when the groups do not fit one."""
@@ -232,18 +236,29 @@ class QuantizeConfig:
             elif ".attn.Wqkv." in name or ".attn.out_proj." in name or ".experts." in name:
                 found[name] = self.bits
             inputs = shape[1] if is_transposed(name) else shape[-1]
-            if name in found and (self.group not in GROUPS or inputs % self.group):
+            if name in found and inputs % self.group:
                 fitting = [group for group in GROUPS if inputs % group == 0]
                 raise InputError(
-                    f"group={self.group} must be one of {GROUPS} and divide the {inputs} inputs of {name}; "
-                    + (f"of these {', '.join(map(str, fitting))} would" if fitting else "none of these does")
+                    f"group={self.group} must divide the {inputs} inputs of {name}; "
+                    + (f"{', '.join(map(str, fitting))} would" if fitting else f"none of {GROUPS} does")
                 )
         return found
+
+    def num_bytes(self, cfg: ModelConfig, weights: Weights) -> int:
+        """Of the model's tensors when it is quantized, but for the shapes beside the codes."""
+        bits, total = self.bits_of(cfg), 0.0
+        for name, weight in weights.items():
+            count = torch.Size(weight.shape).numel()
+            if name in bits:
+                total += count * (bits[name] / 8 + 2 / self.group)
+            else:
+                total += min(count * 2, weight.nbytes) if name == "wte.weight" else weight.nbytes
+        return int(total)
 
     def to_json(self, cfg: ModelConfig) -> dict[str, Any]:
         """`quantization_config`, in the form of compressed-tensors."""
         groups = {"group_0": self._group(["Linear"], self.bits)}
-        if not cfg.tie_word_embeddings and self.bits != HEAD_BITS:
+        if not cfg.tie_word_embeddings:  # named, or SGLang would take it for a plain one
             groups["group_1"] = self._group(["re:.*lm_head$"], HEAD_BITS)
         return {
             "quant_method": "compressed-tensors",

@@ -1,0 +1,143 @@
+"""`gristmill quantize`: a model's matrices become codes, tensor by tensor, and what that costs is measured."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gristmill import artifact
+from gristmill.artifact import Artifact, Built
+from gristmill.errors import InputError
+from gristmill.evaluate import Document, bits_per_byte, read_documents
+from gristmill.hub import assemble
+from gristmill.hub.card import model_card
+from gristmill.hub.export import license_of, write_directory
+from gristmill.hub.folder import ModelFolder, open_model
+from gristmill.hub.importing import check_files, describe_source, finite, known_hashes
+from gristmill.hub.layout import as_one_expert
+from gristmill.hub.published import model_type_of
+from gristmill.hub.quantized import QuantizeConfig, QuantizedWeight
+from gristmill.hub.tensors import MAX_SHARD_BYTES
+from gristmill.inference.load import find_model
+from gristmill.inference.scorer import ModelScorer
+from gristmill.progress import bar, console
+from gristmill.tokenizer import Tokenizer
+
+FORMAT = 1
+MAX_TEST_BYTES = 500_000  # of a run's test documents, as its own evaluation takes by default
+MAX_WINDOW = 2048  # tokens that the model sees at once while it is measured
+
+
+def quantize_model(src: Path, out: Path, how: QuantizeConfig, documents: Path | None = None) -> Artifact:
+    """Write the model in `src` (a run folder, or whatever `open_model` takes) as the new directory `out`.
+
+    documents: a file of texts to measure the loss on; without it they are a run's test documents, and where there are
+    none, nothing is measured. Metrics: weight_bytes; test_bits_per_byte with before, after, loss (a share), documents,
+    bytes and window, or null. One tensor is in memory at a time, except while the loss is measured: then the model is.
+
+    Raises InputError for what cannot be quantized, or when `out` holds something.
+    """
+    texts = read_texts(documents) if documents else test_documents(src)
+    path = find_model(src)
+    model = open_model(path)
+    if any(isinstance(weight, QuantizedWeight) for weight in model.weights.values()):
+        raise InputError(f"{path} is quantized already; give the model that it was made from")
+    if texts and model.tokenizer is None:
+        raise InputError(f"{path} has no tokenizer, which the loss is measured with; put it there")
+    model_type_of(model.cfg)
+    num_bytes = how.num_bytes(*as_one_expert(model.cfg, model.weights))
+    hashes = check_files(path, known_hashes(path))
+    ours = artifact.load_ours(path)
+    origin = artifact.lineage(path) if ours else None
+    with artifact.building(out, num_bytes) as folder:
+        with bar("quantizing", num_bytes) as advance:
+            write_directory(folder, replace(model, weights=finite(model.weights)), None, MAX_SHARD_BYTES, advance, how)
+        loss = measure(model, open_model(folder), texts) if texts else None
+        said = describe(how, loss)
+        card = model_card(out.resolve().name, license_of(path, origin), model, ours, origin, None, said)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        console.print(f"  {said}", markup=False)
+        config = {"bits": how.bits, "group": how.group}
+        source = describe_source(path, hashes)
+        artifact.commit(
+            folder,
+            kind="quantized",
+            key=artifact.stage_key("quantized", FORMAT, config, {"source": source["fingerprint"]}),
+            config=config,
+            inputs={"model": ours} if ours else {},
+            built=Built(
+                metrics={"weight_bytes": num_bytes, "test_bits_per_byte": loss},
+                sources={} if ours else {source["name"]: source},
+            ),
+        )
+    return artifact.load(out)
+
+
+def describe(how: QuantizeConfig, loss: dict[str, Any] | None) -> str:
+    """One paragraph, for the console and for the card."""
+    matrices = f"matrices of {how.bits} bits, a scale for each {how.group} inputs; "
+    if loss is None:
+        return matrices + "what that costs was not measured (give --documents)"
+    before, after = loss["before"], loss["after"]
+    return matrices + f"test bits per byte {before:.3f} -> {after:.3f} ({loss['loss']:+.2%})"
+
+
+def measure(before: ModelFolder, after: ModelFolder, texts: Sequence[Document]) -> dict[str, Any]:
+    """Bits per byte of both on the same documents, in fp32; one model is in memory at a time."""
+    assert before.tokenizer is not None
+    tokenizer = Tokenizer.load(before.tokenizer)
+    window, num_bytes = min(before.cfg.max_seq_len, MAX_WINDOW), sum(document.num_bytes for document in texts)
+    figures = []
+    for model, name in ((before, "before"), (after, "after")):
+        with bar(f"measuring {name}", num_bytes) as advance:
+            scorer = ModelScorer(assemble(model.cfg, model.weights), window)
+            figures.append(bits_per_byte(texts, scorer, tokenizer, advance)["all"])
+    return {
+        "before": figures[0],
+        "after": figures[1],
+        "loss": figures[1] / figures[0] - 1,
+        "documents": len(texts),
+        "bytes": num_bytes,
+        "window": window,
+    }
+
+
+# ---- held-out text -------------------------------------------------------------------------------------
+
+
+def test_documents(src: Path) -> list[Document]:
+    """Of a run folder, those that its own evaluation scores; none where `src` is something else."""
+    run = artifact.load_ours(src)
+    if run and "corpus" in run.manifest["inputs"] and run.kind == "run":
+        return read_documents(src / run.manifest["inputs"]["corpus"]["path"], "test", MAX_TEST_BYTES)
+    corpora = [file.parent for file in src.glob("corpus/*/documents-test.parquet")]  # of a run that is not finished
+    if not corpora:
+        return []
+    return read_documents(max(corpora, key=lambda corpus: corpus.stat().st_mtime_ns), "test", MAX_TEST_BYTES)
+
+
+def read_texts(file: Path) -> list[Document]:
+    """A .parquet or .jsonl file with a `text` for each document; any other file is one document.
+
+    Raises InputError when it is not that, or empty.
+    """
+    try:
+        match file.suffix:
+            case ".parquet":
+                texts = pq.read_table(file, columns=["text"]).column("text").to_pylist()
+            case ".jsonl":
+                texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines() if line]
+            case _:
+                texts = [file.read_text(encoding="utf-8")]
+        documents = [Document(str(n), file.name, text, len(text.encode())) for n, text in enumerate(texts)]
+    except OSError as problem:
+        raise InputError(f"{file} cannot be read: {problem.strerror}; give a file of documents") from None
+    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as problem:
+        raise InputError(f"{file} is not documents in UTF-8, each with a `text`: {problem}") from None
+    if not any(document.num_bytes for document in documents):
+        raise InputError(f"{file} holds no text; give held-out documents")
+    return documents
