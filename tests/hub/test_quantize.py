@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from gristmill import artifact
 from gristmill.errors import Failure, InputError
-from gristmill.hub import assemble, in_memory, read_published, write_published
+from gristmill.hub import assemble, in_memory, open_weights, read_published, write_published
 from gristmill.hub.export import export_model
 from gristmill.hub.layout import as_one_expert
 from gristmill.hub.quantized import QuantizeConfig, QuantizedWeight, pack, unpack
@@ -88,6 +88,16 @@ def test_an_expert_that_is_not_quantized_is_read_alone_too(tiny: Tiny, changes: 
             assert torch.equal(weights[name].expert(expert), model.state_dict()[name][expert])
             half = weights[name].to(torch.bfloat16).expert(expert)
             assert torch.equal(half, model.state_dict()[name][expert].bfloat16())
+
+
+def test_an_expert_of_a_tensor_that_several_ranks_hold_is_read_from_its_parts(tmp_path: Path) -> None:
+    whole = torch.arange(5 * 4 * 6.0).view(5, 4, 6)
+    places = [(0, 3, 0, 2), (0, 3, 2, 4), (3, 5, 0, 4)]
+    save_file({f"w1@{a},{c},0": whole[a:b, c:d].contiguous() for a, b, c, d in places}, tmp_path / SINGLE)
+    weight = open_weights(tmp_path)["w1"]
+    assert all(torch.equal(weight.expert(expert), whole[expert]) for expert in range(5))
+    assert torch.equal(weight.read(1, 4), whole[1:4])
+    assert torch.equal(weight.load(), whole)
 
 
 def edit_config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:

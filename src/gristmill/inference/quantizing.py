@@ -20,7 +20,7 @@ from gristmill.hub.folder import ModelFolder, open_model
 from gristmill.hub.importing import check_files, describe_source, finite, known_hashes
 from gristmill.hub.layout import as_one_expert
 from gristmill.hub.published import model_type_of
-from gristmill.hub.quantized import QuantizeConfig, QuantizedWeight
+from gristmill.hub.quantized import HEAD_BITS, QuantizeConfig, QuantizedWeight
 from gristmill.hub.tensors import MAX_SHARD_BYTES
 from gristmill.inference.load import find_model
 from gristmill.inference.scorer import ModelScorer
@@ -79,7 +79,8 @@ def quantize_model(src: Path, out: Path, how: QuantizeConfig, documents: Path | 
 
 def describe(how: QuantizeConfig, loss: dict[str, Any] | None) -> str:
     """One paragraph, for the console and for the card."""
-    matrices = f"matrices of {how.bits} bits, a scale for each {how.group} inputs; "
+    output = "" if how.bits == HEAD_BITS else f" (an output matrix of its own has {HEAD_BITS})"
+    matrices = f"matrices of {how.bits} bits{output}, a scale for each {how.group} inputs; "
     if loss is None:
         return matrices + "what that costs was not measured (give --documents)"
     before, after = loss["before"], loss["after"]
