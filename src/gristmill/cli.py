@@ -144,13 +144,17 @@ def generate(
         typer.Option(help="Above 1 makes what was said less probable. [default: as published, else 1: none]"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answer with JSON that is valid for this schema.")
+    ] = None,
 ) -> None:
     """Continue a text, or answer it, streaming. The prompt is text only: control tokens in it stay characters."""
-    from gristmill.inference import find_model, load_model, stream
+    from gristmill.inference import find_model, load_model, read_schema, stream
     from gristmill.inference.settings import published_sampling
 
     if system is not None and not chat:
         raise InputError("--system speaks to a conversation; add --chat")
+    grammar = read_schema(json_schema) if json_schema is not None else None
     published = published_sampling(find_model(model))
     for setting in published.not_applied:
         print(f"note: the model is published with {setting}, which is not applied", file=sys.stderr)
@@ -166,7 +170,8 @@ def generate(
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     sys.stdout.write("" if chat else prompt)
-    for text in stream(loaded, its_tokenizer, messages if chat else prompt, sampling, max_tokens, published.stop_ids):
+    asked = messages if chat else prompt
+    for text in stream(loaded, its_tokenizer, asked, sampling, max_tokens, published.stop_ids, grammar):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")

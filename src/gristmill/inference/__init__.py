@@ -5,6 +5,7 @@ May use the model, hub and evaluate's `Scorer`; it changes nothing in them.
 
 from gristmill.inference.engine import Engine, Stream
 from gristmill.inference.generate import complete, generate, stream
+from gristmill.inference.grammar import ANY_OBJECT, Grammar, JsonSchema, Regex, read_schema
 from gristmill.inference.load import find_model, load_engine, load_model
 from gristmill.inference.requests import Piece, Request, Token
 from gristmill.inference.sampler import Sampling
@@ -12,11 +13,15 @@ from gristmill.inference.scheduler import EngineConfig, QueueFull
 from gristmill.inference.scorer import ModelScorer
 
 __all__ = [
+    "ANY_OBJECT",
     "Engine",
     "EngineConfig",
+    "Grammar",
+    "JsonSchema",
     "ModelScorer",
     "Piece",
     "QueueFull",
+    "Regex",
     "Request",
     "Sampling",
     "Stream",
@@ -26,5 +31,6 @@ __all__ = [
     "generate",
     "load_engine",
     "load_model",
+    "read_schema",
     "stream",
 ]

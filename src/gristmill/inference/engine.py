@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gristmill.errors import InputError
 from gristmill.inference.answer import Answer
+from gristmill.inference.grammar import Constraint, Grammars
 from gristmill.inference.layers import Layers
 from gristmill.inference.requests import Piece, Request, Token
 from gristmill.inference.runner import Runner
@@ -26,8 +27,11 @@ from gristmill.tokenizer import Tokenizer
 class Choice:
     """One answer on its way: its job, and what is made of its tokens."""
 
-    def __init__(self, stream: "Stream", number: int, job: Job, answer: Answer, vocab_size: int) -> None:
-        self.stream, self.number, self.job, self.answer = stream, number, job, answer
+    def __init__(
+        self, stream: "Stream", number: int, job: Job, answer: Answer, constraint: Constraint | None, vocab_size: int
+    ) -> None:
+        self.stream, self.number, self.job, self.answer, self.constraint = stream, number, job, answer, constraint
+        self.is_broken = False  # its grammar passed a limit
         request = stream.request
         self.history = History(job.prompt, vocab_size) if request.sampling.has_penalties else None
         self.scores_prompt = request.scores_prompt
@@ -84,23 +88,28 @@ class Engine:
         self.model, self.cfg, self.tokenizer = model, cfg or EngineConfig(), tokenizer
         self.scheduler = Scheduler(self.cfg)
         self.runner = Runner(model, self.cfg.num_blocks, self.cfg.block_tokens, layers)
+        self.grammars = Grammars(tokenizer, model.wte.num_embeddings) if tokenizer else None
         self._choices: dict[Job, Choice] = {}
 
     def submit(self, request: Request) -> Stream:
         """Raises InputError for what can never be done, QueueFull for what cannot be done now."""
         max_tokens = self._check(request)
         stream, vocab_size = Stream(self, request), self.model.wte.num_embeddings
+        stop_ids = request.stop_ids | ({self.tokenizer.eot_id} if request.grammar and self.tokenizer else set())
         for number in range(request.n):
             job = Job(
                 prompt=tuple(request.prompt),
                 max_tokens=max_tokens,
-                stop_ids=request.stop_ids,
+                stop_ids=stop_ids,
                 priority=request.priority,
                 salt=request.tenant,
                 reuse=not request.scores_prompt,  # which needs the logits of all of it
             )
             answer = Answer(self.tokenizer.stream_decoder() if self.tokenizer else None, request.stop)
-            stream.choices.append(Choice(stream, number, job, answer, vocab_size))
+            constraint = None
+            if request.grammar is not None and self.grammars is not None:
+                constraint = self.grammars.start(request.grammar, stop_ids)
+            stream.choices.append(Choice(stream, number, job, answer, constraint, vocab_size))
         self.scheduler.submit([choice.job for choice in stream.choices])
         self._choices.update((choice.job, choice) for choice in stream.choices)
         return stream
@@ -139,6 +148,8 @@ class Engine:
             raise InputError(f"logit_bias has an id above the model's last, {vocab_size - 1}; leave it out")
         if request.stop and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer, and this engine has none; give stop_ids")
+        if request.grammar is not None and self.tokenizer is None:
+            raise InputError("a grammar needs a tokenizer, and this engine has none; leave it out")
         if request.max_tokens is None:
             return min(context, self.cfg.num_blocks * self.cfg.block_tokens) - len(prompt)
         if len(prompt) + request.max_tokens > context:
@@ -165,10 +176,17 @@ class Engine:
             if position < len(job.prompt):
                 choice.echoed.append(_token(job.prompt[position], logits_V, logprobs))
             else:
-                sampling = choice.stream.request.sampling
-                number = chance(sampling.seed, choice.number, position)
-                tokens[job] = _token(pick(logits_V, sampling, number, choice.history), logits_V, logprobs)
+                tokens[job] = _token(self._pick(choice, position, logits_V), logits_V, logprobs)
         return tokens
+
+    def _pick(self, choice: Choice, position: int, logits_V: Tensor) -> int:
+        allowed_V = choice.constraint.allowed() if choice.constraint else None
+        if choice.constraint and allowed_V is None:
+            choice.is_broken = True
+            assert self.tokenizer is not None
+            return self.tokenizer.eot_id  # ends it, and is not part of it
+        sampling = choice.stream.request.sampling
+        return pick(logits_V, sampling, chance(sampling.seed, choice.number, position), choice.history, allowed_V)
 
     def _deliver(self, choice: Choice, token: Token | None) -> None:
         """After a step: what may go out."""
@@ -180,6 +198,8 @@ class Engine:
         if token is not None and not (job.finish == "stop" and token.id in job.stop_ids):
             if choice.history is not None:
                 choice.history.add(token.id)
+            if choice.constraint is not None:
+                choice.constraint.add(token.id)
             text, tokens = choice.answer.feed(token)
             if choice.answer.is_stopped:
                 self.scheduler.finish(job, "stop")
@@ -191,6 +211,8 @@ class Engine:
     def _close(self, choice: Choice, text: str, tokens: list[Token]) -> None:
         rest, last = choice.answer.end()
         finish = "stop" if choice.answer.is_stopped else choice.job.finish  # also where it was the last token anyway
+        if choice.is_broken:
+            finish = "error"
         self._push(choice, text + rest, tokens + last, finish)
         del self._choices[choice.job]
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from gristmill.inference.engine import Engine, Stream
+from gristmill.inference.grammar import Grammar
 from gristmill.inference.requests import Request
 from gristmill.inference.sampler import Sampling
 from gristmill.inference.scheduler import EngineConfig
@@ -45,18 +46,19 @@ def stream(
     sampling: Sampling,
     max_tokens: int,
     stop_ids: frozenset[int] = frozenset(),
+    grammar: Grammar | None = None,
 ) -> Iterator[str]:
     """What comes after the prompt as it is made, in pieces of whole characters.
 
     prompt: a text to continue, or the messages of a conversation whose next turn is the assistant's. It ends with the
-    document or the turn, or at one of `stop_ids`.
+    document or the turn, or at one of `stop_ids`. grammar: the form that it has.
     """
     if isinstance(prompt, str):
         ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
     else:
         ids = tokenizer.chat(prompt, generation_prompt=True)
     stops = stop_ids | {tokenizer.eot_id, tokenizer.im_end_id}
-    [made] = _submit(model, [ids], sampling, max_tokens, stops, tokenizer)
+    [made] = _submit(model, [ids], sampling, max_tokens, stops, tokenizer, grammar)
     for piece in made:
         if piece.text:
             yield piece.text
@@ -69,6 +71,7 @@ def _submit(
     max_tokens: int,
     stop_ids: frozenset[int],
     tokenizer: Tokenizer | None = None,
+    grammar: Grammar | None = None,
 ) -> list[Stream]:
     """To an engine whose cache has room for all of them, or for what CACHE_TOKENS allows."""
     requests = [
@@ -77,6 +80,7 @@ def _submit(
             max_tokens=max(0, min(max_tokens, model.cfg.max_seq_len - len(prompt))),
             sampling=replace(sampling, seed=(sampling.seed + number) % 2**63),
             stop_ids=stop_ids,
+            grammar=grammar,
         )
         for number, prompt in enumerate(prompts)
     ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from gristmill.errors import InputError
+from gristmill.inference.grammar import Grammar
 from gristmill.inference.sampler import Sampling
 from gristmill.inference.scheduler import Finish
 
@@ -15,7 +16,8 @@ MAX_TOP = 20  # of the most probable tokens that may be asked for beside each
 class Request:
     """prompt: ids. max_tokens: None is as many as there is room for. n: answers, which differ by chance alone.
 
-    stop_ids end an answer, as does a text of `stop` in it; neither becomes part of it.
+    stop_ids end an answer, as does a text of `stop` in it; neither becomes part of it. grammar: the form that an answer
+    has which ends by itself; one that ends with "length" or at something of `stop` is the beginning of such a text.
     logprobs: None, or how many of the most probable tokens are told beside each one's own log-probability, which is of
     the model's distribution, before bias, penalties and temperature. echo: the prompt comes first, as the beginning of
     each answer. priority: 0 goes before 1. tenant: prompts of one are not looked for among those of another.
@@ -27,6 +29,7 @@ class Request:
     n: int = 1
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
+    grammar: Grammar | None = None
     logprobs: int | None = None
     echo: bool = False
     priority: int = 0
@@ -59,7 +62,8 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """More of answer number `choice`. `finish` stands on its last piece. A token comes when its text has come."""
+    """More of answer number `choice`. `finish` stands on its last piece; "error" is a grammar's limit of work for
+    one step, passed in the middle of an answer. A token comes when its text has come."""
 
     choice: int
     text: str

@@ -1,8 +1,10 @@
 """From logits to the next token. Pure: the same logits, settings, history and number of chance give the same token.
 
-The order is that of transformers: bias, penalties, temperature, top-k, top-p, min-p. The kept tokens are its own too,
-up to rounding at an edge (it computes in fp32; here all after the penalties is float64), but for one case: of equal
-logits on both sides of top-p's edge as many are kept, here those of lower ids, there what an unstable sort says.
+The order is that of transformers: bias, penalties, grammar, temperature, top-k, top-p, min-p. The grammar comes before
+all that keeps the most probable tokens, so those are the most probable of the allowed ones, and never none. The kept
+tokens are transformers' own, up to rounding at an edge (it computes in fp32; here all past the grammar is float64), but
+for one case: of equal logits on both sides of top-p's edge as many are kept, here those of lower ids, there what an
+unstable sort says.
 
 Shapes: V vocabulary.
 """
@@ -93,8 +95,10 @@ def penalized(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
     return torch.where(seen_V, torch.where(logits_V < 0, logits_V * penalty, logits_V / penalty), logits_V)
 
 
-def adjusted(logits_V: Tensor, sampling: Sampling, history: History | None = None) -> Tensor:
-    """The logits with bias and penalties."""
+def adjusted(
+    logits_V: Tensor, sampling: Sampling, history: History | None = None, allowed_V: Tensor | None = None
+) -> Tensor:
+    """The logits with bias and penalties; minus infinity for ids that are not in `allowed_V` (bool)."""
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias))
         bias = torch.tensor(list(sampling.logit_bias.values()), dtype=logits_V.dtype)
@@ -105,7 +109,7 @@ def adjusted(logits_V: Tensor, sampling: Sampling, history: History | None = Non
             logits_V = penalized(logits_V, history.seen_V, sampling.repetition_penalty)
         made_V = history.made_V
         logits_V = logits_V - sampling.presence_penalty * (made_V > 0) - sampling.frequency_penalty * made_V
-    return logits_V
+    return logits_V if allowed_V is None else logits_V.masked_fill(~allowed_V, -torch.inf)
 
 
 def kept(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -114,7 +118,7 @@ def kept(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     Of equal logits the lower id comes first. temperature must be positive. logits_V: see `adjusted`.
     """
     order = logits_V.double().sort(descending=True, stable=True)
-    values = order.values
+    values = order.values[: int((order.values > -torch.inf).sum())]
     if sampling.top_k is not None and sampling.top_k < len(values):
         values = values[values >= values[sampling.top_k - 1]]
     probs = (values / sampling.temperature).softmax(0)
@@ -125,12 +129,18 @@ def kept(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     return order.indices[:count], probs[:count] / probs[:count].sum()
 
 
-def pick(logits_V: Tensor, sampling: Sampling, chance: float, history: History | None = None) -> int:
+def pick(
+    logits_V: Tensor,
+    sampling: Sampling,
+    chance: float,
+    history: History | None = None,
+    allowed_V: Tensor | None = None,
+) -> int:
     """The next token's id. chance: a number from 0 to below 1, of which the greedy choice has no need.
 
-    history: needed with penalties, and not looked at without.
+    history: needed with penalties, and not looked at without. allowed_V: see `adjusted`; None is all.
     """
-    logits_V = adjusted(logits_V.cpu(), sampling, history)
+    logits_V = adjusted(logits_V.cpu(), sampling, history, allowed_V)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     ids, probs = kept(logits_V, sampling)

@@ -22,7 +22,7 @@ from typing import Literal
 from gristmill.errors import Failure, InputError
 from gristmill.inference.blocks import Blocks, chained
 
-Finish = Literal["stop", "length", "cancelled"]
+Finish = Literal["stop", "length", "cancelled", "error"]
 
 
 class QueueFull(Failure):

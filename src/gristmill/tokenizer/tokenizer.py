@@ -122,6 +122,13 @@ class Tokenizer:
         """`decode_bytes` as text; bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
+    @cached_property
+    def text_pieces(self) -> list[bytes]:
+        """The bytes of each id that text may have; empty for control tokens and for ids that no token has."""
+        parsed, _ = _without_added_tokens(self._description)
+        ids = set(parsed["model"]["vocab"].values())
+        return [piece if id in ids else b"" for id, piece in enumerate(self._bytes)]
+
     def stream_decoder(self) -> "StreamDecoder":
         """For text that arrives id by id."""
         return StreamDecoder(self)
