@@ -1,5 +1,6 @@
 """The command line as a person meets it: exit codes, messages without tracebacks, nothing lost."""
 
+import json
 import os
 import re
 import shutil
@@ -53,6 +54,17 @@ def test_generate_streams_the_same_text_for_the_same_seed(tiny_run: Path) -> Non
     assert first.returncode == 0, first.stderr
     assert first.stdout == second.stdout
     assert first.stdout.startswith("kam")
+
+
+def test_generate_keeps_to_a_schema(tiny_run: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(
+        '{"type": "object", "properties": {"ripe": {"type": "boolean"}}, "required": ["ripe"], '
+        '"additionalProperties": false}'
+    )
+    result = gristmill("generate", tiny_run, "kam", "--max-tokens", "100", "--json-schema", schema)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.removeprefix("kam"))["ripe"] in (True, False)
 
 
 def test_the_cards_three_lines_print_what_generate_prints(tiny_run: Path, tmp_path: Path) -> None:

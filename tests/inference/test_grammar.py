@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -18,7 +19,18 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from gristmill.errors import InputError
-from gristmill.inference import ANY_OBJECT, Engine, EngineConfig, Grammar, JsonSchema, Regex, Request, Sampling, llguide
+from gristmill.inference import (
+    ANY_OBJECT,
+    Engine,
+    EngineConfig,
+    Grammar,
+    JsonSchema,
+    Regex,
+    Request,
+    Sampling,
+    llguide,
+    read_schema,
+)
 from gristmill.inference.grammar import Grammars
 from gristmill.inference.sampler import pick
 from gristmill.model import Transformer
@@ -337,8 +349,8 @@ CIRCLE["allOf"] = [CIRCLE]
         ([], "must be a JSON object"),
         ({"$ref": "#"}, "no text has this form"),
         ({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "no text has"),
-        (chained(1500), "more than 1 s, 256 MiB or the stack"),  # it overflows a stack
-        ({"type": "integer", "multipleOf": 10**7 + 19}, "more than 1 s, 256 MiB or the stack"),
+        (chained(1500), "more than 1 s, 128 MiB or the stack"),  # it overflows a stack
+        ({"type": "integer", "multipleOf": 10**7 + 19}, "more than 1 s, 128 MiB or the stack"),
         ({"allOf": [{"anyOf": [{"properties": {f"{p}{n}": {}}} for p in "ab"]} for n in range(16)]}, "too large"),
         ({"type": "object", "properties": {f"p{n}": {} for n in range(1500)}}, "Current row has"),
         ({"type": "string", "pattern": "^(\\p{L}{1,100}){1,100}$", "minLength": 9}, "refused"),
@@ -369,6 +381,7 @@ def test_hostile_schemas_are_refused(grammars: Grammars, schema: Any, says: str)
         ("(?=a)b", "look-around"),
         ("(a)\\1", "backreferences"),
         ("[", "unclosed"),
+        ("a\\\\\\", "escapes nothing"),
         ("[^\\s\\S]", "no text has this form|refused"),
     ],
 )
@@ -401,6 +414,23 @@ def test_a_grammar_that_grows_too_hard_ends_its_own_answer_alone(tiny: Tiny, tok
     assert pieces[-1].finish == "error"
     assert "".join(piece.text for piece in easy) == "a" * 120
     assert busy.scheduler.is_idle
+
+
+def test_a_schema_is_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    for text, says in (
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "must be a JSON object"),
+        (" " * 300_000, "more than 262144 bytes"),
+    ):
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(InputError, match=f"schema.json.*{says}"):
+            read_schema(file)
+    file.write_text(json.dumps(POINT.schema, indent=4))
+    assert read_schema(file) == POINT
 
 
 def test_the_helper_is_started_again_when_someone_ends_it(grammars: Grammars) -> None:

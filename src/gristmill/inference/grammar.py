@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,12 +23,9 @@ from gristmill.errors import InputError
 from gristmill.inference import llguide
 from gristmill.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
-
 MAX_BYTES = 65536  # of a schema as JSON, of a pattern as UTF-8
 MAX_DEPTH = 64  # of a schema, in levels of JSON
-KEPT = 64  # compiled grammars of an engine
+KEPT = 16  # compiled grammars of an engine; the worst that the limits let through has 50 MB
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,8 @@ class Regex:
             raise InputError("pattern has a lone surrogate (U+D800 to U+DFFF), which no UTF-8 text can hold") from None
         if size > MAX_BYTES:
             raise InputError(f"pattern has {size} bytes; at most {MAX_BYTES} are taken; make it shorter")
+        if (len(self.pattern) - len(self.pattern.rstrip("\\"))) % 2:  # which llguidance would leave out
+            raise InputError("pattern ends with a backslash that escapes nothing; double it, or leave it out")
 
 
 Grammar = JsonSchema | Regex
@@ -140,7 +139,7 @@ ANY_OBJECT = JsonSchema({"type": "object"})  # `response_format: {"type": "json_
 class Constraint:
     """Where one answer stands in its form: of the ids that it has, and of nothing else, follows what may come."""
 
-    def __init__(self, matcher: "LLMatcher", size: int, vocab_size: int, ends: frozenset[int]) -> None:
+    def __init__(self, matcher: "llguide.Matcher", size: int, vocab_size: int, ends: frozenset[int]) -> None:
         self._matcher, self._size, self._ends = matcher, size, sorted(ends)
         self._allowed_V = torch.zeros(vocab_size, dtype=torch.bool)
 
@@ -163,7 +162,7 @@ class Constraint:
         self._matcher.consume_token(id)
 
 
-_words: "WeakKeyDictionary[Tokenizer, LLTokenizer]" = WeakKeyDictionary()
+_words: "WeakKeyDictionary[Tokenizer, llguide.Vocabulary]" = WeakKeyDictionary()
 
 
 class Grammars:
@@ -171,11 +170,11 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[str, llguide.Matcher] = OrderedDict()
         self._lock = threading.Lock()
 
-    def compile(self, grammar: Grammar) -> "LLMatcher":
-        """Takes up to a second of a processor and up to 256 MiB in another process, then as much here.
+    def compile(self, grammar: Grammar) -> "llguide.Matcher":
+        """Takes up to a second of a processor and up to 128 MiB in another process, then as much here.
 
         A server calls it where the wait holds up nobody else; a request with the same grammar then finds it.
         Raises InputError for what is not a form or exceeds the limits, and without llguidance.
@@ -214,7 +213,7 @@ class Grammars:
         ends = {id for id in stop_ids if id < len(words) and not words[id]} | {self.tokenizer.eot_id}
         return Constraint(matcher, len(words), self.vocab_size, frozenset(ends))
 
-    def _vocabulary(self) -> "LLTokenizer":
+    def _vocabulary(self) -> "llguide.Vocabulary":
         if (found := _words.get(self.tokenizer)) is None:
             found = _words[self.tokenizer] = llguide.vocabulary(self.tokenizer.text_pieces, self.tokenizer.eot_id)
         return found

@@ -24,8 +24,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+    Matcher = LLMatcher
+    Vocabulary = LLTokenizer
+
 COMPILE_S = 1.0  # of a processor
-COMPILE_BYTES = 256 << 20
+COMPILE_BYTES = 128 << 20
 COMPILE_STACK = 2 << 20  # any thread of the server has more
 WAIT_S = 60.0  # for an answer of the helper, on however busy a machine
 TRIED_TOKENS = 64  # of an answer, after the compile: what a first step cannot do is refused before anyone waits for it
@@ -46,13 +49,12 @@ class Words:
         raise AssertionError("nothing is encoded with no_forcing")
 
 
-def vocabulary(tokens: Sequence[bytes], end: int) -> "LLTokenizer":
-    """tokens: what each id adds to the text; empty for those that must never be drawn. end: the id after the last."""
+def vocabulary(tokens: Sequence[bytes], end: int) -> "Vocabulary":
+    """tokens: what each id adds to the text; empty for those that must never be drawn. end: the id that says so."""
     from llguidance import LLTokenizer
 
-    tokens = [piece or b"" for piece in tokens]
-    tokens[end] = tokens[end] or b"end"
-    return LLTokenizer(Words(tokens, end), n_vocab=len(tokens), eos_token=[end])  # type: ignore[arg-type]
+    pieces = [*tokens[:end], b"end", *tokens[end + 1 :]]  # a special one: no text has it
+    return LLTokenizer(Words(pieces, end), n_vocab=len(pieces), eos_token=[end])  # type: ignore[arg-type]
 
 
 def of_json_schema(schema: str) -> str:
@@ -71,7 +73,7 @@ def _headed(grammar: str) -> str:
     return '%llguidance {"no_forcing": true}\n' + grammar  # forcing long texts is work that no limit counts
 
 
-def compiled(words: "LLTokenizer", grammar: str) -> "LLMatcher":
+def compiled(words: "Vocabulary", grammar: str) -> "Matcher":
     """At the beginning of its text; `is_error` says whether it can be used."""
     from llguidance import LLMatcher, LLParserLimits
 
@@ -88,7 +90,7 @@ def compiled(words: "LLTokenizer", grammar: str) -> "LLMatcher":
     return LLMatcher(words, grammar, log_level=0, limits=limits)
 
 
-def said(matcher: "LLMatcher") -> str:
+def said(matcher: "Matcher") -> str:
     """Why it cannot go on, in a line; empty where it can."""
     lines = [line.strip() for line in matcher.get_error().splitlines() if line.strip() and line[0] != "<"]
     if lines[:1] == ["NoExtensionBias"]:
@@ -126,7 +128,12 @@ class Helper:
     def _started(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-P", __file__]
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+            command,
+            env={**os.environ, "MALLOC_ARENA_MAX": "1"},  # or a thread's reserve would count as used
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
         )
         self._line(process)  # it has started: what comes from now on is a grammar's fault
         return process
