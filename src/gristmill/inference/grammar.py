@@ -142,6 +142,7 @@ class Constraint:
     def __init__(self, matcher: "llguide.Matcher", size: int, vocab_size: int, ends: frozenset[int]) -> None:
         self._matcher, self._size, self._ends = matcher, size, sorted(ends)
         self._allowed_V = torch.zeros(vocab_size, dtype=torch.bool)
+        self._view_V = self._allowed_V.numpy()  # torch would wake its threads for so little
 
     def allowed(self) -> Tensor | None:
         """[V] of bool, to be read before the next call: at the end of a text `ends` too, or alone.
@@ -152,9 +153,9 @@ class Constraint:
         if self._matcher.is_error():
             return None
         bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=self._size, bitorder="little")
-        self._allowed_V[: self._size] = torch.from_numpy(bits.astype(np.bool_))
+        self._view_V[: self._size] = bits.view(np.bool_)
         if self._matcher.is_stopped() or self._matcher.is_accepting():
-            self._allowed_V[self._ends] = True
+            self._view_V[self._ends] = True
         return self._allowed_V
 
     def add(self, id: int) -> None:
