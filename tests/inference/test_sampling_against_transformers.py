@@ -113,9 +113,11 @@ def test_every_step_of_a_batch_draws_from_the_processors_distribution_of_its_pre
 ) -> None:
     steps: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
-    def recording(logits_V: torch.Tensor, sampling: Sampling, chance: float, history: History | None) -> int:
+    def recording(
+        logits_V: torch.Tensor, sampling: Sampling, chance: float, history: History | None, allowed_V: None
+    ) -> int:
         steps.append((logits_V.clone(), None if history is None else history.seen_V.clone()))
-        return pick(logits_V, sampling, chance, history)
+        return pick(logits_V, sampling, chance, history, allowed_V)
 
     monkeypatch.setattr(engine, "pick", recording)
     sampling = Sampling(seed=5, **settings)
