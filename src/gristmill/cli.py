@@ -147,9 +147,13 @@ def generate(
     json_schema: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Answer with JSON that is valid for this schema.")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="At most so much memory, like 16GiB: what does not fit is read when used."),
+    ] = None,
 ) -> None:
     """Continue a text, or answer it, streaming. The prompt is text only: control tokens in it stay characters."""
-    from gristmill.inference import find_model, load_model, read_schema, stream
+    from gristmill.inference import EngineConfig, find_model, load_engine, parse_bytes, read_schema, stream
     from gristmill.inference.settings import published_sampling
 
     if system is not None and not chat:
@@ -166,12 +170,14 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    loaded, its_tokenizer = load_model(model)
+    most = len((system or "").encode()) + len(prompt.encode()) + max_tokens + 64  # a token is at least a byte
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    engine = load_engine(model, EngineConfig(cache_tokens=most), memory_bytes=memory_bytes)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     sys.stdout.write("" if chat else prompt)
     asked = messages if chat else prompt
-    for text in stream(loaded, its_tokenizer, asked, sampling, max_tokens, published.stop_ids, grammar):
+    for text in stream(engine, asked, sampling, max_tokens, published.stop_ids, grammar):
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -10,7 +10,7 @@ from gristmill.artifact import Artifact, Built
 from gristmill.errors import Failure, InputError
 from gristmill.hub import in_memory, write_published, write_weights
 from gristmill.hub.settings import SpecialIds
-from gristmill.inference import Sampling, generate, load_model, stream
+from gristmill.inference import Engine, Sampling, generate, load_model, stream
 from gristmill.model import Transformer
 from gristmill.tokenizer import Tokenizer
 
@@ -82,7 +82,9 @@ def test_a_text_streams_in_whole_characters_that_join_to_the_decoded_ids(
         ids = [tokenizer.eot_id, *tokenizer.encode("é <|endoftext|>")]
         stops = frozenset({tokenizer.eot_id, tokenizer.im_end_id})
         made = list(generate(model, ids, sampling, 40, stops))
-        assert "".join(stream(model, tokenizer, "é <|endoftext|>", sampling, 40)) == tokenizer.decode(made)
+        assert "".join(stream(Engine(model, tokenizer=tokenizer), "é <|endoftext|>", sampling, 40)) == tokenizer.decode(
+            made
+        )
 
 
 def test_a_conversation_is_answered_after_its_chat_ids_and_stops_at_the_published_ids(
@@ -95,9 +97,9 @@ def test_a_conversation_is_answered_after_its_chat_ids_and_stops_at_the_publishe
     ends = frozenset({tokenizer.eot_id, tokenizer.im_end_id})
     for sampling in (Sampling(temperature=0.0), Sampling(temperature=1.5, seed=1)):
         made = list(generate(model, prompt, sampling, 20, ends))
-        assert "".join(stream(model, tokenizer, messages, sampling, 20)) == tokenizer.decode(made)
+        assert "".join(stream(Engine(model, tokenizer=tokenizer), messages, sampling, 20)) == tokenizer.decode(made)
         stop = made[4]
-        told = "".join(stream(model, tokenizer, messages, sampling, 20, frozenset({stop})))
+        told = "".join(stream(Engine(model, tokenizer=tokenizer), messages, sampling, 20, frozenset({stop})))
         assert told == tokenizer.decode(made[: made.index(stop)])
 
 

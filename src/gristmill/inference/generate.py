@@ -1,4 +1,4 @@
-"""Continues prompts on an engine of their own."""
+"""Continues prompts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +9,6 @@ from gristmill.inference.requests import Request
 from gristmill.inference.sampler import Sampling
 from gristmill.inference.scheduler import EngineConfig
 from gristmill.model import Transformer
-from gristmill.tokenizer import Tokenizer
 
 CACHE_TOKENS = 65536  # at most; sequences that need more together take turns
 
@@ -40,8 +39,7 @@ def complete(
 
 
 def stream(
-    model: Transformer,
-    tokenizer: Tokenizer,
+    engine: Engine,
     prompt: str | Sequence[Mapping[str, str]],
     sampling: Sampling,
     max_tokens: int,
@@ -51,15 +49,18 @@ def stream(
     """What comes after the prompt as it is made, in pieces of whole characters.
 
     prompt: a text to continue, or the messages of a conversation whose next turn is the assistant's. It ends with the
-    document or the turn, or at one of `stop_ids`. grammar: the form that it has.
+    document or the turn, or at one of `stop_ids`. grammar: the form that it has. engine: one with a tokenizer.
     """
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
     if isinstance(prompt, str):
         ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
     else:
         ids = tokenizer.chat(prompt, generation_prompt=True)
     stops = stop_ids | {tokenizer.eot_id, tokenizer.im_end_id}
-    [made] = _submit(model, [ids], sampling, max_tokens, stops, tokenizer, grammar)
-    for piece in made:
+    max_tokens = max(0, min(max_tokens, engine.model.cfg.max_seq_len - len(ids)))
+    request = Request(prompt=ids, max_tokens=max_tokens, sampling=sampling, stop_ids=stops, grammar=grammar)
+    for piece in engine.submit(request):
         if piece.text:
             yield piece.text
 
@@ -70,8 +71,6 @@ def _submit(
     sampling: Sampling,
     max_tokens: int,
     stop_ids: frozenset[int],
-    tokenizer: Tokenizer | None = None,
-    grammar: Grammar | None = None,
 ) -> list[Stream]:
     """To an engine whose cache has room for all of them, or for what CACHE_TOKENS allows."""
     requests = [
@@ -80,12 +79,11 @@ def _submit(
             max_tokens=max(0, min(max_tokens, model.cfg.max_seq_len - len(prompt))),
             sampling=replace(sampling, seed=(sampling.seed + number) % 2**63),
             stop_ids=stop_ids,
-            grammar=grammar,
         )
         for number, prompt in enumerate(prompts)
     ]
     block = EngineConfig.block_tokens
     needs = [-(-(len(r.prompt) + (r.max_tokens or 0)) // block) * block for r in requests]
     cache_tokens = max(max(needs, default=0), min(sum(needs), CACHE_TOKENS), block)
-    engine = Engine(model, EngineConfig(cache_tokens=cache_tokens, max_waiting=max(1, len(prompts))), tokenizer)
+    engine = Engine(model, EngineConfig(cache_tokens=cache_tokens, max_waiting=max(1, len(prompts))))
     return [engine.submit(request) for request in requests]

@@ -1,15 +1,16 @@
 """Finds and loads a model wherever it stands: a run folder, a checkpoint, a Hugging Face directory."""
 
+import re
 from pathlib import Path
 
 import torch
 
 from gristmill import artifact
 from gristmill.errors import InputError
-from gristmill.hub import Weights, assemble
+from gristmill.hub import QuantizedWeight, Weights, assemble
 from gristmill.hub.checkpoint import CONFIG
 from gristmill.hub.folder import ModelFolder, open_model
-from gristmill.hub.published import CONFIG_JSON
+from gristmill.hub.published import CONFIG_JSON, main_dtype
 from gristmill.hub.tensors import check_names
 from gristmill.inference.disk import AT_ONCE, READERS
 from gristmill.inference.engine import Engine
@@ -36,17 +37,18 @@ def load_model(path: Path, compute_dtype: torch.dtype = torch.float32) -> tuple[
 def load_engine(
     path: Path,
     cfg: EngineConfig | None = None,
-    compute_dtype: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype | None = None,
     memory_bytes: int | None = None,
 ) -> Engine:
     """An engine of the model, whose matrices are packed as they are read: none is in memory twice.
 
+    compute_dtype: None is that of the stored weights; bf16 where they are quantized, fp32 where they are fp16.
     memory_bytes: for the process, everything that cannot be read again included; experts that do not fit stay on
     disk. The system may keep more of the files in memory that it has to spare. Raises as `load_model`, and InputError
     when too little is left.
     """
     found, tokenizer = _open(path)
-    cfg = cfg or EngineConfig()
+    cfg, compute_dtype = cfg or EngineConfig(), compute_dtype or _stored_dtype(found.weights)
     if not native.serves(torch.empty(0, dtype=compute_dtype)):
         if memory_bytes is not None:
             raise InputError("a memory bound needs the native kernels, which are not built here; leave it out")
@@ -63,6 +65,21 @@ def load_engine(
     if memory_bytes is not None and found.cfg.ffn == "moe":
         disk_bytes = memory_bytes - _taken(model, found.weights, cfg)
     return Engine(model, cfg, tokenizer, NativeLayers(model, found.weights, disk_bytes))
+
+
+def parse_bytes(text: str) -> int:
+    """ "16GiB", "900 MB": raises InputError for another form."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text.strip())
+    if found is None:
+        raise InputError(f"{text!r:.40} is no amount of memory; write it like 16GiB, 900MiB or 1.5TB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1))
+
+
+def _stored_dtype(weights: Weights) -> torch.dtype:
+    if any(isinstance(weight, QuantizedWeight) for weight in weights.values()):
+        return torch.bfloat16
+    return torch.bfloat16 if main_dtype(weights) == torch.bfloat16 else torch.float32
 
 
 def _taken(model: Transformer, weights: Weights, cfg: EngineConfig) -> int:
