@@ -10,9 +10,13 @@ from torch import Tensor
 
 from gristmill.errors import InputError
 from gristmill.evaluate import Window, windows
+from gristmill.inference import scheduler
 from gristmill.inference.generate import complete
-from gristmill.inference.runner import evaluating
+from gristmill.inference.prefixes import batches
+from gristmill.inference.runner import Runner, evaluating
 from gristmill.inference.sampler import Sampling
+from gristmill.inference.scheduler import EngineConfig
+from gristmill.kernels import native
 from gristmill.model import Transformer
 from gristmill.parallel.ranks import ALONE, Ranks
 
@@ -49,6 +53,11 @@ class ModelScorer:
     def loglikelihood(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """Nats of each sequence's tokens after the first; see `gristmill.evaluate.Scorer`."""
         totals = torch.zeros(len(sequences), dtype=torch.float64)
+        weight = self.model.wte.weight
+        if self.ranks.world_size == 1 and native.serves(weight.new_empty(0, dtype=self.model.compute_dtype)):
+            for number, its_nats in self._shared(sequences):
+                totals[number] += its_nats
+            return totals.tolist()
         with evaluating(self.model):
             for length, jobs in self._tiles(sequences):
                 self.heed()
@@ -80,6 +89,34 @@ class ModelScorer:
         return complete(
             self.model, prompts, Sampling(temperature=temperature, top_p=top_p, seed=seed), max_tokens, stop_ids
         )
+
+    def _shared(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, float]]:
+        """A sequence's number and the nats of one of its windows, on the engine's runner: what windows begin with
+        together is computed once."""
+        jobs = [job for _, tile in self._tiles(sequences) for job in tile]
+        rows = [sequences[number][start:end] for number, (start, end, _) in jobs]
+        whole = [first == start for _, (start, _, first) in jobs]  # the others do not have each token's nats
+        plan = list(batches(rows, whole, TILE_TOKENS, EngineConfig.block_tokens))
+        num_blocks = max((1 + max(max(share.blocks) for share in batch) for batch in plan), default=1)
+        runner = Runner(self.model, num_blocks, EngineConfig.block_tokens)
+        for batch in plan:
+            self.heed()
+            parts, counted, targets, offset = [], [], [], 0
+            for share in batch:
+                number, (start, end, first) = jobs[share.number]
+                job = scheduler.Job(prompt=rows[share.number], max_tokens=0)
+                job.blocks = share.blocks
+                parts.append(scheduler.Part(job, share.begin, end - start, samples=False))
+                skipped = max(0, first - start - share.begin)
+                targets.append(sequences[number][start + share.begin + skipped + 1 : end + 1])
+                counted.append(torch.arange(skipped, end - start - share.begin) + offset)
+                offset += end - start - share.begin
+            hidden_TD = runner.run(parts)[torch.cat(counted)]
+            nats_T = self._predicted(runner, hidden_TD, torch.tensor([id for ids in targets for id in ids]))
+            before = nats_T[:0]
+            for share, own in zip(batch, nats_T.split([len(ids) for ids in targets]), strict=True):
+                before = torch.cat([before[: share.begin], own])
+                yield jobs[share.number].sequence, float(before.sum())
 
     def _tiles(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[Job]]]:
         """(padded length, windows to run together), longest first."""
@@ -113,6 +150,13 @@ class ModelScorer:
         counted = (targets.flatten() >= 0).nonzero().squeeze(1)
         nats = self._nats(hidden.flatten(0, 1), targets.flatten().to(device), counted.to(device))
         return torch.zeros(rows, dtype=torch.float64).index_add_(0, counted // length, nats.double().cpu())[: len(jobs)]
+
+    def _predicted(self, runner: Runner, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """[T] in float64: log p of each target."""
+        nats = []
+        for rows_TD, targets in zip(hidden_TD.split(LOGITS_ROWS), targets_T.split(LOGITS_ROWS), strict=True):
+            nats.append(-F.cross_entropy(runner.layers.logits(rows_TD), targets, reduction="none").double())
+        return torch.cat(nats)
 
     def _nats(self, hidden_TD: Tensor, targets_T: Tensor, counted: Tensor) -> Tensor:
         """log p of the counted positions' targets, some rows of logits at a time, always the same number of rows."""
