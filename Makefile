@@ -40,7 +40,7 @@ exact: .venv/locked
 	GRISTMILL_EXACT=150 $(BIN)/python -m pytest tests/exact
 
 stress: .venv/locked
-	GRISTMILL_KILLS=40 $(BIN)/python -m pytest tests/test_kill.py
+	GRISTMILL_KILLS=40 $(BIN)/python -m pytest tests/test_kill.py tests/serve/test_usage.py
 	GRISTMILL_COMPILE=1 $(BIN)/python -m pytest --hypothesis-profile=stress
 
 faults: .venv/locked

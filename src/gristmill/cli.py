@@ -242,6 +242,111 @@ def export(
         print(export_model(find_model(src), out, precision, format).path)
 
 
+keys = typer.Typer(
+    no_args_is_help=True,
+    help="Keys of the endpoint: make them, with limits; see what each has used.\n\n"
+    "A server that runs knows of a new or revoked key at once. Give `--database` the same value as `gristmill serve`.",
+)
+app.add_typer(keys, name="keys")
+DatabaseOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|URL",
+        help="An SQLite file, or a URL that SQLAlchemy knows, such as postgresql+psycopg://host/name. "
+        "[default: $GRISTMILL_DATABASE, else a file in your state folder]",
+    ),
+]
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of a person or a program; usage is told by it.")],
+    input_tokens_per_minute: Annotated[int | None, typer.Option(help="Of prompts. [default: no limit]")] = None,
+    output_tokens_per_minute: Annotated[
+        int | None, typer.Option(help="A request takes its max_tokens; what it does not use comes back. [as above]")
+    ] = None,
+    requests_per_hour: Annotated[int | None, typer.Option(help="[default: no limit]")] = None,
+    parallel_requests: Annotated[int | None, typer.Option(help="At once. [default: no limit]")] = None,
+    database: DatabaseOpt = None,
+) -> None:
+    """Make a key and print it, as the last word. It is shown this once: only its hash is kept.
+
+    All limits hold at once. Clients send it as `Authorization: Bearer KEY`; OpenAI's take it as `OPENAI_API_KEY`.
+    """
+    from gristmill.serve.database import Database
+    from gristmill.serve.keys import create
+    from gristmill.serve.limits import Limits
+
+    limits = Limits(
+        input_tokens_per_minute=input_tokens_per_minute,
+        output_tokens_per_minute=output_tokens_per_minute,
+        requests_per_hour=requests_per_hour,
+        parallel_requests=parallel_requests,
+    )
+    print(f"{name}: {limits}. Keep the key; it is not shown again:\n{create(Database(database), name, limits)}")
+
+
+@keys.command("list")
+def keys_list(database: DatabaseOpt = None) -> None:
+    """All keys with their limits, revoked ones too. What is shown of a key opens nothing."""
+    from gristmill.serve.database import Database
+    from gristmill.serve.keys import all_keys, keys_text
+
+    print("\n".join(keys_text(all_keys(Database(database)))))
+
+
+@keys.command("revoke")
+def keys_revoke(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As given to `keys create`.")],
+    database: DatabaseOpt = None,
+) -> None:
+    """End a key, from the next request on. What it has used stays in `keys usage`; its name is free again."""
+    from gristmill.serve.database import Database
+    from gristmill.serve.keys import revoke
+
+    print(f"revoked {name}, {revoke(Database(database), name).label}")
+
+
+@keys.command("usage")
+def keys_usage(
+    as_csv: Annotated[bool, typer.Option("--csv", help="As comma-separated values, for a spreadsheet.")] = False,
+    database: DatabaseOpt = None,
+) -> None:
+    """Requests, tokens and cost by day (UTC), key and model. Costs are by the prices that `serve` had at the time."""
+    from gristmill.serve.database import Database
+    from gristmill.serve.usage import usage_csv, usage_text, used
+
+    lines = used(Database(database))
+    print(usage_csv(lines) if as_csv else "\n".join(usage_text(lines)) + "\n", end="")
+
+
+@app.command()
+def serve(
+    model: ModelArg,
+    host: Annotated[str, typer.Option(help="The address to listen on; a public one needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's id for clients. [default: MODEL's last part]")] = None,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds that one request may take.")] = 600,
+    drain_s: Annotated[float, typer.Option("--drain", help="Seconds that what runs gets after SIGTERM.")] = 30,
+    input_price: Annotated[float, typer.Option(min=0, help="Of a million tokens of prompts, for `keys usage`.")] = 0,
+    output_price: Annotated[float, typer.Option(min=0, help="Of a million tokens of answers.")] = 0,
+    database: DatabaseOpt = None,
+) -> None:
+    """Serve a model to OpenAI's clients: completions, chat, tokens, metrics.
+
+    Keys are asked for when one was made before the start (`gristmill keys create NAME`), and with `--database`.
+    """
+    from decimal import Decimal
+
+    from gristmill.serve.config import ServeConfig
+    from gristmill.serve.start import serve as serve_model
+    from gristmill.serve.usage import Prices
+
+    cfg = ServeConfig(host=host, port=port, name=name or model.resolve().name, request_s=timeout_s, drain_s=drain_s)
+    prices = Prices(input=Decimal(str(input_price)), output=Decimal(str(output_price)))
+    raise typer.Exit(serve_model(model, cfg, database, prices))
+
+
 @app.command()
 def quantize(
     src: ModelArg,

@@ -1,0 +1,303 @@
+"""From the engine's pieces to the bodies of answers, whole or in chunks, in the shapes of OpenAI's two APIs.
+
+The builders make plain dictionaries, which is quick; the models at the end are their documentation, which tests hold
+them to.
+"""
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from gristmill.inference import Piece, Token
+from gristmill.tokenizer import StreamDecoder, Tokenizer
+
+Json = dict[str, Any]
+
+
+class Shape:
+    """One request's answers. Subclasses say how a piece looks as a chunk, and pieces together as a whole."""
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool) -> None:
+        self.tokenizer, self.has_logprobs = tokenizer, has_logprobs
+        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def chunk(self, choices: Sequence[Json], usage: Json | None, tells_usage: bool) -> Json:
+        told = {"usage": usage} if tells_usage else {}
+        return {**self.head, "object": self.chunk_object, "choices": choices, **told}
+
+    def whole(self, choices: Sequence[Json], usage: Json) -> Json:
+        return {**self.head, "object": self.whole_object, "choices": choices, "usage": usage}
+
+    def deltas(self, index: int, piece: Piece) -> list[Json]:
+        """A piece as choices, each of a chunk of its own."""
+        raise NotImplementedError
+
+    def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
+        """All of an answer's pieces as a choice of a whole."""
+        raise NotImplementedError
+
+    def token_text(self, id: int) -> str:
+        return self.tokenizer.decode([id])
+
+
+class Completion(Shape):
+    """hidden: of the tokens that come first in echoed answers, those that the server has added itself."""
+
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool, hidden: int) -> None:
+        super().__init__(model, tokenizer, has_logprobs)
+        self.hidden = hidden
+        self._places: dict[int, Place] = {}
+
+    def deltas(self, index: int, piece: Piece) -> list[Json]:
+        return [self.choice(index, [piece])]
+
+    def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
+        text = "".join(piece.text for piece in pieces)
+        logprobs = None
+        if self.has_logprobs:
+            place = self._places.setdefault(index, Place(self.tokenizer, self.hidden))
+            logprobs = self._logprobs([t for piece in pieces for t in place.shown(piece.tokens)], place)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
+
+    def _logprobs(self, tokens: Sequence[Token], place: "Place") -> Json:
+        told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            told["tokens"].append(self.token_text(token.id))
+            told["token_logprobs"].append(token.logprob)
+            told["text_offset"].append(place.pass_by(token.id))
+            if token.logprob is None:
+                told["top_logprobs"].append(None)  # nothing comes before a text's first token
+            else:
+                top = {self.token_text(id): logprob for id, logprob in reversed(token.top)}  # of one text: the likelier
+                told["top_logprobs"].append(dict(reversed(top.items())) | {self.token_text(token.id): token.logprob})
+        return told
+
+    def token_text(self, id: int) -> str:
+        """Bytes that are no character alone as OpenAI writes them: "bytes:\\xe4\\xb8"."""
+        piece = self.tokenizer.decode_bytes([id])
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+class Place:
+    """Where in its text an answer's next token begins: a number of characters."""
+
+    def __init__(self, tokenizer: Tokenizer, hidden: int) -> None:
+        self._eot_id, self._hidden, self._offset, self._is_first = tokenizer.eot_id, hidden, 0, True
+        self._decoder: StreamDecoder = tokenizer.stream_decoder()
+
+    def shown(self, tokens: Sequence[Token]) -> Sequence[Token]:
+        shown = tokens[self._hidden :]
+        self._hidden -= len(tokens) - len(shown)
+        return shown
+
+    def pass_by(self, id: int) -> int:
+        offset = self._offset
+        if not (self._is_first and id == self._eot_id):  # the one that begins an echoed text is not part of it
+            self._offset += len(self._decoder.feed(id))
+        self._is_first = False
+        return offset
+
+
+class Chat(Shape):
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool) -> None:
+        super().__init__(model, tokenizer, has_logprobs)
+        self._begun: set[int] = set()
+
+    def deltas(self, index: int, piece: Piece) -> list[Json]:
+        made = []
+        if index not in self._begun:
+            self._begun.add(index)
+            made.append(_delta(index, {"role": "assistant", "content": "", "refusal": None}))
+        if piece.text or piece.tokens:
+            made.append(_delta(index, {"content": piece.text}, self._logprobs(piece.tokens)))
+        if piece.finish:
+            made.append(_delta(index, {}, finish=piece.finish))
+        return made
+
+    def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
+        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
+        logprobs = self._logprobs([token for piece in pieces for token in piece.tokens])
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
+
+    def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
+        if not self.has_logprobs:
+            return None
+        content = [
+            self._one(token.id, token.logprob) | {"top_logprobs": [self._one(*top) for top in token.top]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _one(self, id: int, logprob: float | None) -> Json:
+        return {"token": self.token_text(id), "logprob": logprob, "bytes": list(self.tokenizer.decode_bytes([id]))}
+
+
+def _delta(index: int, delta: Json, logprobs: Json | None = None, finish: str | None = None) -> Json:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+
+
+def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Json:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+Finish = Literal["stop", "length"]
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int = Field(description="Of the prompt's, those that were in the cache when the request came.")
+
+
+class Usage(BaseModel):
+    """`completion_tokens`: all that were made, the one that ended an answer and those of a stop string included."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Finish | None
+
+
+class CompletionAnswer(BaseModel):
+    """With `stream`: the same as chunks, `data: …` each, then `data: [DONE]`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ChatToken(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenWithTop(ChatToken):
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTokenWithTop]
+    refusal: None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish
+
+
+class ChatAnswer(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    refusal: None = None
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish | None
+
+
+class ChatChunk(BaseModel):
+    """With `stream`: `data: …` each, then `data: [DONE]`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int = Field(description="Tokens that a prompt and its answer may have together.")
+    chat: bool = Field(description="Whether it holds conversations; else it continues texts alone.")
+
+
+class Models(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Tokenized(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(BaseModel):
+    prompt: str
+
+
+class Status(BaseModel):
+    status: Literal["ok"]
+
+
+class LoadFigures(BaseModel):
+    """How busy the server is: sequences, blocks of the cache, tokens made a second over the last seconds."""
+
+    running: int
+    waiting: int
+    blocks: int
+    blocks_in_use: int
+    tokens_per_s: float
+    prompt_tokens: int = Field(description="Since the start, as all below.")
+    cached_tokens: int = Field(description="Of the prompts, found in the cache.")
+    generation_tokens: int

@@ -1,0 +1,162 @@
+"""The tables of keys and usage, in SQLite by default and in any database that SQLAlchemy knows by its URL.
+
+Plain types and statements alone, so that they mean the same everywhere. The names begin with `gristmill_`: the
+database may have other tables too.
+
+A commit is on the disk when it returns (SQLite: write-ahead log, synchronous=FULL). That is 4 ms on a plain disk, for
+one row or for sixty-four; synchronous=NORMAL takes 0.02 ms, survives the process as well, and loses the last seconds
+with the machine's power. As one commit serves all requests that end together (usage.py), we pay the 4 ms.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    URL,
+    BigInteger,
+    Column,
+    Connection,
+    DateTime,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    insert,
+    inspect,
+    select,
+)
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from gristmill.errors import Failure, InputError
+
+VERSION = 1
+BUSY_TIMEOUT_S = 10  # for SQLite's one writer at a time, among all processes
+
+metadata = MetaData()
+versions = Table("gristmill_version", metadata, Column("version", Integer, primary_key=True, autoincrement=False))
+keys = Table(
+    "gristmill_keys",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("name", String(64), nullable=False),
+    Column("live_name", String(64), unique=True),  # the name until it is revoked, then null: a name can come again
+    Column("secret_sha256", String(64), nullable=False),
+    Column("created", DateTime, nullable=False),  # UTC, as all times here
+    Column("revoked", DateTime),
+    Column("input_tokens_per_minute", BigInteger),
+    Column("output_tokens_per_minute", BigInteger),
+    Column("requests_per_hour", BigInteger),
+    Column("parallel_requests", BigInteger),
+)
+usage = Table(
+    "gristmill_usage",
+    metadata,
+    Column("key_id", String(32), primary_key=True),
+    Column("model", String(255), primary_key=True),
+    Column("day", String(10), primary_key=True),  # 2026-01-31, UTC
+    Column("requests", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("cost_e10", BigInteger, nullable=False),  # in 1e-10 of whatever the prices are in: whole numbers add exactly
+)
+groups = Table("gristmill_groups", metadata, Column("id", String(32), primary_key=True))  # see usage.py
+
+
+def default_database() -> str:
+    """$GRISTMILL_DATABASE, or else a file in the user's state folder."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return os.environ.get("GRISTMILL_DATABASE") or str(state / "gristmill" / "serve.sqlite")
+
+
+class Database:
+    """where: a URL such as postgresql+psycopg://user@host/name, or an SQLite file, which is made where there is none.
+    [default: $GRISTMILL_DATABASE, else a file in the user's state folder]
+
+    Any thread may use it. Raises InputError for a URL that cannot be and for tables of a newer Gristmill, Failure when
+    the database does not answer.
+    """
+
+    def __init__(self, where: str | None = None) -> None:
+        where = where or default_database()
+        try:
+            url = make_url(where) if "://" in where else URL.create("sqlite", database=str(Path(where).expanduser()))
+            is_sqlite = url.get_backend_name() == "sqlite"
+            if is_sqlite and url.database in (None, "", ":memory:"):
+                raise InputError("database: an SQLite database in memory is lost at the end; give a file")
+            if is_sqlite and "uri" not in url.query:
+                url = url.set(database=_own_file(Path(str(url.database))))
+            self.name = url.render_as_string(hide_password=True)
+            self._engine = create_engine(url, pool_pre_ping=not is_sqlite)
+        except (ArgumentError, NoSuchModuleError) as bad:
+            raise InputError(f"database: {bad}; give a file, or a URL such as postgresql+psycopg://host/name") from None
+        except ModuleNotFoundError as missing:
+            raise InputError(f"database {self.name} needs the package {missing.name}; install it with pip") from None
+        if is_sqlite:
+            event.listen(self._engine, "connect", _settle_sqlite)
+        self._prepare()
+
+    @contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """One transaction: committed at the end, rolled back by an exception. Raises Failure for the database's own."""
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except SQLAlchemyError as problem:
+            raise self._failure(problem) from problem
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _prepare(self) -> None:
+        """The tables, where they are not there yet: all or none."""
+        try:
+            found = None
+            if inspect(self._engine).has_table(versions.name):
+                with self._engine.begin() as connection:
+                    found = connection.execute(select(versions.c.version)).scalar()
+            if found is None:
+                try:
+                    self._create()
+                except DBAPIError:  # another process was creating them, and has by now
+                    self._create()
+        except SQLAlchemyError as problem:
+            raise self._failure(problem) from problem
+        if found is not None and found > VERSION:
+            raise InputError(
+                f"database {self.name} has tables of version {found}, made by a newer Gristmill; this one knows "
+                f"{VERSION}: update it, or give another database"
+            )
+
+    def _create(self) -> None:
+        with self._engine.begin() as connection:
+            if connection.dialect.name == "sqlite":
+                connection.exec_driver_sql("BEGIN IMMEDIATE")  # its driver begins no transaction for tables
+            metadata.create_all(connection)
+            if connection.execute(select(versions.c.version)).first() is None:
+                connection.execute(insert(versions).values(version=VERSION))
+
+    def _failure(self, problem: SQLAlchemyError) -> Failure:
+        why = getattr(problem, "orig", None) or problem
+        return Failure(f"database {self.name}: {why}; see that it is there and can be written")
+
+
+def _own_file(file: Path) -> str:
+    """Made for its owner's eyes alone; SQLite gives its companions the same mode."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))
+    except OSError as problem:
+        raise Failure(f"database {file}: {problem.strerror}; give a file that can be written") from problem
+    return str(file.resolve())
+
+
+def _settle_sqlite(connection: Any, _record: Any) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000}")  # first: the next one may have to wait
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")

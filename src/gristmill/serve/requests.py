@@ -1,0 +1,152 @@
+"""From a checked body to what the engine is asked for: ids, sampling, limits. Nothing here knows HTTP."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gristmill.errors import InputError
+from gristmill.inference import ANY_OBJECT, Grammar, JsonSchema, Request, Sampling
+from gristmill.serve.errors import ApiError
+from gristmill.serve.load import Served
+from gristmill.serve.schema import ChatBody, CompletionBody, ResponseFormat, Sampled, Stops, TokenizeBody
+
+COMPLETION_TOKENS = 16  # OpenAI's default
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """hidden: how many of its first ids the server has added."""
+
+    ids: Sequence[int]
+    hidden: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Who asks, and for how much: answers of one request, and tokens of all of them where the request says nothing."""
+
+    tenant: str
+    max_sequences: int
+    most_tokens: int | None
+
+
+def completion_prompts(body: CompletionBody, served: Served) -> list[Prompt]:
+    given = body.prompt
+    if isinstance(given, str):
+        return [text_prompt(given, served)]
+    if isinstance(given[0], int):
+        return [Prompt(given)]
+    return [text_prompt(one, served) if isinstance(one, str) else Prompt(one) for one in given]
+
+
+def text_prompt(text: str, served: Served) -> Prompt:
+    """As a document begins in training. What looks like a control token in it is text."""
+    return Prompt([served.tokenizer.eot_id, *served.tokenizer.encode(text)], hidden=1)
+
+
+def chat_prompt(body: ChatBody | TokenizeBody, served: Served) -> Prompt:
+    """Raises ApiError when the model holds no conversations."""
+    if served.no_chat is not None:
+        raise ApiError(400, served.no_chat, param="messages", code="no_chat_template")
+    roles = {"developer": "system"}  # OpenAI's newer name of it
+    turns = [{"role": roles.get(m.role, m.role), "content": m.text} for m in body.messages or ()]
+    return Prompt(served.tokenizer.chat(turns, generation_prompt=True))
+
+
+def engine_requests(
+    body: CompletionBody | ChatBody, prompts: Sequence[Prompt], served: Served, limits: "Limits"
+) -> list[Request]:
+    """One for each prompt. Raises ApiError for what does not fit, InputError for what the engine's checks refuse."""
+    n = body.n or 1
+    if len(prompts) * n > limits.max_sequences:
+        raise ApiError(
+            400,
+            f"{len(prompts)} prompts with n={n} are {len(prompts) * n} answers, of at most {limits.max_sequences}; "
+            "split the request",
+            param="n",
+        )
+    if isinstance(body, ChatBody):
+        param, echo, grammar = "messages", False, grammar_of(body.response_format)
+        max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    else:
+        param, echo, grammar = "prompt", bool(body.echo), None
+        max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        logprobs = body.logprobs
+    sampling = sampling_of(body, served)
+    most = served.context if limits.most_tokens is None else max(1, limits.most_tokens // (len(prompts) * n))
+    return [
+        Request(
+            prompt=prompt.ids,
+            max_tokens=room(prompt.ids, max_tokens, param, served, most),
+            sampling=sampling,
+            n=n,
+            stop_ids=served.published.stop_ids | {served.tokenizer.eot_id, served.tokenizer.im_end_id},
+            stop=stops(body.stop),
+            grammar=grammar,
+            logprobs=logprobs,
+            echo=echo,
+            tenant=limits.tenant,
+        )
+        for prompt in prompts
+    ]
+
+
+def room(ids: Sequence[int], max_tokens: int | None, param: str, served: Served, most: int) -> int:
+    """max_tokens, or all that there is room for, at most `most`."""
+    if len(ids) + (max_tokens or 0) > served.context or len(ids) >= served.context:
+        raise ApiError(
+            400,
+            f"the model's context is {served.context} tokens; the prompt has {len(ids)}"
+            + (f" and {max_tokens} new ones are asked for" if max_tokens else "")
+            + ": shorten the prompt or lower max_tokens",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return min(most, served.context - len(ids)) if max_tokens is None else max_tokens
+
+
+def sampling_of(body: Sampled, served: Served) -> Sampling:
+    """What is given, else what the model was published with, else OpenAI's defaults. Without a seed, chance."""
+    published = served.published
+    if published.temperature == 0 and body.temperature is None:
+        for name in ("top_p", "top_k", "min_p"):
+            if getattr(body, name) is not None:
+                raise ApiError(
+                    400,
+                    f"{name} changes nothing here: this model is published with do_sample false, which is greedy; "
+                    "give a temperature too",
+                    param=name,
+                )
+    return Sampling(
+        temperature=_first(body.temperature, published.temperature, 1.0),
+        top_p=_first(body.top_p, published.top_p, 1.0),
+        top_k=int(_first(body.top_k, published.top_k, 0)) or None,
+        min_p=_first(body.min_p, published.min_p, 0.0),
+        repetition_penalty=_first(body.repetition_penalty, published.repetition_penalty, 1.0),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias={int(id): bias for id, bias in (body.logit_bias or {}).items()},
+        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
+    )
+
+
+def _first(*choices: float | None) -> float:
+    return next(choice for choice in choices if choice is not None)
+
+
+def stops(given: Stops | None) -> tuple[str, ...]:
+    return () if given is None else (given,) if isinstance(given, str) else tuple(given)
+
+
+def grammar_of(format: ResponseFormat | None) -> Grammar | None:
+    """The form that an answer must have. Raises ApiError for a schema beyond the limits."""
+    if format is None or format.type == "text":
+        return None
+    if format.type == "json_object":
+        return ANY_OBJECT
+    assert format.json_schema is not None
+    try:
+        return JsonSchema({} if format.json_schema.schema_ is None else format.json_schema.schema_)
+    except InputError as problem:
+        raise ApiError(400, str(problem), param="response_format") from None

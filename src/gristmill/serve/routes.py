@@ -1,0 +1,353 @@
+"""The routes: read a body, ask the engine, answer. What they may answer stands beside each, and is all of it."""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar, cast
+
+from fastapi import APIRouter, Request
+from starlette.datastructures import State
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from gristmill.errors import Failure, InputError
+from gristmill.inference import Grammar
+from gristmill.inference import Request as EngineRequest
+from gristmill.serve import answers, metrics, requests
+from gristmill.serve.answers import Chat, Completion, Shape
+from gristmill.serve.config import ServeConfig
+from gristmill.serve.errors import ApiError, ErrorBody, overloaded
+from gristmill.serve.gate import Gate, Refused
+from gristmill.serve.load import Served
+from gristmill.serve.respond import Answer, Asked, gone
+from gristmill.serve.schema import Body, ChatBody, CompletionBody, DetokenizeBody, Sampled, TokenizeBody, parse
+from gristmill.serve.worker import Worker
+
+INLINE_BYTES = 16384  # larger bodies are parsed and encoded beside the event loop, which has others to serve
+B = TypeVar("B", bound=Body)
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Endpoint:
+    """What all routes share."""
+
+    served: Served
+    cfg: ServeConfig
+    gate: Gate
+    worker: Worker
+    metrics: metrics.Metrics
+    created: int
+    compiler: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammars"))
+    num_requests: int = 0
+    is_draining: bool = False
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For the schema: what may go wrong on a route, beside what may on each."""
+    said = {
+        400: "A wrong, unknown or refused parameter.",
+        401: "No key, or one that is not known.",
+        403: "Without keys the server answers to this machine's own names alone.",
+        404: "No such model.",
+        408: "The body did not arrive in time.",
+        413: "The body is too large.",
+        415: "The body is not application/json.",
+        429: "A limit of the key; Retry-After says when to try again.",
+        500: "A mistake of the server.",
+        503: "Full, or shutting down; Retry-After says when to try again.",
+        504: "The answer was not complete within the server's limit.",
+    }
+    return {status: {"model": ErrorBody, "description": said[status]} for status in statuses}
+
+
+EACH = (401, 403, 500, 503)
+ASKING = (*EACH, 400, 404, 408, 413, 415)
+router = APIRouter()
+
+
+def endpoint(request: Request) -> Endpoint:
+    return cast(Endpoint, cast(State, request.app.state).endpoint)
+
+
+def body_of(kind: type[Body]) -> dict[str, Any]:
+    """For the schema: a route's body, which `read` reads."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def streams(kind: type[Any]) -> dict[int | str, dict[str, Any]]:
+    schema = {"schema": {"type": "string", "description": f"With stream: events, `data: ` and a {kind.__name__} each."}}
+    return {200: {"description": "The answers.", "content": {"text/event-stream": schema}}}
+
+
+@router.post(
+    "/v1/completions",
+    response_model=answers.CompletionAnswer,
+    responses={**streams(answers.CompletionAnswer), **errors(*ASKING, 429, 504)},
+    openapi_extra=body_of(CompletionBody),
+)
+async def completions(request: Request) -> Response:
+    """Continue texts."""
+    at = endpoint(request)
+    body = await read(request, CompletionBody)
+    prompts = await beside(request, requests.completion_prompts, body, at.served)
+    asked = requests.engine_requests(body, prompts, at.served, limits(request))
+    shape = Completion(
+        at.cfg.name, at.served.tokenizer, body.logprobs is not None, prompts[0].hidden if body.echo else 0
+    )
+    return await ask(request, body, asked, shape)
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=answers.ChatAnswer,
+    responses={**streams(answers.ChatChunk), **errors(*ASKING, 429, 504)},
+    openapi_extra=body_of(ChatBody),
+)
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    at = endpoint(request)
+    body = await read(request, ChatBody)
+    prompt = await beside(request, requests.chat_prompt, body, at.served)
+    asked = requests.engine_requests(body, [prompt], at.served, limits(request))
+    if (grammar := asked[0].grammar) is not None:
+        await compiled(grammar, at)
+    return await ask(request, body, asked, Chat(at.cfg.name, at.served.tokenizer, bool(body.logprobs)))
+
+
+@router.post(
+    "/v1/tokenize",
+    response_model=answers.Tokenized,
+    responses=errors(*ASKING),
+    openapi_extra=body_of(TokenizeBody),
+)
+async def tokenize(request: Request) -> Response:
+    """The ids of a text or a conversation."""
+    served = endpoint(request).served
+    body = await read(request, TokenizeBody)
+    if body.prompt is None:
+        ids = (await beside(request, requests.chat_prompt, body, served)).ids
+    else:
+        prompt = await beside(request, requests.text_prompt, body.prompt, served)
+        ids = prompt.ids[prompt.hidden if body.add_special_tokens is False else 0 :]
+    texts = [served.tokenizer.decode([id]) for id in ids] if body.return_token_strs else None
+    told = {"count": len(ids), "max_model_len": served.context, "tokens": ids, "token_strs": texts}
+    return JSONResponse(told)
+
+
+@router.post(
+    "/v1/detokenize",
+    response_model=answers.Detokenized,
+    responses=errors(*ASKING),
+    openapi_extra=body_of(DetokenizeBody),
+)
+async def detokenize(request: Request) -> Response:
+    """The text of ids."""
+    served = endpoint(request).served
+    body = await read(request, DetokenizeBody)
+    if body.tokens and max(body.tokens) >= served.vocab_size:
+        raise ApiError(400, f"tokens has an id above the model's last, {served.vocab_size - 1}", param="tokens")
+    return JSONResponse({"prompt": served.tokenizer.decode(body.tokens)})
+
+
+@router.get("/v1/models", response_model=answers.Models, responses=errors(*EACH))
+async def models(request: Request) -> Response:
+    """The model that is served."""
+    return JSONResponse({"object": "list", "data": [model_card(endpoint(request))]})
+
+
+@router.get(
+    "/v1/models/{model:path}",
+    response_model=answers.Model,
+    responses=errors(*EACH, 404),
+    openapi_extra={"parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]},
+)
+async def model(request: Request) -> Response:
+    """One model, by its id."""
+    at = endpoint(request)
+    known(request.path_params["model"], at)
+    return JSONResponse(model_card(at))
+
+
+@router.get("/v1/load", response_model=answers.LoadFigures, responses=errors(*EACH))
+async def load(request: Request) -> Response:
+    """How busy the server is."""
+    at = endpoint(request)
+    counted = {
+        "prompt_tokens": at.metrics.prompt_tokens,
+        "cached_tokens": at.metrics.cached_tokens,
+        "generation_tokens": at.metrics.made_tokens,
+    }
+    return JSONResponse(asdict(at.worker.load) | counted)
+
+
+@router.get(
+    "/metrics",
+    response_class=PlainTextResponse,
+    responses={200: {"description": "For Prometheus.", "content": {"text/plain": {}}}, **errors(*EACH)},
+)
+async def prometheus(request: Request) -> Response:
+    """Figures under vLLM's names."""
+    at = endpoint(request)
+    load = at.worker.load
+    gauges = {
+        "num_requests_running": load.running,
+        "num_requests_waiting": load.waiting,
+        "kv_cache_usage_perc": load.blocks_in_use / load.blocks,
+    }
+    return Response(at.metrics.text(at.cfg.name, gauges), media_type=metrics.CONTENT_TYPE)
+
+
+@router.get("/health", response_model=answers.Status, responses=errors(403, 500, 503))
+async def health(request: Request) -> Response:
+    """Whether the process works: else it has to be restarted."""
+    if endpoint(request).worker.broken is not None:
+        raise overloaded("the engine has stopped after an error; restart the server")
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready", response_model=answers.Status, responses=errors(403, 500, 503))
+async def ready(request: Request) -> Response:
+    """Whether requests should come here now."""
+    at = endpoint(request)
+    if at.is_draining or at.worker.broken is not None:
+        raise overloaded("the server is shutting down", retry_after_s=5)
+    if at.gate.problem is not None:
+        raise overloaded(at.gate.problem, retry_after_s=5)
+    return JSONResponse({"status": "ok"})
+
+
+async def read(request: Request, kind: type[B]) -> B:
+    """The body, within its limits, for a model that is served."""
+    at = endpoint(request)
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" or "content-encoding" in request.headers:
+        # Also what keeps a web page of another origin from asking in a visitor's name.
+        raise ApiError(415, "the body must be sent as content-type: application/json, without a content-encoding")
+    too_large = ApiError(413, f"the body is larger than {at.cfg.max_body_bytes} bytes", code="body_too_large")
+    if int(request.headers.get("content-length", 0)) > at.cfg.max_body_bytes:  # the protocol lets digits through alone
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(at.cfg.body_s):
+            async for part in request.stream():
+                body += part
+                if len(body) > at.cfg.max_body_bytes:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(
+            408, f"the body did not arrive within {at.cfg.body_s:g} s", code="timeout", headers={"connection": "close"}
+        ) from None
+    request.state.num_bytes = len(body)
+    parsed = await beside(request, parse, kind, bytes(body))
+    known(cast(Sampled | TokenizeBody | DetokenizeBody, parsed).model, at)
+    return parsed
+
+
+async def beside(request: Request, function: Any, *arguments: Any) -> Any:
+    """Called in another thread where the body is large."""
+    if request.state.num_bytes <= INLINE_BYTES:
+        return function(*arguments)
+    return await asyncio.to_thread(function, *arguments)
+
+
+def limits(request: Request) -> requests.Limits:
+    at, tenant = endpoint(request), request.state.tenant
+    return requests.Limits(tenant, at.cfg.max_sequences, at.gate.most_tokens(tenant))
+
+
+def known(name: str, at: Endpoint) -> None:
+    if name != at.cfg.name:
+        raise ApiError(
+            404,
+            f"there is no model {name!r:.80}; this server has {at.cfg.name!r}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def model_card(at: Endpoint) -> dict[str, Any]:
+    return {
+        "id": at.cfg.name,
+        "object": "model",
+        "created": at.created,
+        "owned_by": "gristmill",
+        "max_model_len": at.served.context,
+        "chat": at.served.no_chat is None,
+    }
+
+
+async def ask(request: Request, body: Sampled, asked: Sequence[EngineRequest], shape: Shape) -> Response:
+    """Admitted by the gate, accepted by the engine: what is left is to answer."""
+    at = endpoint(request)
+    prompt_tokens = sum(len(one.prompt) for one in asked)
+    max_tokens = sum((one.max_tokens or 0) * one.n for one in asked)
+    admission = await at.gate.admit(request.state.tenant, at.cfg.name, prompt_tokens, max_tokens)
+    deadline = asyncio.get_running_loop().time() + at.cfg.request_s
+    try:
+        feed = await while_there(request, at.worker.submit(asked), deadline)
+    except BaseException as problem:
+        admission.release()
+        if isinstance(problem, TimeoutError):
+            raise overloaded(f"no room came within {at.cfg.request_s:g} s") from None
+        raise
+    options = body.stream_options
+    return Answer(
+        Asked(
+            feed=feed,
+            shape=shape,
+            admission=admission,
+            n=asked[0].n,
+            num_answers=sum(one.n for one in asked),
+            prompt_tokens=prompt_tokens,
+            is_stream=bool(body.stream),
+            tells_usage=options is not None and bool(options.include_usage),
+            deadline=deadline,
+            limit_s=at.cfg.request_s,
+        ),
+        admission.headers,
+    )
+
+
+async def compiled(grammar: Grammar, at: Endpoint) -> None:
+    """So that the engine's thread finds it. One after the other: others have work for the processors too."""
+    assert at.served.engine.grammars is not None
+    try:
+        await asyncio.get_running_loop().run_in_executor(at.compiler, at.served.engine.grammars.compile, grammar)
+    except InputError as problem:
+        raise ApiError(400, str(problem), param="response_format") from None
+
+
+async def while_there(request: Request, awaited: Coroutine[Any, Any, T], deadline: float) -> T:
+    """Raises ClientDisconnect when the client goes first, TimeoutError at the deadline."""
+    left, made = asyncio.ensure_future(gone(request.receive)), asyncio.ensure_future(awaited)
+    try:
+        async with asyncio.timeout_at(deadline):
+            await asyncio.wait({left, made}, return_when=asyncio.FIRST_COMPLETED)
+        if not made.done():
+            raise ClientDisconnect
+        return made.result()
+    finally:
+        left.cancel()
+        made.cancel()
+
+
+def told_by(problem: Exception) -> ApiError:
+    """How what the routes raise is told."""
+    match problem:
+        case ApiError():
+            return problem
+        case Refused(status=status, message=message, code=code, headers=headers):
+            return ApiError(status, message, code=code, headers=headers)
+        case InputError():
+            return ApiError(400, str(problem))
+        case Failure():
+            return overloaded(str(problem))
+    raise problem
+
+
+def now() -> int:
+    return int(time.time())

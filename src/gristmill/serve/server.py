@@ -1,0 +1,144 @@
+"""The process: one event loop for the clients, one thread for the engine; it ends in good order when it is told to."""
+
+import asyncio
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from h11 import ConnectionClosed, Data, EndOfMessage
+from h11 import Response as RawResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from gristmill.errors import InputError
+from gristmill.serve.config import ServeConfig
+from gristmill.serve.errors import ApiError
+from gristmill.serve.routes import Endpoint
+
+
+class Server(uvicorn.Server):
+    """listening: called once with the port. Signals end it in good order, and are not raised again afterwards."""
+
+    def __init__(self, app: FastAPI, cfg: ServeConfig, listening: Callable[[int], None]) -> None:
+        self.cfg, self.signum, self._listening = cfg, 0, listening
+        self.at: Endpoint = app.state.endpoint
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=cfg.host,
+                port=cfg.port,
+                http=protocol(cfg),
+                ws="none",
+                lifespan="on",
+                log_level="error",  # of our mistakes: what clients do and say is not written down
+                server_header=False,
+                proxy_headers=False,
+                h11_max_incomplete_event_size=cfg.max_header_bytes,
+                timeout_graceful_shutdown=int(cfg.drain_s) + 5,  # after ours
+            )
+        )
+
+    async def startup(self, sockets: Any = None) -> None:
+        self.at.worker.on_broken = self._end
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # uvicorn's way to say it, after it has logged why
+            raise InputError(
+                f"cannot listen on {self.cfg.host} port {self.cfg.port}; choose another --port or --host"
+            ) from None
+        self._listening(self.servers[0].sockets[0].getsockname()[1])
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """What runs gets `drain_s`, and what is cut off then is told so."""
+        self.at.is_draining = True
+        cut = asyncio.get_running_loop().call_later(self.cfg.drain_s, self.at.worker.cancel_all)
+        await super().shutdown(sockets)
+        cut.cancel()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.signum = self.signum or sig
+        super().handle_exit(sig, frame)
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+
+def protocol(cfg: ServeConfig) -> type[H11Protocol]:
+    """uvicorn's, with an end to patience: for a request that does not come, and for answers that are not read."""
+
+    class Patient(H11Protocol):
+        _coming: asyncio.TimerHandle | None = None
+        _stalled: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._wait()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._arrived()
+            self._read()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._is_between:
+                self._wait()
+            super().data_received(data)
+            if not self._is_between:
+                self._arrived()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._stalled = self._stalled or self.loop.call_later(cfg.stall_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._read()
+
+        def send_400_response(self, msg: str) -> None:
+            body = json.dumps(ApiError(400, "this is not an HTTP request, or its header is too large").body()).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("connection", "close"),
+                ("content-length", str(len(body))),
+            ]
+            response = RawResponse(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (response, Data(data=body), EndOfMessage(), ConnectionClosed()):
+                if output := self.conn.send(event):
+                    self.transport.write(output)
+            self.transport.close()
+
+        @property
+        def _is_between(self) -> bool:
+            """Whether the client is to send a request's header."""
+            return self.cycle is None or self.cycle.response_complete
+
+        def _wait(self) -> None:
+            self._coming = self._coming or self.loop.call_later(cfg.header_s, self.transport.abort)
+
+        def _arrived(self) -> None:
+            if self._coming is not None:
+                self._coming.cancel()
+                self._coming = None
+
+        def _read(self) -> None:
+            if self._stalled is not None:
+                self._stalled.cancel()
+                self._stalled = None
+
+    return Patient

@@ -1,0 +1,71 @@
+"""`gristmill serve`: what has to be right before the first request, and what is printed."""
+
+import json
+import signal
+from pathlib import Path
+
+from gristmill.errors import Failure, InputError
+from gristmill.serve.config import ServeConfig
+from gristmill.serve.database import Database, default_database
+from gristmill.serve.gate import Gate, Open
+from gristmill.serve.keys import all_keys
+from gristmill.serve.load import load
+from gristmill.serve.metered import Metered
+from gristmill.serve.usage import Prices
+
+
+def serve(path: Path, cfg: ServeConfig, database: str | None = None, prices: Prices | None = None) -> int:
+    """Serves until SIGTERM (then 0 is returned) or Ctrl-C (130).
+
+    Raises InputError when there is no model, when a public address would be open to all, or the port is taken; Failure
+    when the engine has broken.
+    """
+    try:
+        from gristmill.serve.app import build_app
+        from gristmill.serve.server import Server
+    except ModuleNotFoundError as missing:
+        raise Failure(
+            f"serving needs {missing.name}, which is not installed: `pip install 'gristmill[serve]'`"
+        ) from None
+    gate = open_gate(database, prices)
+    check_address(cfg, gate)
+    print(f"loading {path} …", flush=True)
+    served = load(path)
+    app = build_app(served, cfg, gate)
+    server = Server(app, cfg, lambda port: print("\n".join(welcome(cfg, gate, port, served.no_chat)), flush=True))
+    server.run()
+    if (problem := app.state.endpoint.worker.broken) is not None:
+        raise Failure(f"the engine has stopped: {problem!r}; the log says where")
+    return 130 if server.signum == signal.SIGINT else 0
+
+
+def open_gate(database: str | None, prices: Prices | None = None) -> Gate:
+    """Keys are asked for when a database is named, and where one key was ever made: revoking the last opens nothing."""
+    where = database or default_database()
+    if database is None and "://" not in where and not Path(where).expanduser().exists():
+        return Open()
+    found = Database(where)
+    return Metered(found, prices) if database is not None or all_keys(found) else Open()
+
+
+def check_address(cfg: ServeConfig, gate: Gate) -> None:
+    if gate.is_open and not cfg.is_loopback:
+        raise InputError(
+            f"host={cfg.host} can be reached from other machines, and there are no keys: anyone could use the model; "
+            "make one with `gristmill keys create NAME`, or serve on 127.0.0.1"
+        )
+
+
+def welcome(cfg: ServeConfig, gate: Gate, port: int, no_chat: str | None) -> list[str]:
+    """What is printed when the server is there, with a first request to copy."""
+    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+    host = "127.0.0.1" if cfg.host in ("0.0.0.0", "::") else host
+    url = f"http://{host}:{port}"
+    asked = json.dumps({"model": cfg.name, "prompt": "def fibonacci(", "max_tokens": 64}).replace("'", "\\u0027")
+    key = "" if gate.is_open else " -H 'authorization: Bearer YOUR-KEY'"
+    return [
+        f"serving {cfg.name} on {url}" + (" (no keys: open to everyone on this machine)" if gate.is_open else ""),
+        f"  curl {url}/v1/completions{key} -H 'content-type: application/json' -d '{asked}'",
+        no_chat or f"conversations: {url}/v1/chat/completions",
+        "Ctrl-C ends it",
+    ]
