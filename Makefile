@@ -2,6 +2,7 @@
 # make test         the checks and the whole suite
 # make check        format, lint, types
 # make bench        the figures in benchmarks/results: three hours; its trainings go on where they were
+# make bench-inference   generation beside transformers and llama.cpp, which is built into .peers first
 # make exact        300 random models against transformers and a naive NumPy forward
 # make stress       longer randomised tests
 # make faults       kill -9, flipped bits, full disks, lost ranks: writes the table of docs/reliability.md
@@ -12,7 +13,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench exact stress faults interop sanitize clean
+.PHONY: quickstart test check bench bench-inference exact stress faults interop sanitize clean
 
 quickstart: .venv/locked
 	$(BIN)/gristmill run quickstart
@@ -34,7 +35,9 @@ bench: .venv/locked
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/tokenizer.py
 	$(BIN)/python benchmarks/plan.py
-	$(BIN)/python benchmarks/engine.py
+
+bench-inference: .venv/locked .peers/built
+	$(BIN)/python benchmarks/inference.py
 
 exact: .venv/locked
 	GRISTMILL_EXACT=150 $(BIN)/python -m pytest tests/exact
@@ -69,5 +72,22 @@ sanitize: .venv/locked
 	.interop/bin/python -m pip install --quiet --no-deps mosaicml-streaming==0.13.0
 	touch $@
 
+# llama.cpp as fast as gcc makes it for this machine. Its sources are the published ones with a barrier for AMX: gcc 12 may
+# write a tile configuration after it was to be loaded. One file at a time: some need a gigabyte.
+LLAMA := 0.3.36
+LLAMA_FLAGS := -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF
+LLAMA_PATCH := s/^ *_tile_loadconfig(&tc);/    __asm__ volatile("" ::: "memory");\n&/
+LLAMA_SOURCE := .peers/source/llama_cpp_python-$(LLAMA)
+.peers/built:
+	$(PYTHON) -m venv .peers
+	.peers/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python -d .peers/source \
+		llama-cpp-python==$(LLAMA)
+	tar -xzf $(LLAMA_SOURCE).tar.gz -C .peers/source
+	sed -i '$(LLAMA_PATCH)' $(LLAMA_SOURCE)/vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp
+	CMAKE_BUILD_PARALLEL_LEVEL=1 CMAKE_ARGS="$(LLAMA_FLAGS)" \
+		nice .peers/bin/python -m pip install --quiet numpy==2.4.6 $(LLAMA_SOURCE)
+	rm -r .peers/source
+	printf 'flags: %s\npatch: %s\n' '$(LLAMA_FLAGS)' 'a memory barrier before _tile_loadconfig (AMX)' > $@
+
 clean:
-	rm -rf .venv .interop runs
+	rm -rf .venv .interop .peers benchmarks/.cache runs
