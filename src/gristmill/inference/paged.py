@@ -68,7 +68,7 @@ class NativePaged:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             """q [1, T, H, C], k and v [1, T, G, C] -> [1, T, H, C]."""
             keys, values = self.keys_LNGB[layer], self.values_LNGB[layer]
-            return torch.ops.gristmill.paged_attention(q[0], k[0], v[0], keys, values, *where)[None]
+            return native.paged_attention(q[0], k[0], v[0], keys, values, *where)[None]
 
         return attend
 

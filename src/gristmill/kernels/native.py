@@ -90,7 +90,9 @@ class _Sizes(ctypes.Structure):
     )
 
 
-class _Matrix(ctypes.Structure):
+class Matrix(ctypes.Structure):
+    """A packed one, see packed.py."""
+
     _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("kind", "N", "K", "group")))
 
 
@@ -106,24 +108,45 @@ class _PagedSizes(ctypes.Structure):
     )
 
 
+ARGUMENTS = {  # n a number, f a float, p a pointer, and the structures above
+    "glu_forward": "nnppp",
+    "glu_backward": "nnpppppp",
+    "cross_entropy": "nnppp",
+    "rotate": "nnnnpnppfp",
+    "rotate_normed": "nnnnnpnppfppp",
+    "rotate_backward": "nnnnpnppfpp",
+    "rms_norm": "nnppfpp",
+    "rms_norm_backward": "nnnpppppp",
+    "attention_forward": "SHHHpp",
+    "attention_backward": "SHHHHHpppp",
+    "lay_panels": "nnpp",
+    "product": "npMp",
+    "experts": "Eppppp",
+    "paged_attention": "PHHHppp",
+}
+_KINDS = {
+    "n": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "p": ctypes.c_void_p,
+    "H": _Heads,
+    "S": _Sizes,
+    "M": Matrix,
+    "E": _ExpertSizes,
+    "P": _PagedSizes,
+}
+
+
 def _call(name: str, like: Tensor, *arguments: Any) -> None:
-    """Tensors go as pointers, numbers as 64 bits or as floats."""
-    given = [
-        ctypes.c_void_p(a.data_ptr())
-        if isinstance(a, Tensor)
-        else ctypes.c_int64(a)
-        if isinstance(a, int)
-        else ctypes.c_float(a)
-        if isinstance(a, float)
-        else a
-        for a in arguments
-    ]
-    _function(_library(), name, like.dtype, in_use())(*given)
+    """Tensors go as pointers."""
+    function = _function(_library(), name, like.dtype, in_use())
+    function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
 @functools.cache
 def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype, isa: str) -> Any:
-    return getattr(library, f"{name}_{TYPES[dtype]}_{isa}")
+    function = getattr(library, f"{name}_{TYPES[dtype]}_{isa}")
+    function.argtypes, function.restype = [_KINDS[kind] for kind in ARGUMENTS[name]], None
+    return function
 
 
 def _given(x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -170,11 +193,22 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return nll
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, turned: int, clip: float) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, turned: int, clip: float) -> Tensor:
     tokens, heads, width = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = x.new_empty(tokens, heads, width)
     cos, sin = (_given(angle, torch.float32, tokens, width // 2) for angle in (cos, sin))
     _call("rotate", x, tokens, heads, width, turned, x, x.stride(0), cos, sin, clip, out)
+    return out
+
+
+def rotate_normed(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor, queries: int, keys: int
+) -> Tensor:
+    """x [T, N, C] with its first `queries` and then `keys` heads normed and turned. No gradient."""
+    (tokens, N, C), out = x.shape, x.new_empty(x.shape)
+    weights = (_given(weight, torch.float32, C) for weight in (q_weight, k_weight))
+    cos, sin = (_given(angle, torch.float32, tokens, C // 2) for angle in (cos, sin))
+    _call("rotate_normed", x, tokens, N, C, queries, keys, x, x.stride(0), *weights, eps, cos, sin, out)
     return out
 
 
@@ -187,10 +221,10 @@ def _rotate_backward(x: Tensor, cos: Tensor, sin: Tensor, turned: int, clip: flo
     return dx
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     N, D = x.shape
     x, weight = x.contiguous(), _given(weight, torch.float32, D)
-    out, inverse = torch.empty(x.shape, dtype=x.dtype), torch.empty(N, dtype=torch.float32)
+    out, inverse = x.new_empty(N, D), weight.new_empty(N)
     _call("rms_norm", x, N, D, x, weight, eps, out, inverse)
     return out, inverse
 
@@ -241,28 +275,31 @@ def _lay_panels(x: Tensor) -> Tensor:
     return out
 
 
-def _product(x: Tensor, data: Tensor, kind: int, N: int, group: int) -> Tensor:
-    """data: of `packed.Packed`, whose sizes the caller has from there."""
-    T, K = x.shape
-    x, out = x.contiguous(), torch.empty(T, N, dtype=x.dtype)
-    _call("product", x, T, x, _Matrix(data.data_ptr(), kind, N, K, group), out)
+def product(x: Tensor, matrix: Matrix) -> Tensor:
+    """[T, K] -> [T, N]: what `torch.ops.gristmill.product` does, without what an operator costs at each call."""
+    x, out = x.contiguous(), x.new_empty(len(x), matrix.N)
+    _call("product", x, len(x), x, matrix, out)
     return out
 
 
-def _packed_experts(
+def _product(x: Tensor, data: Tensor, kind: int, N: int, group: int) -> Tensor:
+    return product(x, Matrix(data.data_ptr(), kind, N, x.shape[1], group))
+
+
+def packed_experts(
     x: Tensor, weights: Tensor, ids: Tensor, blocks: Tensor, slots: Tensor, kind: int, F: int, group: int
 ) -> Tensor:
     """blocks: [S, bytes], an expert's three matrices in each; slots: [E], where each expert is that a token chose."""
     (T, D), K = x.shape, ids.shape[1]
     weights, ids = _given(weights, torch.float32, T, K), _given(ids, torch.int64, T, K)
-    x, out = x.contiguous(), torch.empty(T, D, dtype=x.dtype)
+    x, out = x.contiguous(), x.new_empty(T, D)
     places = slots * blocks.stride(0) + blocks.data_ptr()
     sizes = _ExpertSizes(T, K, len(slots), D, F, kind, group)
     _call("experts", x, sizes, x, weights, ids, places, out)
     return out
 
 
-def _paged_attention(
+def paged_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor, parts: Tensor, tables: Tensor
 ) -> Tensor:
     """q [T, H, C], k and v [T, G, C]; keys and values [N, G, numbers of B positions], see native/paged.h; slots [T]:
@@ -275,7 +312,7 @@ def _paged_attention(
     for cache in (keys, values):
         assert cache.dtype == q.dtype
         assert cache.is_contiguous()
-    out = torch.empty(T, H, C, dtype=q.dtype)
+    out = q.new_empty(T, H, C)
     numbers = (x.data_ptr() for x in (slots, parts, tables))
     heads = (_Heads(x.data_ptr(), 0, x.stride(0), x.stride(1)) for x in (q, k, v))
     _call("paged_attention", q, _PagedSizes(T, H, G, C, B, len(parts), C**-0.5, *numbers), *heads, keys, values, out)
@@ -305,7 +342,7 @@ _define(
 )
 _define(
     "rotate(Tensor x, Tensor cos, Tensor sin, int turned, float clip) -> Tensor",
-    _rotate,
+    rotate,
     lambda x, cos, sin, turned, clip: x.new_empty(x.shape),
 )
 _define(
@@ -315,7 +352,7 @@ _define(
 )
 _define(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
-    _rms_norm,
+    rms_norm,
     lambda x, weight, eps: (x.new_empty(x.shape), x.new_empty(len(x), dtype=torch.float32)),
 )
 _define(
@@ -353,12 +390,12 @@ _define(
 _define(
     "packed_experts(Tensor x, Tensor weights, Tensor ids, Tensor blocks, Tensor slots, int kind, int F, int group)"
     " -> Tensor",
-    _packed_experts,
+    packed_experts,
     lambda x, weights, ids, blocks, slots, kind, F, group: x.new_empty(x.shape),
 )
 _define(
     "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor parts,"
     " Tensor tables) -> Tensor",
-    _paged_attention,
+    paged_attention,
     lambda q, k, v, keys, values, slots, parts, tables: q.new_empty(q.shape),
 )

@@ -7,6 +7,7 @@ Shapes: T tokens, K inputs, N outputs; E experts, D model, F hidden; P = N / PAN
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels import native
+from gristmill.kernels.memory import use_huge_pages
 from gristmill.kernels.quantized import Quantized
 
 PANEL = 64  # outputs that lie beside one another
@@ -32,6 +34,10 @@ class Packed:
     N: int
     K: int
     group: int = 0
+
+    @cached_property
+    def described(self) -> native.Matrix:
+        return native.Matrix(self.data.data_ptr(), KINDS.index(self.kind), self.N, self.K, self.group)
 
 
 def pack(weight: Tensor | Quantized) -> Packed:
@@ -81,6 +87,7 @@ def _nibbles(eight: Tensor) -> Tensor:
 def aligned_empty(num_bytes: int) -> Tensor:
     """uint8, from the beginning of a cache line."""
     made = torch.empty(num_bytes + LINE, dtype=torch.uint8)
+    use_huge_pages(made)
     return made[-made.data_ptr() % LINE :][:num_bytes]
 
 
@@ -93,7 +100,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 def product(x_TK: Tensor, matrix: Packed) -> Tensor:
     """x Wᵀ: [T, N] in x's dtype, which is that of a matrix that is not quantized."""
-    return torch.ops.gristmill.product(x_TK, matrix.data, KINDS.index(matrix.kind), matrix.N, matrix.group)
+    return native.product(x_TK, matrix.described)
 
 
 @dataclass(frozen=True)
@@ -134,6 +141,4 @@ def _stacked(x: Tensor) -> Tensor:
 def experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, packed: PackedExperts) -> Tensor:
     """What `kernels.experts.experts` computes, forward only. weights_TK in fp32."""
     kind = KINDS.index(packed.kind)
-    return torch.ops.gristmill.packed_experts(
-        x_TD, weights_TK, ids_TK, packed.blocks, packed.slots, kind, packed.F, packed.group
-    )
+    return native.packed_experts(x_TD, weights_TK, ids_TK, packed.blocks, packed.slots, kind, packed.F, packed.group)

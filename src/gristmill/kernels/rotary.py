@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gristmill.kernels import native
 from gristmill.kernels.gpu import rotary as gpu_rotary
+from gristmill.kernels.norm import rms_norm
 from gristmill.kernels.precision import upcast
 
 
@@ -33,9 +34,29 @@ def rotate(x_BSNC: Tensor, cos: Tensor, sin: Tensor, turned: int | None = None, 
     if native.serves(x_BSNC):
         if torch.is_grad_enabled():
             return _NativeRotate.apply(x_BSNC, cos, sin, turned, clip)
-        angles = (_of_tokens(angle, x_BSNC) for angle in (cos, sin))
-        return torch.ops.gristmill.rotate(_tokens(x_BSNC), *angles, turned, clip).view(x_BSNC.shape)
+        cos, sin = _of_tokens(cos, x_BSNC), _of_tokens(sin, x_BSNC)
+        return native.rotate(_tokens(x_BSNC), cos, sin, turned, clip).view(x_BSNC.shape)
     return rotate_reference(x_BSNC, cos, sin, turned, clip)
+
+
+def rotate_normed(
+    x_BSNC: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    queries: int,
+    keys: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys, RMS-normed by weights [C] of their own and turned; and the values."""
+    heads = queries, keys, x_BSNC.shape[2] - queries - keys
+    if not torch.is_grad_enabled() and native.serves(x_BSNC) and q_weight.dtype == k_weight.dtype == torch.float32:
+        angles = _of_tokens(cos, x_BSNC), _of_tokens(sin, x_BSNC)
+        made = native.rotate_normed(_tokens(x_BSNC), q_weight, k_weight, eps, *angles, queries, keys)
+        return made.view(x_BSNC.shape).split(heads, dim=2)
+    q, k, v = x_BSNC.split(heads, dim=2)
+    return rotate(rms_norm(q, q_weight, eps), cos, sin), rotate(rms_norm(k, k_weight, eps), cos, sin), v
 
 
 class _NativeRotate(torch.autograd.Function):

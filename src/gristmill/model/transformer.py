@@ -19,7 +19,7 @@ from gristmill.kernels.attention import document_starts, packed_attention
 from gristmill.kernels.experts import experts
 from gristmill.kernels.norm import rms_norm
 from gristmill.kernels.precision import upcast
-from gristmill.kernels.rotary import rotary_angles, rotate
+from gristmill.kernels.rotary import rotary_angles, rotate, rotate_normed
 from gristmill.model.config import ModelConfig
 
 # attend(layer, q [B, S, H, C], k [B, S, G, C], v [B, S, G, C]) -> [B, S, H, C]
@@ -104,17 +104,15 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         cfg, (B, S, _D) = self.cfg, x_BSD.shape
         qkv = self.Wqkv(x_BSD).view(B, S, -1, cfg.head_dim)
-        turned = cfg.n_heads + cfg.kv_n_heads  # all but the values
+        heads = cfg.n_heads, cfg.kv_n_heads, cfg.kv_n_heads
         if cfg.qk_norm:
-            q, k, v = self._split(qkv if cfg.clip_qkv is None else qkv.clamp(-cfg.clip_qkv, cfg.clip_qkv))
-            q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        else:
-            q, k, v = self._split(rotate(qkv, cos, sin, turned, cfg.clip_qkv))
+            clipped = qkv if cfg.clip_qkv is None else qkv.clamp(-cfg.clip_qkv, cfg.clip_qkv)
+            weights = self.q_norm.weight, self.k_norm.weight
+            q, k, v = rotate_normed(clipped, *weights, cfg.norm_eps, cos, sin, *heads[:2])
+        else:  # all but the values
+            q, k, v = rotate(qkv, cos, sin, sum(heads[:2]), cfg.clip_qkv).split(heads, dim=2)
         attended = attend(layer, q, k, v)
         return self.out_proj(attended.reshape(B, S, -1))
-
-    def _split(self, qkv_BSNC: Tensor) -> tuple[Tensor, ...]:
-        return qkv_BSNC.split((self.cfg.n_heads, self.cfg.kv_n_heads, self.cfg.kv_n_heads), dim=2)
 
 
 class Experts(nn.Module):

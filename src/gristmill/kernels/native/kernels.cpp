@@ -23,6 +23,12 @@
                                              int64_t stride, const float* cos, const float* sin, float clip, T* out) {   \
         rotate(tokens, N, C, turned, x, stride, cos, sin, clip, out);                                                    \
     }                                                                                                                    \
+    extern "C" void NAMED(rotate_normed, type, ISA)(int64_t tokens, int64_t N, int64_t C, int64_t queries, int64_t keys, \
+                                                    const T* x, int64_t stride, const float* q_weight,                   \
+                                                    const float* k_weight, float eps, const float* cos,                  \
+                                                    const float* sin, T* out) {                                          \
+        rotate_normed(tokens, N, C, queries, keys, x, stride, q_weight, k_weight, eps, cos, sin, out);                   \
+    }                                                                                                                    \
     extern "C" void NAMED(rotate_backward, type, ISA)(int64_t tokens, int64_t N, int64_t C, int64_t turned, const T* x,  \
                                                       int64_t stride, const float* cos, const float* sin, float clip,    \
                                                       const T* grad, T* dx) {                                            \

@@ -52,30 +52,65 @@ template <class T> void cross_entropy(int64_t rows, int64_t V, T* logits, const 
     }
 }
 
+const int64_t FEW = 4;  // rows that are not worth waking another thread for
+
+// C numbers, each pair (c, c + C/2) turned by the angle; what lies beyond ±clip is clipped first.
+template <class T> INLINE void turn(int64_t C, bool turned, const T* from, const float* cos, const float* sin, float clip, T* to) {
+    const int64_t half = C / 2;
+    for (int64_t i = 0; i < half; i += W) {
+        vf a = load_some(from + i, half - i, 0), b = load_some(from + half + i, half - i, 0);
+        a = select(a > clip, splat(clip), select(a < -clip, splat(-clip), a));
+        b = select(b > clip, splat(clip), select(b < -clip, splat(-clip), b));
+        if (turned) {
+            vf c = load_some(cos + i, half - i, 0), s = load_some(sin + i, half - i, 0);
+            vf a_turned = a * c - b * s;
+            b = b * c + a * s;
+            a = a_turned;
+        }
+        store_some(to + i, half - i, a);
+        store_some(to + half + i, half - i, b);
+    }
+}
+
+// D numbers times `inverse`, which is returned, times the weights.
+template <class T> INLINE float normed(int64_t D, const T* x, const float* weight, float eps, T* out) {
+    vf squares = {};
+    for (int64_t i = 0; i < D; i += W) {
+        vf value = load_some(x + i, D - i, 0);
+        squares += value * value;
+    }
+    const float inverse = 1.0f / __builtin_sqrtf(sum(squares) / D + eps);
+    for (int64_t i = 0; i < D; i += W) {
+        vf value = load_some(x + i, D - i, 0), w = load_some(weight + i, D - i, 0);
+        store_some(out + i, D - i, value * inverse * w);
+    }
+    return inverse;
+}
+
 // x [T, N, C] by rows of `stride`: the first `turned` of N heads turn each pair (c, c + C/2) by their token's angle; what lies beyond
 // ±clip is clipped first. `sin` of the other sign turns back.
 template <class T>
 void rotate(int64_t tokens, int64_t N, int64_t C, int64_t turned, const T* x, int64_t stride, const float* cos, const float* sin,
             float clip, T* out) {
     const int64_t half = C / 2;
-#pragma omp parallel for
+#pragma omp parallel for if (tokens > FEW)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t n = 0; n < N; n++)
+            turn(C, n < turned, x + t * stride + n * C, cos + t * half, sin + t * half, clip, out + (t * N + n) * C);
+}
+
+// The same where the first `queries` heads and the `keys` after them are normed first, each by weights [C] of its kind.
+template <class T>
+void rotate_normed(int64_t tokens, int64_t N, int64_t C, int64_t queries, int64_t keys, const T* x, int64_t stride, const float* q_weight,
+                   const float* k_weight, float eps, const float* cos, const float* sin, T* out) {
+    const int64_t half = C / 2;
+#pragma omp parallel for if (tokens > FEW)
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t n = 0; n < N; n++) {
             const T* from = x + t * stride + n * C;
             T* to = out + (t * N + n) * C;
-            for (int64_t i = 0; i < half; i += W) {
-                vf a = load_some(from + i, half - i, 0), b = load_some(from + half + i, half - i, 0);
-                a = select(a > clip, splat(clip), select(a < -clip, splat(-clip), a));
-                b = select(b > clip, splat(clip), select(b < -clip, splat(-clip), b));
-                if (n < turned) {
-                    vf c = load_some(cos + t * half + i, half - i, 0), s = load_some(sin + t * half + i, half - i, 0);
-                    vf a_turned = a * c - b * s;
-                    b = b * c + a * s;
-                    a = a_turned;
-                }
-                store_some(to + i, half - i, a);
-                store_some(to + half + i, half - i, b);
-            }
+            if (n < queries + keys) normed(C, from, n < queries ? q_weight : k_weight, eps, to);
+            turn(C, n < queries + keys, n < queries + keys ? to : from, cos + t * half, sin + t * half, __builtin_inff(), to);
         }
 }
 
@@ -107,19 +142,8 @@ void rotate_backward(int64_t tokens, int64_t N, int64_t C, int64_t turned, const
 // x [N, D]: x * inverse * weight, where inverse [N] = 1 / sqrt(mean(x²) + eps) is kept.
 template <class T>
 void rms_norm(int64_t N, int64_t D, const T* x, const float* weight, float eps, T* out, float* inverse) {
-#pragma omp parallel for
-    for (int64_t n = 0; n < N; n++) {
-        vf squares = {};
-        for (int64_t i = 0; i < D; i += W) {
-            vf value = load_some(x + n * D + i, D - i, 0);
-            squares += value * value;
-        }
-        inverse[n] = 1.0f / __builtin_sqrtf(sum(squares) / D + eps);
-        for (int64_t i = 0; i < D; i += W) {
-            vf value = load_some(x + n * D + i, D - i, 0), w = load_some(weight + i, D - i, 0);
-            store_some(out + n * D + i, D - i, value * inverse[n] * w);
-        }
-    }
+#pragma omp parallel for if (N > FEW)
+    for (int64_t n = 0; n < N; n++) inverse[n] = normed(D, x + n * D, weight, eps, out + n * D);
 }
 
 // dweight [parts, D] has a sum for each part of the rows, so that the order of summing does not follow the threads.
