@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gristmill.inference import Engine, EngineConfig, Request, Sampling
 from gristmill.inference.layers import NativeLayers
+from gristmill.inference.recording import NotRecordable, Recording
 from gristmill.kernels import native
 from gristmill.model import Transformer
 from gristmill.model.transformer import packed
@@ -78,3 +79,61 @@ def test_gradients_through_the_engines_layers_are_the_models(tiny: Tiny) -> None
         assert len(given) == len(wanted) > 10
         for a, b in zip(given, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+DENSE = {"ffn": "dense", "ffn_hidden_size": 33}
+BIASED = {"moe_router_bias": True, "moe_normalize_expert_weights": 2.0, "clip_qkv": 0.5}
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [DBRX, QWEN, DENSE, BIASED, {**QWEN, "clip_qkv": 0.5}])
+def test_steps_made_again_from_a_recording_have_the_bits_of_the_pass(
+    tiny: Tiny, changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model, chance = tiny(max_seq_len=256, **changes), random.Random(0)
+    model.compute_dtype = dtype
+    requests = [
+        Request(
+            prompt=[chance.randrange(300) for _ in range(chance.randrange(1, 40))],
+            max_tokens=chance.randrange(3, 60),
+            sampling=Sampling(temperature=1.0, seed=number),
+            logprobs=3,
+        )
+        for number in range(6)
+    ]
+
+    def answers(can_record: bool) -> list[list[Any]]:
+        engine = Engine(model, EngineConfig(cache_tokens=256))
+        engine.runner._can_record = can_record
+        streams = [engine.submit(request) for request in requests]
+        made = [[token for piece in stream for token in piece.tokens] for stream in streams]
+        assert engine.runner._can_record is can_record
+        assert (len(engine.runner._decoding) > 3) is can_record
+        return made
+
+    assert answers(True) == answers(False)
+
+
+def test_what_cannot_be_made_again_in_place_is_not_recorded() -> None:
+    x = torch.zeros(3)
+    counts = torch.zeros(3)
+    with pytest.raises(NotRecordable, match="cumsum"):
+        Recording(lambda: x.cumsum(0), [x])
+    with pytest.raises(NotRecordable, match="scatter_add_"):
+        Recording(lambda: counts.scatter_add_(0, x.long(), x), [x])
+
+
+@needs_kernels
+def test_a_recording_makes_again_what_its_result_depends_on_and_no_more() -> None:
+    x, fixed = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    made: list[torch.Tensor] = []
+
+    def compute() -> Tensor:
+        made.append(x * 7)  # nobody reads it
+        return (x + fixed * 2) * x
+
+    recording = Recording(compute, [x])
+    assert [call[0] for call in recording.calls] == [torch.add, torch.mul]
+    x.copy_(torch.tensor([5.0, -1.0]))
+    assert torch.equal(recording.replay(), (x + fixed * 2) * x)

@@ -63,7 +63,10 @@ class NativePaged:
             numbers.append((first, count, part.start, len(table)))
             table += blocks[: -(-part.end // B)]
             first += count
-        where = torch.tensor(slots), torch.tensor(numbers), torch.tensor(table)
+        return self.attend_at(torch.tensor(slots), torch.tensor(numbers), torch.tensor(table))
+
+    def attend_at(self, *where: Tensor) -> Attend:
+        """where: see `native.paged_attention`."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             """q [1, T, H, C], k and v [1, T, G, C] -> [1, T, H, C]."""
@@ -83,6 +86,25 @@ class Group:
     source_A: Tensor  # a tile's places that hold a query
     token_A: Tensor  # and the tokens of the row whose queries they are
     visible_TQK: Tensor  # [S * M, 1, R * Q, K] of bool: keys that a query sees
+
+
+class OneEach:
+    """Where the tokens of a step lie in which each of `count` sequences has one: tensors that stay, and are filled."""
+
+    def __init__(self, count: int, context: int, block_tokens: int) -> None:
+        self.block_tokens, most = block_tokens, -(-context // block_tokens)
+        self.slots, self.tables = torch.zeros(count, dtype=torch.long), torch.zeros(count, most, dtype=torch.long)
+        self.parts = torch.tensor([(row, 1, 0, row * most) for row in range(count)])
+        self._held: list[list[int]] = [[] for _ in range(count)]
+
+    def fill(self, parts: Sequence[Part]) -> None:
+        B = self.block_tokens
+        self.slots.copy_(torch.tensor([part.job.blocks[part.start // B] * B + part.start % B for part in parts]))
+        self.parts[:, 2] = torch.tensor([part.start for part in parts])
+        for row, part in enumerate(parts):
+            if self._held[row] != (blocks := part.job.blocks[: part.start // B + 1]):
+                self._held[row] = blocks
+                self.tables[row, : len(blocks)] = torch.tensor(blocks)
 
 
 class TorchPaged:

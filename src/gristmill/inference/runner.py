@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gristmill.inference.layers import Layers, layers_of
-from gristmill.inference.paged import paged_attention
+from gristmill.inference.layers import Layers, NativeLayers, layers_of
+from gristmill.inference.paged import NativePaged, OneEach, paged_attention
+from gristmill.inference.recording import NotRecordable, Recording
 from gristmill.inference.scheduler import Part
 from gristmill.model import Transformer
 
@@ -24,14 +25,23 @@ class Runner:
         self.model, self.layers = model, layers or layers_of(model)
         self.paged = paged_attention(model, num_blocks, block_tokens)
         self.device, self.threads = model.wte.weight.device, torch.get_num_threads()
+        self._can_record = isinstance(self.layers, NativeLayers) and self.layers.cache is None
+        self._decoding: dict[int, Decoding | None] = {}  # by the number of sequences
 
-    @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Tensor:
-        """[T, D]: the hidden states of all tokens, part after part."""
+        """[T, D]: the hidden states of all tokens, part after part. They stand until the next run."""
+        torch.set_num_threads(self.threads)  # another number may round otherwise
+        if self._can_record and all(part.end - part.start == 1 for part in parts):
+            if decoding := self._decoding.setdefault(len(parts)):
+                return decoding.run(parts)
+            try:
+                self._decoding[len(parts)] = decoding = Decoding(self, parts)
+                return decoding.recording.result[0]
+            except NotRecordable:
+                self._can_record = False
         tokens = torch.tensor([[id for part in parts for id in part.job.ids[part.start : part.end]]])
         positions = torch.tensor([[position for part in parts for position in range(part.start, part.end)]])
-        torch.set_num_threads(self.threads)  # another number may round otherwise
-        with evaluating(self.model), self.layers.seated():
+        with torch.inference_mode(), evaluating(self.model), self.layers.seated():
             hidden, _ = self.model(tokens.to(self.device), positions.to(self.device), self.paged.attend(parts))
         return hidden[0]
 
@@ -40,6 +50,32 @@ class Runner:
         """[V] in fp32 on the CPU, of each row."""
         for rows in hidden_TD.split(LOGITS_ROWS):
             yield from self.layers.logits(rows).cpu()
+
+
+class Decoding:
+    """Steps in which each of so many sequences has one token: the pass of the first one, made again."""
+
+    @torch.inference_mode(False)
+    def __init__(self, runner: Runner, parts: Sequence[Part]) -> None:
+        assert isinstance(runner.paged, NativePaged)
+        model, count = runner.model, len(parts)
+        self.tokens, self.positions = torch.zeros(2, 1, count, dtype=torch.long)
+        self.where = OneEach(count, model.cfg.max_seq_len, runner.paged.block_tokens)
+        self._fill(parts)
+        attend = runner.paged.attend_at(self.where.slots, self.where.parts, self.where.tables)
+        inputs = [self.tokens, self.positions, self.where.slots, self.where.parts, self.where.tables]
+        with torch.no_grad(), evaluating(model), runner.layers.seated():
+            self.recording = Recording(lambda: model(self.tokens, self.positions, attend)[0], inputs)
+
+    def run(self, parts: Sequence[Part]) -> Tensor:
+        self._fill(parts)
+        with torch.inference_mode():
+            return self.recording.replay()[0]
+
+    def _fill(self, parts: Sequence[Part]) -> None:
+        self.tokens[0] = torch.tensor([part.job.ids[part.start] for part in parts])
+        self.positions[0] = torch.tensor([part.start for part in parts])
+        self.where.fill(parts)
 
 
 @contextmanager

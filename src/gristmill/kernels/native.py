@@ -8,6 +8,8 @@ other dtypes than fp32 and bf16, the callers' own PyTorch code runs. GRISTMILL_K
 import ctypes
 import functools
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import machinery
 from pathlib import Path
 from typing import Any
@@ -136,10 +138,27 @@ _KINDS = {
 }
 
 
-def _call(name: str, like: Tensor, *arguments: Any) -> None:
-    """Tensors go as pointers."""
+# While it is set, told of each call: the function, its arguments, and the tensors that it reads or writes.
+_recorder: Callable[[Any, tuple[Any, ...], list[Tensor]], None] | None = None
+
+
+@contextmanager
+def recorded_by(recorder: Callable[[Any, tuple[Any, ...], list[Tensor]], None]) -> Iterator[None]:
+    global _recorder
+    _recorder = recorder
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
+def _call(name: str, like: Tensor, *arguments: Any, inside: tuple[Tensor, ...] = ()) -> None:
+    """Tensors go as pointers. inside: those whose pointers lie in structures."""
     function = _function(_library(), name, like.dtype, in_use())
-    function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    function(*given)
+    if _recorder is not None:
+        _recorder(function, tuple(given), [*inside, *(a for a in arguments if isinstance(a, Tensor))])
 
 
 @functools.cache
@@ -286,17 +305,21 @@ def _product(x: Tensor, data: Tensor, kind: int, N: int, group: int) -> Tensor:
     return product(x, Matrix(data.data_ptr(), kind, N, x.shape[1], group))
 
 
-def packed_experts(
-    x: Tensor, weights: Tensor, ids: Tensor, blocks: Tensor, slots: Tensor, kind: int, F: int, group: int
-) -> Tensor:
-    """blocks: [S, bytes], an expert's three matrices in each; slots: [E], where each expert is that a token chose."""
+def packed_experts(x: Tensor, weights: Tensor, ids: Tensor, places: Tensor, kind: int, F: int, group: int) -> Tensor:
+    """places: [E], the address of each expert that a token chose: there its three matrices lie."""
     (T, D), K = x.shape, ids.shape[1]
     weights, ids = _given(weights, torch.float32, T, K), _given(ids, torch.int64, T, K)
     x, out = x.contiguous(), x.new_empty(T, D)
-    places = slots * blocks.stride(0) + blocks.data_ptr()
-    sizes = _ExpertSizes(T, K, len(slots), D, F, kind, group)
+    sizes = _ExpertSizes(T, K, len(places), D, F, kind, group)
     _call("experts", x, sizes, x, weights, ids, places, out)
     return out
+
+
+def _packed_experts(
+    x: Tensor, weights: Tensor, ids: Tensor, blocks: Tensor, slots: Tensor, kind: int, F: int, group: int
+) -> Tensor:
+    """blocks: [S, bytes], an expert in each; slots: [E], which block is an expert's."""
+    return packed_experts(x, weights, ids, slots * blocks.stride(0) + blocks.data_ptr(), kind, F, group)
 
 
 def paged_attention(
@@ -315,7 +338,9 @@ def paged_attention(
     out = q.new_empty(T, H, C)
     numbers = (x.data_ptr() for x in (slots, parts, tables))
     heads = (_Heads(x.data_ptr(), 0, x.stride(0), x.stride(1)) for x in (q, k, v))
-    _call("paged_attention", q, _PagedSizes(T, H, G, C, B, len(parts), C**-0.5, *numbers), *heads, keys, values, out)
+    sizes = _PagedSizes(T, H, G, C, B, len(parts), C**-0.5, *numbers)
+    inside = q, k, v, slots, parts, tables
+    _call("paged_attention", q, sizes, *heads, keys, values, out, inside=inside)
     return out
 
 
@@ -390,7 +415,7 @@ _define(
 _define(
     "packed_experts(Tensor x, Tensor weights, Tensor ids, Tensor blocks, Tensor slots, int kind, int F, int group)"
     " -> Tensor",
-    packed_experts,
+    _packed_experts,
     lambda x, weights, ids, blocks, slots, kind, F, group: x.new_empty(x.shape),
 )
 _define(

@@ -113,6 +113,11 @@ class PackedExperts:
     F: int
     group: int
 
+    @cached_property
+    def places(self) -> Tensor:
+        """[E]: addresses."""
+        return self.slots * self.blocks.stride(0) + self.blocks.data_ptr()
+
 
 def pack_experts(w1: Tensor | Quantized, v1: Tensor | Quantized, w2: Tensor | Quantized) -> PackedExperts:
     """w1, v1, w2: [E, F, D], or [F, D] of one expert; of a quantized w2 its transpose, [E, D, F]."""
@@ -141,4 +146,4 @@ def _stacked(x: Tensor) -> Tensor:
 def experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, packed: PackedExperts) -> Tensor:
     """What `kernels.experts.experts` computes, forward only. weights_TK in fp32."""
     kind = KINDS.index(packed.kind)
-    return native.packed_experts(x_TD, weights_TK, ids_TK, packed.blocks, packed.slots, kind, packed.F, packed.group)
+    return native.packed_experts(x_TD, weights_TK, ids_TK, packed.places, kind, packed.F, packed.group)
