@@ -1,5 +1,7 @@
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from gristmill.hub import (
 )
 from gristmill.hub import export as export_module
 from gristmill.hub.dbrx import from_json, to_json
-from gristmill.hub.export import ExportConfig, build_export
+from gristmill.hub.export import ExportConfig, build_export, export_gguf, export_model
 from gristmill.hub.settings import SpecialIds
 from gristmill.hub.tensors import INDEX, SINGLE, Weights
 from gristmill.inference.scorer import causal
@@ -236,3 +238,15 @@ def test_an_export_that_computes_something_else_fails(
 def test_an_evaluation_that_is_none_is_an_input_error(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"evaluation.json"):
         build_export(ExportConfig(), checkpoint(), tmp_path / "nothing", artifact.prepare(tmp_path / "export"))
+
+
+def test_an_export_of_a_bare_checkpoint_goes_out_again(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """It has no artifact before it that could name a license."""
+    bare, once = tmp_path / "bare", tmp_path / "once"
+    bare.mkdir()
+    write_weights(bare, in_memory((model := tiny()).state_dict()))
+    (bare / "model.json").write_text(json.dumps(asdict(model.cfg)))
+    shutil.copytree(tokenizer_dir, bare / "tokenizer")
+    export_model(bare, once)
+    assert ModelCard.load(export_model(once, tmp_path / "twice").path / "README.md").data.license == "other"
+    export_gguf(once, tmp_path / "twice.gguf")

@@ -182,7 +182,7 @@ def license_of(src: Path, origin: Origin | None) -> dict[str, str]:
     """What a card says of a published model that is given out unchanged; "other" for one that was trained here."""
     if origin is None:
         return card_license(src) or {"license": "other"}
-    while origin.kind in ("model", "export", "quantized"):
+    while origin.kind in ("model", "export", "quantized") and origin.inputs:  # a bare checkpoint has no origin
         origin = origin.inputs[0]
     return {key: str(origin.detail[key]) for key in ("license", "license_name") if key in origin.detail} or {
         "license": "other"
