@@ -157,7 +157,8 @@ INLINE vi pair_dot(vi sum, vi pairs, int32_t two) {
 #elif defined(__AVX2__)
     return sum + (vi)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi32(two));
 #else
-    return sum + (pairs << 16 >> 16) * (two << 16 >> 16) + (pairs >> 16) * (two >> 16);
+    const int32_t low = (int16_t)(uint16_t)two, high = two >> 16;
+    return sum + ((vi)((vu)pairs << 16) >> 16) * low + (pairs >> 16) * high;
 #endif
 }
 
