@@ -17,11 +17,11 @@ from gristmill.errors import Failure, InputError
 from gristmill.hub import assemble, in_memory, open_weights, read_published, write_published
 from gristmill.hub.export import export_model
 from gristmill.hub.layout import as_one_expert
-from gristmill.hub.quantized import QuantizeConfig, QuantizedWeight, pack, unpack
+from gristmill.hub.quantized import QuantizeConfig, QuantizedWeight
 from gristmill.hub.tensors import SINGLE
 from gristmill.inference import load_model
 from gristmill.inference.quantizing import quantize_model
-from gristmill.kernels.quantized import Quantized, quantize
+from gristmill.kernels.quantized import Quantized, quantize, to_codes, to_words
 from gristmill.model import Transformer, packed
 
 Tiny = Callable[..., Transformer]
@@ -43,9 +43,9 @@ def test_words_are_those_of_compressed_tensors(bits: int, rows: int, groups: int
     top = 2 ** (bits - 1)
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-top, top, (rows, groups * 32), dtype=torch.int8, generator=generator)
-    assert torch.equal(pack(codes, bits), pack_to_int32(codes, bits))
-    assert torch.equal(unpack_from_int32(pack(codes, bits), bits, codes.shape), codes)
-    assert torch.equal(unpack(pack(codes, bits), bits), codes)
+    assert torch.equal(to_words(codes, bits), pack_to_int32(codes, bits))
+    assert torch.equal(unpack_from_int32(to_words(codes, bits), bits, codes.shape), codes)
+    assert torch.equal(to_codes(to_words(codes, bits), bits), codes)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -68,7 +68,7 @@ def test_each_matrix_comes_back_as_its_codes_whole_and_an_expert_alone(
         assert same(weight.quantized(), wanted)
         assert torch.equal(weight.load(), wanted.dense().mT if name.endswith("w2") else wanted.dense())
         for expert in range(len(dense) if dense.ndim == 3 else 0):
-            alone = Quantized(wanted.codes[expert], wanted.scales[expert], bits)
+            alone = Quantized(wanted.words[expert], wanted.scales[expert], bits)
             assert same(weight.expert(expert), alone)
             assert torch.equal(weight.read(expert, expert + 1)[0], weight.load()[expert])
 

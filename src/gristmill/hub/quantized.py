@@ -45,11 +45,11 @@ class QuantizedWeight(Weight):
     def quantized(self) -> Quantized:
         """All of it, K being the inputs: Wqkv [N, K]; w1 and v1 [E, F, D] as they are; w2 [E, F, D] as [E, D, F]."""
         whole = self.codes(0, self.shape[0] if self.stacked else 1)
-        return whole if self.stacked else Quantized(whole.codes[0], whole.scales[0], whole.bits)
+        return whole if self.stacked else Quantized(whole.words[0], whole.scales[0], whole.bits)
 
     def expert(self, number: int) -> Quantized:
         one = self.codes(number, number + 1)
-        return Quantized(one.codes[0], one.scales[0], one.bits)
+        return Quantized(one.words[0], one.scales[0], one.bits)
 
 
 @dataclass(frozen=True)
@@ -62,31 +62,12 @@ class Packed:
     group: int
 
     def read(self, start: int, stop: int) -> Quantized:
-        return Quantized(unpack(self.packed.read(start, stop), self.bits), self.scale.read(start, stop), self.bits)
+        return Quantized(self.packed.read(start, stop), self.scale.read(start, stop), self.bits)
 
 
 def is_transposed(name: str) -> bool:
     """Of our tensors, those that hold a matrix's outputs last: w2 multiplies as it is."""
     return name.endswith("experts.w2")
-
-
-# ---- codes in words ------------------------------------------------------------------------------------
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """int8 [..., N, K] -> int32 [..., N, K * bits / 32]; K is a multiple of 32."""
-    if bits == 8:
-        return (codes.contiguous().view(torch.uint8) ^ 0x80).view(torch.int32)
-    unsigned = (codes.contiguous() + 8).view(torch.uint8)
-    return (unsigned[..., ::2] | unsigned[..., 1::2] << 4).view(torch.int32)
-
-
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """What `pack` was given."""
-    unsigned = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        return (unsigned ^ 0x80).view(torch.int8)
-    return torch.stack((unsigned & 15, unsigned >> 4), -1).flatten(-2).view(torch.int8) - 8
 
 
 # ---- reading -------------------------------------------------------------------------------------------
@@ -188,8 +169,8 @@ def _together(name: str, shape: tuple[int, ...], parts: Sequence[Packed]) -> Qua
         else:
             read = [part.read(0, part.packed.shape[0]) for part in parts]
         n = stop - start
-        codes, scales = torch.cat([part.codes for part in read]), torch.cat([part.scales for part in read])
-        return Quantized(codes.view(n, -1, codes.shape[-1]), scales.view(n, -1, scales.shape[-1]), bits)
+        words, scales = torch.cat([part.words for part in read]), torch.cat([part.scales for part in read])
+        return Quantized(words.view(n, -1, words.shape[-1]), scales.view(n, -1, scales.shape[-1]), bits)
 
     def rows(start: int, stop: int) -> Tensor:
         """Of our tensor's first dimension: whole matrices, where it is a stack."""
@@ -336,7 +317,7 @@ class Packing:
         words, scales = [], []
         for block in dense.split(max(1, BLOCK_NUMBERS // inputs)):  # what quantizing needs beside it stays small
             quantized = quantize(block, self.bits, self.group)
-            words.append(pack(quantized.codes, self.bits))
+            words.append(quantized.words)
             scales.append(quantized.scales)
         self.scales = torch.cat(scales)
         return torch.cat(words)

@@ -122,6 +122,7 @@ ARGUMENTS = {  # n a number, f a float, p a pointer, and the structures above
     "attention_forward": "SHHHpp",
     "attention_backward": "SHHHHHpppp",
     "lay_panels": "nnpp",
+    "lay_quantized": "nnnnppp",
     "product": "npMp",
     "experts": "Eppppp",
     "paged_attention": "PHHHppp",
@@ -292,6 +293,13 @@ def _lay_panels(x: Tensor) -> Tensor:
     like = torch.empty(0, dtype=torch.float32 if x.dtype.itemsize == 4 else torch.bfloat16)
     _call("lay_panels", like, x.numel() // (P * M), M, x, out)
     return out
+
+
+def lay_quantized(words: Tensor, scales: Tensor, bits: int, out: Tensor) -> None:
+    """words int32 [N, K * bits / 32] and scales bf16 [N, J] of `quantized.Quantized` as a packed matrix's bytes."""
+    (N, J), K = scales.shape, words.shape[1] * 32 // bits
+    words, scales = _given(words, torch.int32, N, words.shape[1]), _given(scales, torch.bfloat16, N, J)
+    _call("lay_quantized", scales, bits, N, J, K // J, words, scales, out)
 
 
 def product(x: Tensor, matrix: Matrix) -> Tensor:

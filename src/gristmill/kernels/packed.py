@@ -44,8 +44,10 @@ def pack(weight: Tensor | Quantized) -> Packed:
     """weight: [N, K] in fp32 or bf16, or quantized."""
     assert native.in_use() != "torch"
     if isinstance(weight, Quantized):
-        (N, K), kind = weight.codes.shape, KINDS[2 if weight.bits == 8 else 3]
-        return Packed(_quantized_bytes(weight), kind, N, K, weight.group)
+        (N, K), kind = weight.shape, KINDS[2 if weight.bits == 8 else 3]
+        made = aligned_empty(-(-N // PANEL) * PANEL * (K * weight.bits // 8 + K // weight.group * 2))
+        native.lay_quantized(weight.words, weight.scales, weight.bits, made)
+        return Packed(made, kind, N, K, weight.group)
     N, K = weight.shape
     is_float = weight.dtype == torch.float32
     if weight.stride(0) == 1 < N:  # [K, N] in memory
@@ -58,30 +60,6 @@ def pack(weight: Tensor | Quantized) -> Packed:
         units = x_NK if is_float else x_NK.view(torch.int32)
         panels = torch.ops.gristmill.lay_panels(units.unflatten(0, (-1, PANEL)))
     return Packed(_aligned(panels), "f32" if is_float else "bf16", N, K)
-
-
-def _quantized_bytes(weight: Quantized) -> Tensor:
-    """Panel by panel and group by group: the PANEL scales, then the codes, two inputs of an output together."""
-    N, group = len(weight.codes), weight.group
-    codes = F.pad(weight.codes, (0, 0, 0, -N % PANEL)).unflatten(0, (-1, PANEL)).unflatten(-1, (-1, group))
-    scales = F.pad(weight.scales, (0, 0, 0, -N % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2)  # [P, J, PANEL]
-    codes = codes.transpose(1, 2)  # [P, J, PANEL, group]
-    if weight.bits == 8:
-        units = codes.contiguous().view(torch.int16)  # [P, J, PANEL, group / 2]
-    else:  # four such pairs in one: 4 bits of each, counted from -8
-        eight = (codes + 8).contiguous().view(torch.int64)  # a byte each: [P, J, PANEL, group / 8]
-        words = _nibbles(eight) | _nibbles(eight >> 8) << 16
-        units = words.to(torch.int32)
-    laid = torch.ops.gristmill.lay_panels(units)
-    parts = (scales.contiguous().view(torch.uint8), laid.view(torch.uint8).flatten(2))
-    return _aligned(torch.cat(parts, dim=-1))
-
-
-def _nibbles(eight: Tensor) -> Tensor:
-    """The low 4 bits of every other byte of 8, beside one another."""
-    two = eight & 0x000F000F000F000F
-    two = (two | two >> 12) & 0x000000FF000000FF
-    return (two | two >> 24) & 0xFFFF
 
 
 def aligned_empty(num_bytes: int) -> Tensor:
@@ -134,8 +112,8 @@ def pack_experts(w1: Tensor | Quantized, v1: Tensor | Quantized, w2: Tensor | Qu
 def _each(w: Tensor | Quantized, transposed: bool = False) -> Sequence[Tensor | Quantized]:
     """The experts' own matrices."""
     if isinstance(w, Quantized):
-        pairs = zip(_stacked(w.codes), _stacked(w.scales), strict=True)
-        return [Quantized(codes, scales, w.bits) for codes, scales in pairs]
+        pairs = zip(_stacked(w.words), _stacked(w.scales), strict=True)
+        return [Quantized(words, scales, w.bits) for words, scales in pairs]
     return [each.T for each in _stacked(w)] if transposed else list(_stacked(w))
 
 

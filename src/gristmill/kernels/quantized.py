@@ -16,20 +16,47 @@ CANDIDATES = torch.linspace(0.7, 1.05, 15)  # of a group's scale, in parts of wh
 
 @dataclass(frozen=True)
 class Quantized:
-    """codes: int8 [..., N, K], from -2^(bits-1) to 2^(bits-1) - 1; scales: bf16 [..., N, J]."""
+    """words: int32 [..., N, K * bits / 32], in which the codes + 2^(bits-1) lie from the lowest bits up; scales: bf16
+    [..., N, J]. A number is its code times its group's scale."""
 
-    codes: Tensor
+    words: Tensor
     scales: Tensor
     bits: int
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., N, K]"""
+        return (*self.words.shape[:-1], self.words.shape[-1] * 32 // self.bits)
+
+    @property
     def group(self) -> int:
-        return self.codes.shape[-1] // self.scales.shape[-1]
+        return self.shape[-1] // self.scales.shape[-1]
+
+    @property
+    def codes(self) -> Tensor:
+        """int8 [..., N, K], from -2^(bits-1) to 2^(bits-1) - 1."""
+        return to_codes(self.words, self.bits)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[..., N, K]: the numbers that they stand for."""
         grouped = self.codes.unflatten(-1, (-1, self.group)).float() * self.scales.float()[..., None]
         return grouped.flatten(-2).to(dtype)
+
+
+def to_words(codes: Tensor, bits: int) -> Tensor:
+    """int8 [..., N, K] -> int32 [..., N, K * bits / 32]; K is a multiple of 32."""
+    if bits == 8:
+        return (codes.contiguous().view(torch.uint8) ^ 0x80).view(torch.int32)
+    unsigned = (codes.contiguous() + 8).view(torch.uint8)
+    return (unsigned[..., ::2] | unsigned[..., 1::2] << 4).view(torch.int32)
+
+
+def to_codes(words: Tensor, bits: int) -> Tensor:
+    """What `to_words` was given."""
+    unsigned = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return (unsigned ^ 0x80).view(torch.int8)
+    return torch.stack((unsigned & 15, unsigned >> 4), -1).flatten(-2).view(torch.int8) - 8
 
 
 def quantize(weight_NK: Tensor, bits: int, group: int) -> Quantized:
@@ -52,7 +79,8 @@ def quantize(weight_NK: Tensor, bits: int, group: int) -> Quantized:
         scale = (largest / -top * candidate).bfloat16().float()
         error = (_codes(x, scale, top) * scale - x).square().sum(-1, keepdim=True)
         scales, best = torch.where(error < best, scale, scales), torch.minimum(error, best)
-    return Quantized(_codes(x, scales, top).to(torch.int8).flatten(-2), scales.bfloat16().squeeze(-1), bits)
+    codes = _codes(x, scales, top).to(torch.int8).flatten(-2)
+    return Quantized(to_words(codes, bits), scales.bfloat16().squeeze(-1), bits)
 
 
 def _codes(x: Tensor, scale: Tensor, top: int) -> Tensor:

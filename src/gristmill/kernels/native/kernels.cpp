@@ -55,6 +55,10 @@
     extern "C" void NAMED(lay_panels, type, ISA)(int64_t count, int64_t M, const T* x, T* out) {                         \
         lay_panels(count, M, x, out);                                                                                    \
     }                                                                                                                    \
+    extern "C" void NAMED(lay_quantized, type, ISA)(int64_t bits, int64_t N, int64_t J, int64_t group,                   \
+                                                    const uint32_t* words, const bf16* scales, uint8_t* out) {           \
+        lay_quantized(bits, N, J, group, words, scales, out);                                                            \
+    }                                                                                                                    \
     extern "C" void NAMED(product, type, ISA)(int64_t rows, const T* x, Matrix w, T* out) { product(rows, x, w, out); }  \
     extern "C" void NAMED(experts, type, ISA)(Sizes3 z, const T* x, const float* weights, const int64_t* ids,            \
                                               const uint8_t* const* places, T* out) {                                    \

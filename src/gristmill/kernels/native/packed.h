@@ -48,6 +48,33 @@ template <class U> void lay_panels(int64_t count, int64_t M, const U* x, U* out)
                     out[(n * M + m) * PANEL + p] = x[(n * PANEL + p) * M + m];
 }
 
+// The same of whole numbers in words, from the lowest bits up, counted from -2^(bits-1): words [N][K * bits / 32], scales [N][J].
+inline void lay_quantized(int64_t bits, int64_t N, int64_t J, int64_t group, const uint32_t* words, const bf16* scales, uint8_t* out) {
+    const int64_t each = group * bits / 32, panels = (N + PANEL - 1) / PANEL, bytes = PANEL * (2 + group * bits / 8);
+#pragma omp parallel for
+    for (int64_t task = 0; task < panels * J; task++) {
+        const int64_t first = task / J * PANEL, j = task % J;
+        bf16* scale = (bf16*)(out + task * bytes);
+        for (int64_t r = 0; r < PANEL; r++) {
+            const bool inside = first + r < N;
+            scale[r] = inside ? scales[(first + r) * J + j] : bf16{0};
+            for (int64_t m = 0; m < each; m++) {
+                const uint32_t word = inside ? words[((first + r) * J + j) * each + m] : bits == 4 ? 0x88888888u : 0x80808080u;
+                if (bits == 4) {  // inputs 0, 2, 4, 6 in the lower half, the others in the upper
+                    uint32_t even = word & 0x0f0f0f0fu, odd = word >> 4 & 0x0f0f0f0fu;
+                    even = (even | even >> 4) & 0x00ff00ffu, odd = (odd | odd >> 4) & 0x00ff00ffu;
+                    even = (even | even >> 8) & 0xffffu, odd = (odd | odd >> 8) & 0xffffu;
+                    ((uint32_t*)(scale + PANEL))[m * PANEL + r] = even | odd << 16;
+                } else {
+                    const uint32_t codes = word ^ 0x80808080u;
+                    uint16_t* to = (uint16_t*)(scale + PANEL) + 2 * m * PANEL + r;
+                    to[0] = (uint16_t)codes, to[PANEL] = (uint16_t)(codes >> 16);
+                }
+            }
+        }
+    }
+}
+
 // ---- rows as they are ----------------------------------------------------------------------------------
 
 template <class T> struct Rows {
