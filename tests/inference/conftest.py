@@ -7,8 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from gristmill.inference import runner
 from gristmill.model import ModelConfig, Transformer
 from gristmill.tokenizer import TokenizerConfig, build_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "RECORD_AFTER", 0)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 Shapes: T tokens of the row, D model, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ from gristmill.inference.scheduler import Part
 from gristmill.model import Transformer
 
 LOGITS_ROWS = 256  # rows whose logits stand in memory at once
+RECORD_AFTER = 12  # steps of so many sequences: to record takes as long as is saved in about as many
 
 
 class Runner:
@@ -25,20 +27,27 @@ class Runner:
         self.model, self.layers = model, layers or layers_of(model)
         self.paged = paged_attention(model, num_blocks, block_tokens)
         self.device, self.threads = model.wte.weight.device, torch.get_num_threads()
-        self._can_record = isinstance(self.layers, NativeLayers) and self.layers.cache is None
-        self._decoding: dict[int, Decoding | None] = {}  # by the number of sequences
+        on_packed = isinstance(self.layers, NativeLayers) and isinstance(self.paged, NativePaged)
+        self._can_record = on_packed and getattr(self.layers, "cache", None) is None
+        self._decoding: dict[int, Decoding] = {}  # by the number of sequences
+        self._steps: Counter[int] = Counter()
 
-    def run(self, parts: Sequence[Part]) -> Tensor:
-        """[T, D]: the hidden states of all tokens, part after part. They stand until the next run."""
+    def run(self, parts: Sequence[Part], anew: bool = False) -> Tensor:
+        """[T, D]: the hidden states of all tokens, part after part. They stand until the next run.
+
+        anew: for who looks at the model while it computes; a recording passes it by.
+        """
         torch.set_num_threads(self.threads)  # another number may round otherwise
-        if self._can_record and all(part.end - part.start == 1 for part in parts):
-            if decoding := self._decoding.setdefault(len(parts)):
+        if self._can_record and not anew and all(part.end - part.start == 1 for part in parts):
+            if decoding := self._decoding.get(len(parts)):
                 return decoding.run(parts)
-            try:
-                self._decoding[len(parts)] = decoding = Decoding(self, parts)
-                return decoding.recording.result[0]
-            except NotRecordable:
-                self._can_record = False
+            self._steps[len(parts)] += 1
+            if self._steps[len(parts)] > RECORD_AFTER:
+                try:
+                    self._decoding[len(parts)] = decoding = Decoding(self, parts)
+                    return decoding.recording.result[0]
+                except NotRecordable:
+                    self._can_record = False
         tokens = torch.tensor([[id for part in parts for id in part.job.ids[part.start : part.end]]])
         positions = torch.tensor([[position for part in parts for position in range(part.start, part.end)]])
         with torch.inference_mode(), evaluating(self.model), self.layers.seated():
