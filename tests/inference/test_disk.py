@@ -77,7 +77,7 @@ def test_the_experts_used_most_stay() -> None:
 
 
 def test_too_little_memory_for_a_layer_is_refused_before_anything_runs(tiny: Tiny) -> None:
-    with pytest.raises(InputError, match=r"a layer has 4 of .* MiB each; raise the memory"):
+    with pytest.raises(InputError, match=r"4 of .* MiB each, .*; give 1 MiB more"):
         NativeLayers(tiny(), in_memory(tiny().state_dict()), 10_000)
 
 

@@ -172,7 +172,7 @@ def test_bodies_have_a_limit_and_a_type(server: Running) -> None:
 
 
 def test_what_is_not_there_is_an_error_of_the_same_shape(server: Running) -> None:
-    for path in ("/", "/v1", "/v1/completions/", "/docs", "/v1/embeddings"):
+    for path in ("/page", "/v1", "/v1/completions/", "/docs", "/v1/embeddings"):
         assert refused(server.get(path), 404)["code"] == "unknown_url"
     for path in PATHS:
         assert refused(server.get(path), 405)["code"] == "method_not_allowed"

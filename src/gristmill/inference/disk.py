@@ -46,9 +46,10 @@ class ExpertCache:
         expert_bytes = self.shape.blocks.shape[1]
         num_slots = min(num_bytes // expert_bytes, num_layers * num_experts)
         if num_slots < num_experts:
+            lacking = num_experts * expert_bytes - num_bytes
             raise InputError(
-                f"{max(0, num_bytes) / 2**20:,.0f} MiB are left for experts, and a layer has {num_experts} of "
-                f"{expert_bytes / 2**20:,.1f} MiB each; raise the memory, or quantize the model to fewer bits"
+                f"the memory has no room for one layer's experts, {num_experts} of {expert_bytes / 2**20:,.1f} MiB "
+                f"each, beside all else; give {-(-lacking // 2**20):,} MiB more, or quantize the model to fewer bits"
             )
         self.blocks = aligned_empty(num_slots * expert_bytes).view(num_slots, expert_bytes)
         self.slots: list[Slot | None] = [None] * num_slots

@@ -16,7 +16,8 @@ from gristmill.errors import InputError
 from gristmill.inference.answer import Answer
 from gristmill.inference.grammar import Constraint, Grammars
 from gristmill.inference.layers import Layers
-from gristmill.inference.requests import Piece, Request, Token
+from gristmill.inference.requests import Chosen, Piece, Request, Token
+from gristmill.inference.routing import Routes, chosen, watched
 from gristmill.inference.runner import Runner
 from gristmill.inference.sampler import History, chance, pick
 from gristmill.inference.scheduler import EngineConfig, Finish, Job, Part, Plan, Scheduler
@@ -126,7 +127,13 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan.parts:
             return False
-        tokens = self._sample(plan, self.runner.run(plan.parts))
+        routes: Routes = []
+        if any(self._choices[part.job].stream.request.experts for part in plan.parts):
+            with watched(self.model) as routes:
+                hidden_TD = self.runner.run(plan.parts, anew=True)
+        else:
+            hidden_TD = self.runner.run(plan.parts)
+        tokens = self._sample(plan, hidden_TD, routes)
         self.scheduler.postprocess(plan, [tokens[part.job].id for part in plan.parts if part.samples])
         for part in plan.parts:
             self._deliver(self._choices[part.job], tokens.get(part.job))
@@ -148,6 +155,8 @@ class Engine:
             raise InputError(f"logit_bias has an id above the model's last, {vocab_size - 1}; leave it out")
         if request.stop and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer, and this engine has none; give stop_ids")
+        if request.experts and self.model.cfg.ffn != "moe":
+            raise InputError("experts were asked for, and this model is dense: it has none; leave experts out")
         if request.grammar is not None and self.tokenizer is None:
             raise InputError("a grammar needs a tokenizer, and this engine has none; leave it out")
         if request.max_tokens is None:
@@ -160,7 +169,7 @@ class Engine:
         return request.max_tokens
 
     @torch.inference_mode()
-    def _sample(self, plan: Plan, hidden_TD: Tensor) -> dict[Job, Token]:
+    def _sample(self, plan: Plan, hidden_TD: Tensor, routes: Routes) -> dict[Job, Token]:
         """The next token of each part that asks for one; on the way, the log-probabilities of echoed prompts."""
         asked: list[tuple[Part, int]] = []
         rows, first = [], 0
@@ -170,13 +179,15 @@ class Engine:
             rows += [first + position - 1 - part.start for position in positions]
             first += part.end - part.start
         tokens = {}
-        for (part, position), logits_V in zip(asked, self.runner.logits(hidden_TD[rows]), strict=True):
+        for row, (part, position), logits_V in zip(rows, asked, self.runner.logits(hidden_TD[rows]), strict=True):
             choice, job = self._choices[part.job], part.job
-            logprobs = choice.stream.request.logprobs
+            request = choice.stream.request
+            experts = chosen(routes, row) if request.experts else ()
             if position < len(job.prompt):
-                choice.echoed.append(_token(job.prompt[position], logits_V, logprobs))
+                choice.echoed.append(_token(job.prompt[position], logits_V, request.logprobs, experts))
             else:
-                tokens[job] = _token(self._pick(choice, position, logits_V), logits_V, logprobs)
+                id = self._pick(choice, position, logits_V)
+                tokens[job] = _token(id, logits_V, request.logprobs, experts)
         return tokens
 
     def _pick(self, choice: Choice, position: int, logits_V: Tensor) -> int:
@@ -226,9 +237,9 @@ class Engine:
         return self.tokenizer.decode(prompt[1:] if prompt[0] == self.tokenizer.eot_id else prompt)
 
 
-def _token(id: int, logits_V: Tensor, logprobs: int | None) -> Token:
+def _token(id: int, logits_V: Tensor, logprobs: int | None, experts: tuple[Chosen, ...]) -> Token:
     if logprobs is None:
-        return Token(id)
+        return Token(id, experts=experts)
     logprobs_V = logits_V.double().log_softmax(-1)
     values, ids = logprobs_V.topk(min(logprobs, len(logits_V)))
-    return Token(id, float(logprobs_V[id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    return Token(id, float(logprobs_V[id]), tuple(zip(ids.tolist(), values.tolist(), strict=True)), experts)

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from gristmill.errors import InputError
 from gristmill.inference.grammar import Grammar
 from gristmill.inference.sampler import Sampling
 from gristmill.inference.scheduler import Finish
 
+Chosen: TypeAlias = tuple[tuple[int, float], ...]  # experts of one layer and their weights, the heaviest first
 MAX_TOP = 20  # of the most probable tokens that may be asked for beside each
 
 
@@ -20,7 +21,8 @@ class Request:
     has which ends by itself; one that ends with "length" or at something of `stop` is the beginning of such a text.
     logprobs: None, or how many of the most probable tokens are told beside each one's own log-probability, which is of
     the model's distribution, before bias, penalties and temperature. echo: the prompt comes first, as the beginning of
-    each answer. priority: 0 goes before 1. tenant: prompts of one are not looked for among those of another.
+    each answer. experts: whether each token tells those of the pass that made it. priority: 0 goes before 1. tenant:
+    prompts of one are not looked for among those of another.
     """
 
     prompt: Sequence[int]
@@ -32,6 +34,7 @@ class Request:
     grammar: Grammar | None = None
     logprobs: int | None = None
     echo: bool = False
+    experts: bool = False
     priority: int = 0
     tenant: str = ""
 
@@ -49,16 +52,21 @@ class Request:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the prompt's own log-probabilities are asked for."""
-        return self.echo and self.logprobs is not None
+        """Whether the prompt's own tokens are looked at as if they had been made."""
+        return self.echo and (self.logprobs is not None or self.experts)
 
 
 class Token(NamedTuple):
-    """`logprob`: None where it was not asked for, and of a prompt's first token. `top`: the most probable ids."""
+    """`logprob`: None where it was not asked for, and of a prompt's first token. `top`: the most probable ids.
+
+    `experts`: for each layer the experts, and their weights there, of the pass that predicted this token: the one that
+    has the token before it as its input. Empty where they were not asked for, and of a prompt's first token.
+    """
 
     id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    experts: tuple[Chosen, ...] = ()
 
 
 class Piece(NamedTuple):

@@ -24,8 +24,8 @@ class Shape:
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool) -> None:
-        self.tokenizer, self.has_logprobs = tokenizer, has_logprobs
+    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool) -> None:
+        self.tokenizer, self.has_logprobs, self.has_experts = tokenizer, has_logprobs, has_experts
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def chunk(self, choices: Sequence[Json], usage: Json | None, tells_usage: bool) -> Json:
@@ -46,14 +46,28 @@ class Shape:
     def token_text(self, id: int) -> str:
         return self.tokenizer.decode([id])
 
+    def experts(self, tokens: Sequence[Token]) -> Json:
+        """To be joined to a choice: nothing where nobody asked."""
+        if not self.has_experts:
+            return {}
+        told = [
+            {
+                "token": self.token_text(token.id),
+                "ids": [[id for id, _ in layer] for layer in token.experts],
+                "weights": [[weight for _, weight in layer] for layer in token.experts],
+            }
+            for token in tokens
+        ]
+        return {"experts": told}
+
 
 class Completion(Shape):
     """hidden: of the tokens that come first in echoed answers, those that the server has added itself."""
 
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool, hidden: int) -> None:
-        super().__init__(model, tokenizer, has_logprobs)
+    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool, hidden: int) -> None:
+        super().__init__(model, tokenizer, has_logprobs, has_experts)
         self.hidden = hidden
         self._places: dict[int, Place] = {}
 
@@ -62,11 +76,11 @@ class Completion(Shape):
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
         text = "".join(piece.text for piece in pieces)
-        logprobs = None
-        if self.has_logprobs:
-            place = self._places.setdefault(index, Place(self.tokenizer, self.hidden))
-            logprobs = self._logprobs([t for piece in pieces for t in place.shown(piece.tokens)], place)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
+        place = self._places.setdefault(index, Place(self.tokenizer, self.hidden))
+        tokens = [token for piece in pieces for token in place.shown(piece.tokens)]
+        logprobs = self._logprobs(tokens, place) if self.has_logprobs else None
+        told = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
+        return told | self.experts(tokens)
 
     def _logprobs(self, tokens: Sequence[Token], place: "Place") -> Json:
         told: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -113,8 +127,8 @@ class Place:
 class Chat(Shape):
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool) -> None:
-        super().__init__(model, tokenizer, has_logprobs)
+    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool) -> None:
+        super().__init__(model, tokenizer, has_logprobs, has_experts)
         self._begun: set[int] = set()
 
     def deltas(self, index: int, piece: Piece) -> list[Json]:
@@ -123,15 +137,23 @@ class Chat(Shape):
             self._begun.add(index)
             made.append(_delta(index, {"role": "assistant", "content": "", "refusal": None}))
         if piece.text or piece.tokens:
-            made.append(_delta(index, {"content": piece.text}, self._logprobs(piece.tokens)))
+            made.append(
+                _delta(index, {"content": piece.text}, self._logprobs(piece.tokens)) | self.experts(piece.tokens)
+            )
         if piece.finish:
             made.append(_delta(index, {}, finish=piece.finish))
         return made
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
         message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
-        logprobs = self._logprobs([token for piece in pieces for token in piece.tokens])
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
+        tokens = [token for piece in pieces for token in piece.tokens]
+        told = {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(tokens),
+            "finish_reason": pieces[-1].finish,
+        }
+        return told | self.experts(tokens)
 
     def _logprobs(self, tokens: Sequence[Token]) -> Json | None:
         if not self.has_logprobs:
@@ -160,6 +182,7 @@ def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Jso
 
 
 Finish = Literal["stop", "length"]
+ONLY_ASKED = "Only with return_experts: of each token."
 
 
 class PromptDetails(BaseModel):
@@ -175,6 +198,14 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptDetails
 
 
+class TokenExperts(BaseModel):
+    """Of the pass that predicted this token; empty for a prompt's first token, which nothing predicts."""
+
+    token: str
+    ids: list[list[int]] = Field(description="Of each layer its experts, the heaviest first.")
+    weights: list[list[float]] = Field(description="What each counted for.")
+
+
 class CompletionLogprobs(BaseModel):
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -187,6 +218,7 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Finish | None
+    experts: list[TokenExperts] | None = Field(None, description=ONLY_ASKED)
 
 
 class CompletionAnswer(BaseModel):
@@ -226,6 +258,7 @@ class ChatChoice(BaseModel):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: Finish
+    experts: list[TokenExperts] | None = Field(None, description=ONLY_ASKED)
 
 
 class ChatAnswer(BaseModel):
@@ -248,6 +281,7 @@ class ChatChunkChoice(BaseModel):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: Finish | None
+    experts: list[TokenExperts] | None = Field(None, description=ONLY_ASKED)
 
 
 class ChatChunk(BaseModel):
@@ -268,6 +302,13 @@ class Model(BaseModel):
     owned_by: str
     max_model_len: int = Field(description="Tokens that a prompt and its answer may have together.")
     chat: bool = Field(description="Whether it holds conversations; else it continues texts alone.")
+    experts: "Mixture | None" = Field(description="Of a mixture; null for a dense model.")
+
+
+class Mixture(BaseModel):
+    layers: int
+    experts: int = Field(description="Of each layer.")
+    per_token: int
 
 
 class Models(BaseModel):

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gristmill.errors import Failure, InputError
+from gristmill.serve import page
 from gristmill.serve.answers import ChatChunk
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.errors import ApiError, overloaded
@@ -24,7 +25,7 @@ from gristmill.serve.routes import Endpoint, now, router, told_by
 from gristmill.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gristmill.serve.worker import Worker
 
-WITHOUT_KEY = {"/health", "/ready"}
+WITHOUT_KEY = {"/health", "/ready", *page.FILES}
 OWN_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
@@ -46,6 +47,7 @@ def build_app(served: Served, cfg: ServeConfig, gate: Gate) -> FastAPI:
     at = Endpoint(served=served, cfg=cfg, gate=gate, worker=worker, metrics=metrics, created=now())
     app.state.endpoint = at
     app.include_router(router)
+    app.include_router(page.router)
     app.add_middleware(Edge, endpoint=at)
     for known in (ApiError, Refused, InputError, Failure):
         app.add_exception_handler(known, lambda _, error: told_by(error).response())

@@ -26,6 +26,14 @@ class Served:
         return min(self.engine.model.cfg.max_seq_len, self.engine.cfg.num_blocks * self.engine.cfg.block_tokens)
 
     @property
+    def experts(self) -> dict[str, int] | None:
+        """How many there are; None of a dense model."""
+        cfg = self.engine.model.cfg
+        if cfg.ffn != "moe":
+            return None
+        return {"layers": cfg.n_layers, "experts": cfg.moe_num_experts, "per_token": cfg.moe_top_k}
+
+    @property
     def vocab_size(self) -> int:
         return self.engine.model.wte.num_embeddings
 

@@ -73,6 +73,8 @@ def engine_requests(
         param, echo, grammar = "prompt", bool(body.echo), None
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         logprobs = body.logprobs
+    if body.return_experts and served.experts is None:
+        raise ApiError(400, "this model is dense: it has no experts", param="return_experts", code="no_experts")
     sampling = sampling_of(body, served)
     most = served.context if limits.most_tokens is None else max(1, limits.most_tokens // (len(prompts) * n))
     return [
@@ -86,6 +88,7 @@ def engine_requests(
             grammar=grammar,
             logprobs=logprobs,
             echo=echo,
+            experts=bool(body.return_experts),
             tenant=limits.tenant,
         )
         for prompt in prompts

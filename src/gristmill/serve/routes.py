@@ -95,9 +95,8 @@ async def completions(request: Request) -> Response:
     body = await read(request, CompletionBody)
     prompts = await beside(request, requests.completion_prompts, body, at.served)
     asked = requests.engine_requests(body, prompts, at.served, limits(request))
-    shape = Completion(
-        at.cfg.name, at.served.tokenizer, body.logprobs is not None, prompts[0].hidden if body.echo else 0
-    )
+    hidden = prompts[0].hidden if body.echo else 0
+    shape = Completion(at.cfg.name, at.served.tokenizer, body.logprobs is not None, bool(body.return_experts), hidden)
     return await ask(request, body, asked, shape)
 
 
@@ -115,7 +114,8 @@ async def chat_completions(request: Request) -> Response:
     asked = requests.engine_requests(body, [prompt], at.served, limits(request))
     if (grammar := asked[0].grammar) is not None:
         await compiled(grammar, at)
-    return await ask(request, body, asked, Chat(at.cfg.name, at.served.tokenizer, bool(body.logprobs)))
+    shape = Chat(at.cfg.name, at.served.tokenizer, bool(body.logprobs), bool(body.return_experts))
+    return await ask(request, body, asked, shape)
 
 
 @router.post(
@@ -277,6 +277,7 @@ def model_card(at: Endpoint) -> dict[str, Any]:
         "owned_by": "gristmill",
         "max_model_len": at.served.context,
         "chat": at.served.no_chat is None,
+        "experts": at.served.experts,
     }
 
 

@@ -109,6 +109,9 @@ class Sampled(Body):
     stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_experts: bool | None = Field(
+        None, description="Whether each token tells the experts of the pass that predicted it, layer by layer."
+    )
     user: Label | None = Field(None, description="A label of the caller's own; it changes nothing.")
 
     @model_validator(mode="after")

@@ -66,6 +66,7 @@ def welcome(cfg: ServeConfig, gate: Gate, port: int, no_chat: str | None) -> lis
     return [
         f"serving {cfg.name} on {url}" + (" (no keys: open to everyone on this machine)" if gate.is_open else ""),
         f"  curl {url}/v1/completions{key} -H 'content-type: application/json' -d '{asked}'",
+        f"in a browser: {url}/",
         no_chat or f"conversations: {url}/v1/chat/completions",
         "Ctrl-C ends it",
     ]
