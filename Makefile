@@ -4,7 +4,7 @@
 # make bench        the figures in benchmarks/results: three hours; its trainings go on where they were
 # make bench-inference   generation beside transformers and llama.cpp, which is built into .peers first
 # make exact        300 random models against transformers and a naive NumPy forward
-# make stress       longer randomised tests
+# make stress       longer randomised tests; the endpoint under malformed requests, overload, kill -9: writes its table
 # make faults       kill -9, flipped bits, full disks, lost ranks: writes the table of docs/reliability.md
 # make interop      MosaicML Streaming's own reader and writer beside ours, installed into .interop
 # make sanitize     the native kernels under the address and undefined-behaviour sanitizers
@@ -38,12 +38,14 @@ bench: .venv/locked
 
 bench-inference: .venv/locked .peers/built
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/serving.py
 
 exact: .venv/locked
 	GRISTMILL_EXACT=150 $(BIN)/python -m pytest tests/exact
 
 stress: .venv/locked
 	GRISTMILL_KILLS=40 $(BIN)/python -m pytest tests/test_kill.py tests/serve/test_usage.py
+	$(BIN)/python tests/serve/stress/campaign.py --table docs/reliability.md
 	GRISTMILL_COMPILE=1 $(BIN)/python -m pytest --hypothesis-profile=stress
 
 faults: .venv/locked

@@ -474,6 +474,7 @@ def say_what_next(folder: Path) -> None:
     console.print(f"\nThe report: {folder / 'report.html'}\nTry next:", markup=False)
     for command, what in (
         (f"{program} generate {folder} 'def fibonacci('", "let the model write"),
+        (f"{program} serve {folder}", "ask it from a browser, curl or OpenAI's clients"),
         (f"{program} lineage {folder}", "from the model back to each source and license"),
         (f"{program} verify {folder}", "check every byte"),
         (f"{program} run --help", "change a setting, bring your own text"),

@@ -171,6 +171,16 @@ def test_bodies_have_a_limit_and_a_type(server: Running) -> None:
     ).is_success
 
 
+def test_a_header_has_a_limit_also_when_it_comes_at_once(server: Running) -> None:
+    for path in ("/health", "/v1/models"):
+        refused(server.get(path, headers={"x": "y" * 40_000}), 400)
+
+
+def test_who_sends_a_body_that_is_too_large_hears_of_it(server: Running) -> None:
+    """An answer before all was read could be thrown away by the client's own TCP."""
+    refused(server.post("/v1/completions", b" " * (24 << 20)), 413)
+
+
 def test_what_is_not_there_is_an_error_of_the_same_shape(server: Running) -> None:
     for path in ("/page", "/v1", "/v1/completions/", "/docs", "/v1/embeddings"):
         assert refused(server.get(path), 404)["code"] == "unknown_url"

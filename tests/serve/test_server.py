@@ -348,6 +348,8 @@ def test_the_schema_is_openapi_and_names_what_is_answered(server: Running) -> No
             assert "422" not in said["responses"]
             assert {"200", "500", "503"} <= set(said["responses"])
             assert ("requestBody" in said) == (method == "post")
+            errors = [answer for status, answer in said["responses"].items() if status >= "400"]
+            assert all(list(answer["content"]) == ["application/json"] for answer in errors)
             assert ("401" in said["responses"]) == (path not in ("/health", "/ready"))
     fields = schema["components"]["schemas"]["CompletionBody"]
     assert fields["additionalProperties"] is False

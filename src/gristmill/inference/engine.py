@@ -77,7 +77,8 @@ class Stream:
 
 class Engine:
     """tokenizer: without it there are ids and no texts. layers: None are those of the model's weights as they are now.
-    The number of threads is that at the engine's beginning."""
+    The number of threads is that at the engine's beginning. During a step the model's layers are the engine's: of two
+    engines of one model, in two threads, each breaks the other."""
 
     def __init__(
         self,

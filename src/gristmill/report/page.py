@@ -266,7 +266,7 @@ def commands(report: Report) -> list[tuple[str, str]]:
     setting = f"train.optimizer.lr={lr / 2 if is_number(lr) else 0.001:g}"
     model = f"gristmill generate {run} 'def fibonacci('"
     return [
-        *([("Let it write", model)] if "train" in report.stages else []),
+        *([("Let it write", model), ("Serve it", f"gristmill serve {run}")] if "train" in report.stages else []),
         *([("Finish this run", f"gristmill run {recipe} --out {run}")] if report.missing else []),
         (
             "Change one setting; what does not depend on it is kept",

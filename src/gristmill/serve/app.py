@@ -39,7 +39,8 @@ def build_app(served: Served, cfg: ServeConfig, gate: Gate) -> FastAPI:
         worker.start()
         yield
         await worker.stop()
-        at.compiler.shutdown(wait=False, cancel_futures=True)
+        for executor in (at.compiler, at.reader):
+            executor.shutdown(wait=False, cancel_futures=True)
         gate.close()
 
     # No pages of documentation: they would fetch their scripts from other hosts.
@@ -89,6 +90,9 @@ class Edge:
 
     async def _check(self, request: Request) -> None:
         at, path = self.at, request.scope["path"]
+        if sum(len(name) + len(value) for name, value in request.scope["headers"]) > at.cfg.max_header_bytes:
+            # The protocol's own limit is for what has not come whole: what comes at once is larger at times.
+            raise ApiError(400, f"the header is larger than {at.cfg.max_header_bytes} bytes", code="header_too_large")
         if at.gate.is_open and _host(request) not in OWN_NAMES:
             # A page of another site can have its own name point to this machine, and read the answers.
             raise ApiError(
@@ -129,6 +133,9 @@ def _schema(app: FastAPI) -> dict[str, Any]:
         kinds = [(kind, "validation") for kind in (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody, ChatChunk)]
         _, bodies = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
         schema["components"]["schemas"].update(bodies["$defs"])
+        for body in (CompletionBody, ChatBody, TokenizeBody, DetokenizeBody):
+            of_model = schema["components"]["schemas"][body.__name__]["properties"]["model"]
+            of_model["enum"] = [app.state.endpoint.cfg.name]
         schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, methods in schema["paths"].items():
             for said in methods.values():

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 from fastapi import APIRouter, Request
 from starlette.datastructures import State
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from gristmill.errors import Failure, InputError
 from gristmill.inference import Grammar
@@ -26,6 +26,7 @@ from gristmill.serve.schema import Body, ChatBody, CompletionBody, DetokenizeBod
 from gristmill.serve.worker import Worker
 
 INLINE_BYTES = 16384  # larger bodies are parsed and encoded beside the event loop, which has others to serve
+THROWN_AWAY_BYTES = 32 << 20  # of a body that is too large: who still sends would not hear the answer
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ class Endpoint:
     metrics: metrics.Metrics
     created: int
     compiler: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammars"))
+    reader: Executor = field(default_factory=lambda: ThreadPoolExecutor(2, "bodies"))
     num_requests: int = 0
     is_draining: bool = False
 
@@ -48,7 +50,7 @@ class Endpoint:
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For the schema: what may go wrong on a route, beside what may on each."""
     said = {
-        400: "A wrong, unknown or refused parameter.",
+        400: "A wrong, unknown or refused parameter; a header that is too large.",
         401: "No key, or one that is not known.",
         403: "Without keys the server answers to this machine's own names alone.",
         404: "No such model.",
@@ -63,8 +65,9 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": said[status]} for status in statuses}
 
 
-EACH = (401, 403, 500, 503)
-ASKING = (*EACH, 400, 404, 408, 413, 415)
+ALL = (400, 403, 500, 503)
+EACH = (*ALL, 401)
+ASKING = (*EACH, 404, 408, 413, 415)
 router = APIRouter()
 
 
@@ -79,8 +82,10 @@ def body_of(kind: type[Body]) -> dict[str, Any]:
 
 
 def streams(kind: type[Any]) -> dict[int | str, dict[str, Any]]:
-    schema = {"schema": {"type": "string", "description": f"With stream: events, `data: ` and a {kind.__name__} each."}}
-    return {200: {"description": "The answers.", "content": {"text/event-stream": schema}}}
+    json = {"type": "string", "contentMediaType": "application/json"}
+    of = [json | {"contentSchema": {"$ref": f"#/components/schemas/{name.__name__}"}} for name in (kind, ErrorBody)]
+    item = {"type": "object", "properties": {"data": {"anyOf": [*of, {"const": "[DONE]"}]}}}
+    return {200: {"description": "The answers.", "content": {"text/event-stream": {"itemSchema": item}}}}
 
 
 @router.post(
@@ -186,7 +191,7 @@ async def load(request: Request) -> Response:
 
 @router.get(
     "/metrics",
-    response_class=PlainTextResponse,
+    response_class=Response,  # of no type: that of a class would be said of its errors, too
     responses={200: {"description": "For Prometheus.", "content": {"text/plain": {}}}, **errors(*EACH)},
 )
 async def prometheus(request: Request) -> Response:
@@ -201,7 +206,7 @@ async def prometheus(request: Request) -> Response:
     return Response(at.metrics.text(at.cfg.name, gauges), media_type=metrics.CONTENT_TYPE)
 
 
-@router.get("/health", response_model=answers.Status, responses=errors(403, 500, 503))
+@router.get("/health", response_model=answers.Status, responses=errors(*ALL))
 async def health(request: Request) -> Response:
     """Whether the process works: else it has to be restarted."""
     if endpoint(request).worker.broken is not None:
@@ -209,7 +214,7 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/ready", response_model=answers.Status, responses=errors(403, 500, 503))
+@router.get("/ready", response_model=answers.Status, responses=errors(*ALL))
 async def ready(request: Request) -> Response:
     """Whether requests should come here now."""
     at = endpoint(request)
@@ -228,30 +233,35 @@ async def read(request: Request, kind: type[B]) -> B:
         # Also what keeps a web page of another origin from asking in a visitor's name.
         raise ApiError(415, "the body must be sent as content-type: application/json, without a content-encoding")
     too_large = ApiError(413, f"the body is larger than {at.cfg.max_body_bytes} bytes", code="body_too_large")
-    if int(request.headers.get("content-length", 0)) > at.cfg.max_body_bytes:  # the protocol lets digits through alone
+    most = at.cfg.max_body_bytes + THROWN_AWAY_BYTES
+    if int(request.headers.get("content-length", 0)) > most:  # the protocol lets digits through alone
         raise too_large
-    body = bytearray()
+    body, num_bytes = bytearray(), 0
     try:
         async with asyncio.timeout(at.cfg.body_s):
             async for part in request.stream():
-                body += part
-                if len(body) > at.cfg.max_body_bytes:
-                    raise too_large
+                num_bytes += len(part)
+                if num_bytes <= at.cfg.max_body_bytes:
+                    body += part
+                elif num_bytes > most:
+                    break
     except TimeoutError:
         raise ApiError(
             408, f"the body did not arrive within {at.cfg.body_s:g} s", code="timeout", headers={"connection": "close"}
         ) from None
-    request.state.num_bytes = len(body)
+    if num_bytes > at.cfg.max_body_bytes:
+        raise too_large
+    request.state.num_bytes = num_bytes
     parsed = await beside(request, parse, kind, bytes(body))
     known(cast(Sampled | TokenizeBody | DetokenizeBody, parsed).model, at)
     return parsed
 
 
 async def beside(request: Request, function: Any, *arguments: Any) -> Any:
-    """Called in another thread where the body is large."""
+    """Called in another thread where the body is large. There are few: each keeps the memory of its largest body."""
     if request.state.num_bytes <= INLINE_BYTES:
         return function(*arguments)
-    return await asyncio.to_thread(function, *arguments)
+    return await asyncio.get_running_loop().run_in_executor(endpoint(request).reader, function, *arguments)
 
 
 def limits(request: Request) -> requests.Limits:

@@ -2,14 +2,17 @@
 
 import json
 import signal
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 from gristmill.errors import Failure, InputError
+from gristmill.kernels.memory import keep_freed_memory
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.database import Database, default_database
 from gristmill.serve.gate import Gate, Open
 from gristmill.serve.keys import all_keys
-from gristmill.serve.load import load
+from gristmill.serve.load import Served, load
 from gristmill.serve.metered import Metered
 from gristmill.serve.usage import Prices
 
@@ -30,13 +33,32 @@ def serve(path: Path, cfg: ServeConfig, database: str | None = None, prices: Pri
     gate = open_gate(database, prices)
     check_address(cfg, gate)
     print(f"loading {path} …", flush=True)
-    served = load(path)
+    served = loaded(path)
     app = build_app(served, cfg, gate)
     server = Server(app, cfg, lambda port: print("\n".join(welcome(cfg, gate, port, served.no_chat)), flush=True))
     server.run()
     if (problem := app.state.endpoint.worker.broken) is not None:
         raise Failure(f"the engine has stopped: {problem!r}; the log says where")
     return 130 if server.signum == signal.SIGINT else 0
+
+
+def loaded(path: Path) -> Served:
+    """The model, loaded in a thread that has ended: OpenMP keeps a team for each thread that computes, and when they
+    have more members than there are processors, all sleep between two products where they would stay awake."""
+    found: Future[Served] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(load(path))
+        except BaseException as problem:
+            found.set_exception(problem)
+
+    thread = threading.Thread(target=run, name="load", daemon=True)  # Ctrl-C does not wait for it
+    thread.start()
+    served = found.result()
+    thread.join()
+    keep_freed_memory()  # or glibc gives each step's temporaries back, as it does for all threads but the first
+    return served
 
 
 def open_gate(database: str | None, prices: Prices | None = None) -> Gate:
