@@ -73,6 +73,7 @@ def test_training_runs_with_torch_alone() -> None:
 
 STANDARD = {
     "collections",
+    "contextlib",
     "ctypes",
     "dataclasses",
     "functools",
