@@ -22,6 +22,7 @@ from torch import Tensor
 import gristmill.model.transformer as ours
 from gristmill.kernels import native
 from gristmill.kernels.experts import experts
+from gristmill.kernels.norm import rms_norm
 from gristmill.model import Attend, ModelConfig, Transformer, packed
 
 DBRX = ModelConfig(
@@ -115,6 +116,18 @@ def turned_as_neighbours(
     return torch.cat([torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2), values], 2)
 
 
+def rotated_by(rotate: Callable[..., Tensor]) -> Mistake:
+    def after_norms(x: Tensor, q: Tensor, k: Tensor, eps: float, cos: Tensor, sin: Tensor, *heads: int) -> Any:
+        parts = x.split((*heads, x.shape[2] - sum(heads)), dim=2)
+        turned = (rotate(rms_norm(part, weight, eps), cos, sin) for part, weight in zip(parts, (q, k), strict=False))
+        return *turned, parts[2]
+
+    return lambda model, patch: [
+        patch.setattr(ours, "rotate", rotate),
+        patch.setattr(ours, "rotate_normed", after_norms),
+    ]
+
+
 def attention(*, clips: str = "qkv", clips_last: bool = False, norms_last: bool = False) -> Any:
     """`Attention.forward` with another order of its steps."""
 
@@ -176,8 +189,8 @@ BOTH: dict[str, Mistake] = {
     "weights not normalised": built_with(moe_normalize_expert_weights=None),
     "weights normalised by their squares": built_with(moe_normalize_expert_weights=2.0),
     "eps 10 times as large": built_with(norm_eps=1e-4),
-    "neighbours turn together": lambda model, patch: patch.setattr(ours, "rotate", turned_as_neighbours),
-    "no rotation": lambda model, patch: patch.setattr(ours, "rotate", unturned),
+    "neighbours turn together": rotated_by(turned_as_neighbours),
+    "no rotation": rotated_by(unturned),
     "attention and experts side by side": lambda model, patch: patch.setattr(ours.Block, "forward", parallel_block),
     "norms on the residual": lambda model, patch: patch.setattr(ours.Block, "forward", post_norm_block),
     "no last norm": lambda model, patch: setattr(model, "norm_f", torch.nn.Identity()),

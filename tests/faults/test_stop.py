@@ -15,7 +15,7 @@ from broken_runs import Run, copied, wait
 from campaign import write_recipe
 
 from gristmill.errors import Failure
-from gristmill.inference.scorer import ModelScorer
+from gristmill.inference.runner import Runner
 from gristmill.pipeline import run
 from gristmill.recipe import load_recipe
 from gristmill.session import Stopped
@@ -23,7 +23,7 @@ from gristmill.train import checkpoint
 from gristmill.train.storage import write_verified
 
 PATIENCE_S = 30  # between SIGTERM and SIGKILL: Slurm's and Kubernetes' default, and torchrun's
-SCORE = ModelScorer._score
+COMPUTE = Runner.run
 pytestmark = pytest.mark.timeout(180)
 
 
@@ -120,14 +120,14 @@ def test_a_validation_that_a_stop_ended_is_made_good_before_training_goes_on(
     monkeypatch.setattr("gristmill.inference.scorer.TILE_TOKENS", 128)  # a validation takes several forward passes
     run(ours, whole.out, "train")
 
-    def score(scorer: ModelScorer, *args: Any) -> Any:
+    def compute(runner: Runner, *args: Any) -> Any:
         if broken.last_logged() == step and not told:
             told.append(step)
             os.kill(os.getpid(), signal.SIGTERM)
-        return SCORE(scorer, *args)
+        return COMPUTE(runner, *args)
 
     told: list[int] = []
-    monkeypatch.setattr(ModelScorer, "_score", score)
+    monkeypatch.setattr(Runner, "run", compute)
     with pytest.raises(Stopped):
         run(ours, broken.out, "train")
     assert broken.committed()[-1] == step
