@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 BEAT_S = 1.0
 MISSED_BEATS = 10  # after so many a rank counts as gone: far above a pause of the scheduler
+GLOO_SAYS = ("gloo", "pair closure")  # of a closed connection, or of the timeout
 ASK_S = BEAT_S * MISSED_BEATS  # for an answer of the store: a machine that was cut off gets none, and no error either
 LEAVE_S = 5.0  # that rank 0 waits for the others to go
 TIMEOUT_S = 300.0  # for a rank that computes but does not arrive
@@ -127,8 +128,8 @@ class Ranks:
         except Failure:  # said already
             raise
         except RuntimeError as problem:
-            # gloo's own: a closed connection, or the timeout
-            if self.world_size == 1 or not (isinstance(problem, dist.DistError) or "gloo" in str(problem)):
+            is_gloos = isinstance(problem, dist.DistError) or any(words in str(problem) for words in GLOO_SAYS)
+            if self.world_size == 1 or not is_gloos:
                 raise
             raise self._explained(problem) from None
 
