@@ -7,8 +7,8 @@ that (every matrix, the output one included), `gristmill quantize` our int8 and 
 process of its own (inference_worker.py) with THREADS threads that keeps its model, and they take turns; every prompt is
 new. Decoding is greedy, after prompts of 64; a prompt to be measured has 512 tokens. The figures are medians over the
 rounds, the ratio that of each round's. Ours and the peer's are tokens/s, so a ratio is better when it is larger; of
-`deterministic_cost_*` the peer is our engine with the model's own layers, whose products are the matrix library's and
-promise no bits, and of the share ours are the GB/s of weights that decoding reads, the peer those of reading memory.
+`deterministic_cost_*` the peer is our engine with the matrix library's products of any number of rows, which promise
+no bits, and of the share ours are the GB/s of weights that decoding reads, the peer those of reading memory.
 
 Beside the speed, the checks, without which nothing is kept: a sequence's tokens and log-probabilities are the same bits
 alone and among eight, and each token of ours is the one that transformers finds best, or within TIE of it. Results to
@@ -40,6 +40,7 @@ from training import Side, route_as_trained
 
 from gristmill.hub import in_memory, open_weights, write_weights
 from gristmill.hub.export import export_gguf, export_model
+from gristmill.hub.tensors import DTYPES, PACKED
 from gristmill.model import ModelConfig, Transformer
 from gristmill.tokenizer.layout import SPECIAL_TOKENS, SPLIT_PATTERN, byte_of_symbol, write_tokenizer
 from gristmill.train.machine import describe_machine
@@ -139,7 +140,7 @@ def llamacpps_of(cfg: ModelConfig, bits: str) -> Path:
 def read_bytes_per_token(folder: Path, cfg: ModelConfig) -> float:
     """What one token reads of the weights as they are stored: its own experts, of the embedding next to nothing."""
     total = 0.0
-    for name, weight in open_weights(folder).items():
+    for name, weight in open_weights(folder, DTYPES | PACKED).items():
         if "embed_tokens" not in name:
             total += weight.nbytes * (cfg.moe_top_k / cfg.moe_num_experts if ".experts." in name else 1)
     return total

@@ -20,7 +20,7 @@ CONTEXT, STREAMS, BATCH = 1024, 8, 512  # tokens of a sequence; sequences; token
 
 
 class Gristmill:
-    """`"invariant": false`: by the model's own layers, which do not promise that no batch changes a bit.
+    """`"invariant": false`: by the matrix library, which does not promise that no batch changes a bit.
     `"logprobs": true`: gives "logprobs", too."""
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -33,8 +33,10 @@ class Gristmill:
         self.engines: dict[bool, Engine] = {}
 
     def engine(self, invariant: bool) -> Any:
+        import torch
+
         from gristmill.inference import Engine, EngineConfig, load_engine, load_model
-        from gristmill.inference.layers import ModelLayers
+        from gristmill.inference.invariant import TorchLayers
 
         if invariant not in self.engines:
             cfg = EngineConfig(cache_tokens=CONTEXT * STREAMS, token_budget=BATCH)
@@ -42,7 +44,7 @@ class Gristmill:
                 self.engines[invariant] = load_engine(self.path, cfg, self.dtype)
             else:
                 model, _ = load_model(self.path, self.dtype)
-                self.engines[invariant] = Engine(model, cfg, layers=ModelLayers(model))
+                self.engines[invariant] = Engine(model, cfg, layers=TorchLayers(model, torch.mm))
         return self.engines[invariant]
 
     def answer(
