@@ -1,10 +1,12 @@
 """Experts on disk: the same answers in less memory, and a bound that is kept."""
 
+import json
 import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import pytest
 import torch
 
 from gristmill.errors import InputError
-from gristmill.hub import SpecialIds, in_memory, write_published
-from gristmill.inference import Engine, EngineConfig, Request, Sampling
+from gristmill.hub import SpecialIds, in_memory, write_published, write_weights
+from gristmill.inference import Engine, EngineConfig, Request, Sampling, load_engine
 from gristmill.inference.disk import ExpertCache
 from gristmill.inference.layers import NativeLayers
 from gristmill.kernels import native
@@ -79,6 +81,15 @@ def test_the_experts_used_most_stay() -> None:
 def test_too_little_memory_for_a_layer_is_refused_before_anything_runs(tiny: Tiny) -> None:
     with pytest.raises(InputError, match=r"4 of .* MiB each, .*; give 1 MiB more"):
         NativeLayers(tiny(), in_memory(tiny().state_dict()), 10_000)
+
+
+def test_a_bound_that_could_not_be_kept_is_refused(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
+    model = tiny(ffn="dense")
+    write_weights(tmp_path, in_memory(model.state_dict()))
+    (tmp_path / "model.json").write_text(json.dumps(asdict(model.cfg)))
+    with pytest.raises(InputError, match="this model is dense; leave it out"):
+        load_engine(tmp_path, memory_bytes=2**30)
 
 
 CHILD = """

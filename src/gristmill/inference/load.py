@@ -62,7 +62,9 @@ def load_engine(
             kept[name] = weight.load().to(compute_dtype if name == "wte.weight" else torch.float32)
     model.load_state_dict(kept, strict=False, assign=True)
     disk_bytes = None
-    if memory_bytes is not None and found.cfg.ffn == "moe":
+    if memory_bytes is not None:
+        if found.cfg.ffn == "dense":
+            raise InputError("a memory bound leaves experts on disk, and this model is dense; leave it out")
         disk_bytes = memory_bytes - _taken(model, found.weights, cfg)
     return Engine(model, cfg, tokenizer, NativeLayers(model, found.weights, disk_bytes))
 
