@@ -25,6 +25,7 @@ from gristmill.tokenizer import Tokenizer
 
 MAX_BYTES = 65536  # of a schema as JSON, of a pattern as UTF-8
 MAX_DEPTH = 64  # of a schema, in levels of JSON
+BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
 KEPT = 16  # compiled grammars of an engine; the worst that the limits let through has 50 MB
 
 
@@ -104,7 +105,8 @@ def json_text(schema: Mapping[str, Any]) -> str:
         raise InputError(f"schema is deeper than {MAX_DEPTH} levels of JSON; define parts in $defs")
     if "x-guidance" in plain:
         raise InputError("schema has x-guidance, which would change what the form is; leave it out")
-    for one in _objects(plain):
+    objects = list(_objects(plain))
+    for one in objects:
         least, listed = one.get("minProperties"), one.get("required")
         known = len(listed) if isinstance(listed, list) else 0
         if isinstance(least, int | float) and least > max(1, known):
@@ -112,6 +114,14 @@ def json_text(schema: Mapping[str, Any]) -> str:
                 f"minProperties={least} cannot be promised, as keys that `required` does not list may be repeated; "
                 "list them there"
             )
+    bounds = [(key, one[key]) for one in objects for key in BOUNDS if isinstance(one.get(key), int | float)]
+    zero = next((key for key, bound in bounds if key.startswith("exclusive") and bound == 0), None)
+    inner = next((bound for _, bound in bounds if 0 < abs(bound) < 1), None)
+    if zero and inner:  # parts of an allOf may bound one number together
+        raise InputError(
+            f"{zero}=0 cannot be promised beside a bound of {inner}, as llguidance would let 0 through; "
+            f"write {zero.replace('exclusiveM', 'm')} with the number nearest to 0 that is meant"
+        )
     return text
 
 
