@@ -83,7 +83,7 @@ def product(x_TK: Tensor, matrix: Packed) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """blocks [S, bytes]: in each w1, v1 and w2ᵀ of one expert. slots [E]: which block is an expert's."""
+    """blocks [S, bytes]: in each the panels of one expert, of w1 and v1 in turn, then of w2ᵀ. slots [E]: which block is an expert's."""
 
     blocks: Tensor
     slots: Tensor
@@ -105,7 +105,8 @@ def pack_experts(w1: Tensor | Quantized, v1: Tensor | Quantized, w2: Tensor | Qu
         if number == 0:
             E, bytes_ = len(_each(w1)), sum(part.data.numel() for part in parts)
             blocks = aligned_empty(E * bytes_).view(E, bytes_)
-        torch.cat([part.data for part in parts], out=blocks[number])
+        gate, up, down = (part.data.view(-(-part.N // PANEL), -1) for part in parts)
+        torch.cat([torch.stack((gate, up), 1).flatten(), down.flatten()], out=blocks[number])
     return PackedExperts(blocks, torch.arange(len(blocks)), parts[0].kind, parts[0].N, parts[0].group)
 
 

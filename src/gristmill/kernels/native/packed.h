@@ -9,6 +9,8 @@
 #include "gemm.h"
 #include "memory.h"
 
+#include <omp.h>
+
 namespace {
 
 const int64_t PANEL = 64, CHUNK = 48;  // CHUNK rows' sums stay in the cache; it is a multiple of 16, and of 6
@@ -218,7 +220,7 @@ INLINE void panel_whole(const Whole& x, int64_t first, const uint8_t* panel, flo
             if (BITS == 8) {
                 const int8_t* b = (const int8_t*)codes + v * W * 2;
                 for (int64_t k = 0; k < group; k += 2, b += PANEL * 2) {
-                    if (ROWS < 3) {
+                    if (ROWS < 5) {
                         __builtin_prefetch(b + AHEAD);
                         __builtin_prefetch(b + AHEAD + 64);
                     }
@@ -233,7 +235,7 @@ INLINE void panel_whole(const Whole& x, int64_t first, const uint8_t* panel, flo
             } else {
                 const uint8_t* b = codes + v * W * 4;
                 for (int64_t k = 0; k < group; k += 8, b += PANEL * 4) {
-                    if (ROWS < 3) {
+                    if (ROWS < 5) {
                         __builtin_prefetch(b + AHEAD);
                         __builtin_prefetch(b + AHEAD + 64);
                         __builtin_prefetch(b + AHEAD + 128);
@@ -282,6 +284,12 @@ inline void panel_product(const Whole& x, int64_t first, int64_t count, const Ma
     else panel_whole<4>(x, first, count, panel, C);
 }
 
+// How many panels a thread takes at once: what it fetches ahead is then mostly its own, and the last run is short.
+inline int64_t run_of(int64_t panels) {
+    const int64_t run = panels / (4 * omp_get_num_threads());
+    return run > 1 ? run : 1;
+}
+
 // ---- one matrix ----------------------------------------------------------------------------------------
 
 template <class Left, class T> void product_with(int64_t rows, const T* x, const Matrix& w, T* out) {
@@ -291,7 +299,7 @@ template <class Left, class T> void product_with(int64_t rows, const T* x, const
 #pragma omp for
         for (int64_t row = 0; row < rows; row++) left.set(row, x + row * w.K, w.K);
         float sums[CHUNK * PANEL];
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, run_of(w.panels()))
         for (int64_t number = 0; number < w.panels(); number++) {
             const int64_t column = number * PANEL, width = w.N - column < PANEL ? w.N - column : PANEL;
             for (int64_t first = 0; first < rows; first += CHUNK) {
@@ -319,14 +327,16 @@ struct Sizes3 {
 
 // Which rows are whose: those of one expert together, in the order of their tokens, from a multiple of ROW_TILE on.
 struct Assignments {
-    Buffer<int64_t> row, first, count;  // of each assignment, of each expert
-    int64_t rows = 0;
-    Assignments(const Sizes3& z, const int64_t* ids) : row(z.tokens * z.top_k), first(z.experts), count(z.experts) {
+    Buffer<int64_t> row, first, count, chosen;  // of each assignment; of each expert; the experts that have rows
+    int64_t rows = 0, num_chosen = 0;
+    Assignments(const Sizes3& z, const int64_t* ids)
+        : row(z.tokens * z.top_k), first(z.experts), count(z.experts), chosen(z.experts) {
         for (int64_t e = 0; e < z.experts; e++) count.data[e] = 0;
         for (int64_t a = 0; a < z.tokens * z.top_k; a++) row.data[a] = count.data[ids[a]]++;
         for (int64_t e = 0; e < z.experts; e++) {
             first.data[e] = rows;
             rows += tiled(count.data[e]);
+            if (count.data[e]) chosen.data[num_chosen++] = e;
         }
         for (int64_t a = 0; a < z.tokens * z.top_k; a++) row.data[a] += first.data[ids[a]];
     }
@@ -339,7 +349,7 @@ template <class T> INLINE vf rounded(vf x) {  // as it is when it was stored
 }
 
 // x [tokens, D], weights and ids [tokens, top_k] -> out [tokens, D]: the sum over a token's experts of
-// (weight * silu(x w1ᵀ) * (x v1ᵀ)) w2. places[e]: the expert's w1, v1 and w2ᵀ, packed, one after the other.
+// (weight * silu(x w1ᵀ) * (x v1ᵀ)) w2. places[e]: the expert's panels, of w1 and v1 in turn, then of w2ᵀ.
 template <class Left, class T>
 void experts_with(const Sizes3& z, const T* x, const float* weights, const int64_t* ids, const uint8_t* const* places, T* out) {
     const Matrix up{nullptr, z.kind, z.F, z.D, z.group}, down{nullptr, z.kind, z.D, z.F, z.group};
@@ -355,14 +365,14 @@ void experts_with(const Sizes3& z, const T* x, const float* weights, const int64
             inner.set(to.row.data[a], x + a / z.top_k * z.D, z.D);
             weight.data[to.row.data[a]] = weights[a];
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < z.experts * up.panels(); task++) {
-            const int64_t e = task / up.panels(), number = task % up.panels(), column = number * PANEL;
+#pragma omp for schedule(dynamic, run_of(to.num_chosen * up.panels()))
+        for (int64_t task = 0; task < to.num_chosen * up.panels(); task++) {
+            const int64_t e = to.chosen.data[task / up.panels()], number = task % up.panels(), column = number * PANEL;
             const int64_t width = z.F - column < PANEL ? z.F - column : PANEL, end = to.first.data[e] + to.count.data[e];
             for (int64_t first = to.first.data[e]; first < end; first += CHUNK) {
                 const int64_t count = end - first < CHUNK ? end - first : CHUNK;
-                panel_product(inner, first, count, up, places[e] + number * up.panel_bytes(), gate);
-                panel_product(inner, first, count, up, places[e] + up.bytes() + number * up.panel_bytes(), sums);
+                panel_product(inner, first, count, up, places[e] + 2 * number * up.panel_bytes(), gate);
+                panel_product(inner, first, count, up, places[e] + (2 * number + 1) * up.panel_bytes(), sums);
                 for (int64_t r = 0; r < count; r++)
                     for (int64_t i = 0; i < width; i += W) {
                         vf g = rounded<T>(load(gate + r * PANEL + i)), u = rounded<T>(load(sums + r * PANEL + i));
@@ -373,9 +383,9 @@ void experts_with(const Sizes3& z, const T* x, const float* weights, const int64
 #pragma omp for
         for (int64_t a = 0; a < z.tokens * z.top_k; a++)
             hidden.set(to.row.data[a], acts.data + to.row.data[a] * z.F, z.F);
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < z.experts * down.panels(); task++) {
-            const int64_t e = task / down.panels(), number = task % down.panels(), column = number * PANEL;
+#pragma omp for schedule(dynamic, run_of(to.num_chosen * down.panels()))
+        for (int64_t task = 0; task < to.num_chosen * down.panels(); task++) {
+            const int64_t e = to.chosen.data[task / down.panels()], number = task % down.panels(), column = number * PANEL;
             const int64_t width = z.D - column < PANEL ? z.D - column : PANEL, end = to.first.data[e] + to.count.data[e];
             for (int64_t first = to.first.data[e]; first < end; first += CHUNK) {
                 const int64_t count = end - first < CHUNK ? end - first : CHUNK;
