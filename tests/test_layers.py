@@ -79,8 +79,10 @@ STANDARD = {
     "functools",
     "importlib",
     "itertools",
+    "operator",
     "os",
     "pathlib",
+    "struct",
     "sys",
     "typing",
 }

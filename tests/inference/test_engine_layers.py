@@ -12,6 +12,7 @@ from gristmill.inference import Engine, EngineConfig, Request, Sampling
 from gristmill.inference.layers import NativeLayers
 from gristmill.inference.recording import NotRecordable, Recording
 from gristmill.kernels import native
+from gristmill.kernels.calls import Replay
 from gristmill.model import Transformer
 from gristmill.model.transformer import packed
 
@@ -129,11 +130,16 @@ def test_a_recording_makes_again_what_its_result_depends_on_and_no_more() -> Non
     x, fixed = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
     made: list[torch.Tensor] = []
 
-    def compute() -> Tensor:
+    def compute() -> tuple[Tensor, Tensor]:
         made.append(x * 7)  # nobody reads it
-        return (x + fixed * 2) * x
+        turned = x.cos() * (fixed * 2)
+        return turned, turned + x.sin()
 
     recording = Recording(compute, [x])
-    assert [call[0] for call in recording.calls] == [torch.add, torch.mul]
+    torches, replay = recording.calls[:3], recording.calls[3]
+    assert [call.func for call in torches] == [torch.cos, torch.mul, torch.sin]
+    assert isinstance(replay, Replay)  # the sum: a native call
     x.copy_(torch.tensor([5.0, -1.0]))
-    assert torch.equal(recording.replay(), (x + fixed * 2) * x)
+    recording.replay()
+    assert torch.equal(recording.made[0], x.cos() * (fixed * 2))
+    assert torch.equal(recording.made[1], x.cos() * (fixed * 2) + x.sin())

@@ -47,6 +47,31 @@ def test_without_filters_the_probabilities_are_the_softmax() -> None:
     torch.testing.assert_close(back, (logits_V.double() / 0.7).softmax(0))
 
 
+@given(
+    st.integers(0, 2**20), st.integers(1, 5000), st.sampled_from((0.0, 1.0, 8.0)), st.floats(0, 1, exclude_max=True),
+    st.builds(
+        Sampling,
+        temperature=st.sampled_from((0.3, 1.0, 3.0)),
+        top_k=st.sampled_from((None, 1, 300)),
+        top_p=st.sampled_from((0.5, 0.99, 1.0)),
+        min_p=st.sampled_from((0.0, 0.01)),
+    ),
+)  # fmt: skip
+def test_of_many_tokens_the_one_is_drawn_that_sorting_all_of_them_gives(
+    seed: int, V: int, spread: float, number: float, sampling: Sampling
+) -> None:
+    """Many of them equal, some of them forbidden."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_V = (torch.randn(V, generator=generator) * spread).round(decimals=1)
+    logits_V[torch.rand(V, generator=generator) < 0.3] = -torch.inf
+    logits_V[seed % V] = 1.0
+    ids, probs = kept(logits_V, sampling)
+    assert ids.tolist() == sorted(ids.tolist(), key=lambda id: (-float(logits_V[id]), id))
+    sums = probs.cumsum(0)
+    possible = {int(ids[min(int((sums <= at).sum()), len(ids) - 1)]) for at in (number - 1e-12, number, number + 1e-12)}
+    assert pick(logits_V, sampling, number) in possible  # the last bit of a sum may differ
+
+
 def test_drawn_frequencies_follow_the_kept_probabilities() -> None:
     logits_V, sampling = torch.tensor([2.0, 0.0, 1.0, -3.0]), Sampling(temperature=1.0, top_k=3)
     drawn = torch.tensor([pick(logits_V, sampling, chance(5, 0, position)) for position in range(4000)])

@@ -22,6 +22,7 @@ from gristmill.kernels.experts import experts, experts_reference
 from gristmill.kernels.loss import cross_entropy, cross_entropy_reference
 from gristmill.kernels.norm import rms_norm
 from gristmill.kernels.rotary import rotary_angles, rotate, rotate_reference
+from gristmill.kernels.router import route, route_reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 DTYPES = sorted(TOLERANCE, key=str)
@@ -64,6 +65,42 @@ def test_attention(kernels: str, S: int, G: int, R: int, C: int, seed: int, dtyp
         inputs,
         dtype,
     )
+
+
+@in_every_way
+@given(
+    T=st.integers(1, 20), E=st.integers(1, 70), data=st.data(), power=st.sampled_from((None, 1.0, 2.0, 3.0)),
+    has_bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_routing(
+    kernels: str, T: int, E: int, data: st.DataObject, power: float | None, has_bias: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    top_k, bias_E = data.draw(st.integers(1, min(E, 9))), torch.randn(E) / 9 if has_bias else None
+    logits_TE = torch.randn(T, E).bfloat16().float()
+    probs_TE, _, ids_TK = route(logits_TE, bias_E, top_k, power)
+    score_TE = probs_TE if bias_E is None else probs_TE + bias_E
+    descending = score_TE.sort(descending=True, stable=True)
+    assert torch.equal(score_TE.gather(1, ids_TK), descending.values[:, :top_k])
+    if kernels != "torch":  # which says nothing of equal ones
+        assert torch.equal(ids_TK, descending.indices[:, :top_k])
+
+    def reference(logits_TE: Tensor) -> Tensor:
+        """With the choice given, which rounding may turn."""
+        probs_TE = logits_TE.softmax(-1)
+        weights_TK = probs_TE.gather(-1, ids_TK)
+        return torch.cat([probs_TE, weights_TK if power is None else F.normalize(weights_TK, p=power, dim=-1)], 1)
+
+    assert_near(lambda x: torch.cat(route(x, bias_E, top_k, power)[:2], 1), reference, [logits_TE], torch.float32)
+    expected = route_reference(logits_TE.double(), None if bias_E is None else bias_E.double(), top_k, power)
+    torch.testing.assert_close(route(logits_TE, bias_E, top_k, power)[1].double(), expected[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_a_number_is_routed_to_experts_that_exist(kernels: str, bad: float) -> None:
+    with torch.no_grad():
+        ids_TK = route(torch.full((3, 5), bad), None, 4, 1.0)[2]
+    assert ((ids_TK >= 0) & (ids_TK < 5)).all()
 
 
 @in_every_way

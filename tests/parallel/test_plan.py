@@ -189,10 +189,10 @@ def test_a_blocks_bytes_by_hand() -> None:
     assert of.block_input() == 16 * 64 * 4
     # norm_1's output and norm_2's input; q, k, v clipped and turned; the output; log-sum-exp of 4 heads, 4 statistics
     assert of.attention_kept() == 16 * 4 * (64 + 64 + 2 * 128 + 64 + 4 + 4)
-    # norm_2's output; 4 probabilities, 3 numbers and an index for each choice; 32 rows and half a tile of 16 an expert
+    # norm_2's output; 4 probabilities, a weight and an index for each choice; 32 rows and half a tile of 16 an expert
     rows = 16 * 2 + 4 * 8
     assert of.padded == rows
-    assert of.ffn_kept() == 16 * 4 * (64 + 4 + 3 * 2) + 16 * 2 * 8 + rows * (2 * 32 * 4 + 4 + 8) + 32 * 8
+    assert of.ffn_kept() == 16 * 4 * (64 + 4 + 2) + 16 * 2 * 8 + rows * (2 * 32 * 4 + 4 + 8) + 32 * 8
     assert of.moments_bytes == 2 * of.state == 8 * count_params(TINY).total_params
 
 

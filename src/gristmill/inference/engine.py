@@ -180,7 +180,7 @@ class Engine:
             rows += [first + position - 1 - part.start for position in positions]
             first += part.end - part.start
         tokens = {}
-        for row, (part, position), logits_V in zip(rows, asked, self.runner.logits(hidden_TD[rows]), strict=True):
+        for row, (part, position), logits_V in zip(rows, asked, self.runner.logits(hidden_TD, rows), strict=True):
             choice, job = self._choices[part.job], part.job
             request = choice.stream.request
             experts = chosen(routes, row) if request.experts else ()

@@ -89,22 +89,31 @@ class Group:
 
 
 class OneEach:
-    """Where the tokens of a step lie in which each of `count` sequences has one: tensors that stay, and are filled."""
+    """A step in which each of `count` sequences has one token: tensors that stay, and are filled anew.
+
+    tensors: the tokens and their positions, [1, count] each, and where their keys and values lie, see
+    `native.paged_attention`.
+    """
 
     def __init__(self, count: int, context: int, block_tokens: int) -> None:
         self.block_tokens, most = block_tokens, -(-context // block_tokens)
-        self.slots, self.tables = torch.zeros(count, dtype=torch.long), torch.zeros(count, most, dtype=torch.long)
-        self.parts = torch.tensor([(row, 1, 0, row * most) for row in range(count)])
+        tokens, positions = torch.zeros(2, 1, count, dtype=torch.long)
+        slots, tables = torch.zeros(count, dtype=torch.long), torch.zeros(count, most, dtype=torch.long)
+        parts = torch.tensor([(row, 1, 0, row * most) for row in range(count)])
+        self.tensors = [tokens, positions, slots, parts, tables]
+        self._arrays = [tensor.numpy() for tensor in self.tensors]  # a write through torch takes several times as long
         self._held: list[list[int]] = [[] for _ in range(count)]
 
     def fill(self, parts: Sequence[Part]) -> None:
-        B = self.block_tokens
-        self.slots.copy_(torch.tensor([part.job.blocks[part.start // B] * B + part.start % B for part in parts]))
-        self.parts[:, 2] = torch.tensor([part.start for part in parts])
+        B, (tokens, positions, slots, numbers, tables) = self.block_tokens, self._arrays
         for row, part in enumerate(parts):
-            if self._held[row] != (blocks := part.job.blocks[: part.start // B + 1]):
-                self._held[row] = blocks
-                self.tables[row, : len(blocks)] = torch.tensor(blocks)
+            at, blocks = part.start, part.job.blocks
+            tokens[0, row] = part.job.ids[at]
+            positions[0, row] = numbers[row, 2] = at
+            slots[row] = blocks[at // B] * B + at % B
+            if self._held[row] != (held := blocks[: at // B + 1]):
+                self._held[row] = held
+                tables[row, : len(held)] = held
 
 
 class TorchPaged:

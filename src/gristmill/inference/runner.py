@@ -31,6 +31,7 @@ class Runner:
         self._can_record = on_packed and getattr(self.layers, "cache", None) is None
         self._decoding: dict[int, Decoding] = {}  # by the number of sequences
         self._steps: Counter[int] = Counter()
+        self._logits_TV: Tensor | None = None  # of all rows of the last run, where they were made with it
 
     def run(self, parts: Sequence[Part], anew: bool = False) -> Tensor:
         """[T, D]: the hidden states of all tokens, part after part. They stand until the next run.
@@ -38,27 +39,38 @@ class Runner:
         anew: for who looks at the model while it computes; a recording passes it by.
         """
         torch.set_num_threads(self.threads)  # another number may round otherwise
+        self._logits_TV = None
         if self._can_record and not anew and all(part.end - part.start == 1 for part in parts):
-            if decoding := self._decoding.get(len(parts)):
-                return decoding.run(parts)
-            self._steps[len(parts)] += 1
-            if self._steps[len(parts)] > RECORD_AFTER:
-                try:
-                    self._decoding[len(parts)] = decoding = Decoding(self, parts)
-                    return decoding.recording.result[0]
-                except NotRecordable:
-                    self._can_record = False
+            decoding = self._decoding.get(len(parts)) or self._recorded(parts)
+            if decoding is not None:
+                hidden_TD, self._logits_TV = decoding.run(parts)
+                return hidden_TD
         tokens = torch.tensor([[id for part in parts for id in part.job.ids[part.start : part.end]]])
         positions = torch.tensor([[position for part in parts for position in range(part.start, part.end)]])
         with torch.inference_mode(), evaluating(self.model), self.layers.seated():
             hidden, _ = self.model(tokens.to(self.device), positions.to(self.device), self.paged.attend(parts))
         return hidden[0]
 
-    @torch.inference_mode()
-    def logits(self, hidden_TD: Tensor) -> Iterator[Tensor]:
-        """[V] in fp32 on the CPU, of each row."""
-        for rows in hidden_TD.split(LOGITS_ROWS):
-            yield from self.layers.logits(rows).cpu()
+    def logits(self, hidden_TD: Tensor, rows: Sequence[int]) -> Iterator[Tensor]:
+        """[V] in fp32 on the CPU, of each of these rows of what `run` gave last. They stand until the next run."""
+        if self._logits_TV is not None:
+            yield from (self._logits_TV[row] for row in rows)
+            return
+        for first in range(0, len(rows), LOGITS_ROWS):
+            with torch.inference_mode():
+                logits_TV = self.layers.logits(hidden_TD[list(rows[first : first + LOGITS_ROWS])]).cpu()
+            yield from logits_TV
+
+    def _recorded(self, parts: Sequence[Part]) -> "Decoding | None":
+        self._steps[len(parts)] += 1
+        if self._steps[len(parts)] <= RECORD_AFTER:
+            return None
+        try:
+            self._decoding[len(parts)] = made = Decoding(self, parts)
+            return made
+        except NotRecordable:
+            self._can_record = False
+            return None
 
 
 class Decoding:
@@ -67,24 +79,25 @@ class Decoding:
     @torch.inference_mode(False)
     def __init__(self, runner: Runner, parts: Sequence[Part]) -> None:
         assert isinstance(runner.paged, NativePaged)
-        model, count = runner.model, len(parts)
-        self.tokens, self.positions = torch.zeros(2, 1, count, dtype=torch.long)
+        model, layers, count = runner.model, runner.layers, len(parts)
         self.where = OneEach(count, model.cfg.max_seq_len, runner.paged.block_tokens)
-        self._fill(parts)
-        attend = runner.paged.attend_at(self.where.slots, self.where.parts, self.where.tables)
-        inputs = [self.tokens, self.positions, self.where.slots, self.where.parts, self.where.tables]
-        with torch.no_grad(), evaluating(model), runner.layers.seated():
-            self.recording = Recording(lambda: model(self.tokens, self.positions, attend)[0], inputs)
-
-    def run(self, parts: Sequence[Part]) -> Tensor:
-        self._fill(parts)
-        with torch.inference_mode():
-            return self.recording.replay()[0]
-
-    def _fill(self, parts: Sequence[Part]) -> None:
-        self.tokens[0] = torch.tensor([part.job.ids[part.start] for part in parts])
-        self.positions[0] = torch.tensor([part.start for part in parts])
         self.where.fill(parts)
+        tokens, positions, *places = self.where.tensors
+        attend = runner.paged.attend_at(*places)
+
+        def computed() -> tuple[Tensor, Tensor]:
+            hidden_TD = model(tokens, positions, attend)[0][0]
+            return hidden_TD, layers.logits(hidden_TD)
+
+        with torch.no_grad(), evaluating(model), layers.seated():
+            self.recording = Recording(computed, self.where.tensors)
+
+    def run(self, parts: Sequence[Part]) -> tuple[Tensor, ...]:
+        """[T, D] hidden states and [T, V] logits in fp32."""
+        self.where.fill(parts)
+        with torch.inference_mode():
+            self.recording.replay()
+        return self.recording.made
 
 
 @contextmanager

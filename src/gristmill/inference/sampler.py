@@ -20,6 +20,8 @@ from torch import Tensor
 
 from gristmill.errors import InputError
 
+FIRST_SORTED = 256  # tokens, before more are tried
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -112,21 +114,33 @@ def adjusted(
     return logits_V if allowed_V is None else logits_V.masked_fill(~allowed_V, -torch.inf)
 
 
-def kept(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def kept(logits_V: Tensor, sampling: Sampling, chance: float | None = None) -> tuple[Tensor, Tensor]:
     """The tokens that may be drawn, most probable first, and their probabilities, which sum to 1 (float64).
 
-    Of equal logits the lower id comes first. temperature must be positive. logits_V: see `adjusted`.
+    Of equal logits the lower id comes first. temperature must be positive. logits_V: see `adjusted`. chance: what comes
+    after the one that it draws may be left out, which spares sorting all of V.
     """
-    order = logits_V.double().sort(descending=True, stable=True)
-    values = order.values[: int((order.values > -torch.inf).sum())]
-    if sampling.top_k is not None and sampling.top_k < len(values):
-        values = values[values >= values[sampling.top_k - 1]]
-    probs = (values / sampling.temperature).softmax(0)
-    before = probs.cumsum(0) - probs
-    count = int((before < sampling.top_p).sum()) if sampling.top_p < 1 else len(probs)
-    if sampling.min_p > 0:
-        count = min(count, int((probs >= sampling.min_p * probs[0]).sum()))
-    return order.indices[:count], probs[:count] / probs[:count].sum()
+    values_V = logits_V.double()
+    finite = values_V > -torch.inf
+    if sampling.top_k is not None and sampling.top_k < int(finite.sum()):
+        finite = values_V >= values_V.topk(sampling.top_k).values[-1]
+    num_left, count = int(finite.sum()), FIRST_SORTED
+    probs_V = (values_V.masked_fill(~finite, -torch.inf) / sampling.temperature).softmax(0)
+    while True:
+        least = values_V.topk(count).values[-1] if count < num_left else -torch.inf
+        ids = (finite & (values_V >= least)).nonzero()[:, 0]
+        ids = ids[values_V[ids].sort(descending=True, stable=True).indices]
+        probs, is_all = probs_V[ids], len(ids) == num_left
+        length = len(ids)
+        if sampling.top_p < 1:
+            length = int((probs.cumsum(0) - probs < sampling.top_p).sum())
+        if sampling.min_p > 0:
+            length = min(length, int((probs >= sampling.min_p * probs[0]).sum()))
+        if is_all or length < len(ids):
+            return ids[:length], probs[:length] / probs[:length].sum()
+        if chance is not None and sampling.top_p == 1 and sampling.min_p == 0 and chance < probs.cumsum(0)[-1]:
+            return ids, probs
+        count *= 16
 
 
 def pick(
@@ -142,7 +156,7 @@ def pick(
     """
     logits_V = adjusted(logits_V.cpu(), sampling, history, allowed_V)
     if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    ids, probs = kept(logits_V, sampling)
+        return int(logits_V.numpy().argmax())  # torch would wake its threads
+    ids, probs = kept(logits_V, sampling, chance)
     index = int((probs.cumsum(0) <= chance).sum())
     return int(ids[min(index, len(ids) - 1)])  # rounding may leave the last cumulated sum below 1

@@ -8,7 +8,7 @@ other dtypes than fp32 and bf16, the callers' own PyTorch code runs. GRISTMILL_K
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import machinery
 from pathlib import Path
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from gristmill.errors import InputError
+from gristmill.kernels.calls import Call, Replay
 
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # each CPU that runs one runs those before it
-INTERFACE = 2  # of the C functions; raised with cpu.cpp when one changes
+INTERFACE = 3  # of the C functions; raised with cpu.cpp when one changes
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 _in_use: str | None = None
@@ -110,41 +111,33 @@ class _PagedSizes(ctypes.Structure):
     )
 
 
-ARGUMENTS = {  # n a number, f a float, p a pointer, and the structures above
+ARGUMENTS = {  # n a number, f a float, p a pointer, s one of the structures above
     "glu_forward": "nnppp",
     "glu_backward": "nnpppppp",
     "cross_entropy": "nnppp",
+    "add": "nppp",
+    "widen": "npp",
+    "route": "nnnfppppp",
     "rotate": "nnnnpnppfp",
     "rotate_normed": "nnnnnpnppfppp",
     "rotate_backward": "nnnnpnppfpp",
     "rms_norm": "nnppfpp",
     "rms_norm_backward": "nnnpppppp",
-    "attention_forward": "SHHHpp",
-    "attention_backward": "SHHHHHpppp",
+    "attention_forward": "sssspp",
+    "attention_backward": "sssssspppp",
     "lay_panels": "nnpp",
     "lay_quantized": "nnnnppp",
-    "product": "npMp",
-    "experts": "Eppppp",
-    "paged_attention": "PHHHppp",
-}
-_KINDS = {
-    "n": ctypes.c_int64,
-    "f": ctypes.c_float,
-    "p": ctypes.c_void_p,
-    "H": _Heads,
-    "S": _Sizes,
-    "M": Matrix,
-    "E": _ExpertSizes,
-    "P": _PagedSizes,
+    "product": "npsp",
+    "experts": "sppppp",
+    "paged_attention": "ssssppp",
 }
 
 
-# While it is set, told of each call: the function, its arguments, and the tensors that it reads or writes.
-_recorder: Callable[[Any, tuple[Any, ...], list[Tensor]], None] | None = None
+_recorder: Callable[[Call], None] | None = None  # while it is set, told of each call
 
 
 @contextmanager
-def recorded_by(recorder: Callable[[Any, tuple[Any, ...], list[Tensor]], None]) -> Iterator[None]:
+def recorded_by(recorder: Callable[[Call], None]) -> Iterator[None]:
     global _recorder
     _recorder = recorder
     try:
@@ -153,19 +146,24 @@ def recorded_by(recorder: Callable[[Any, tuple[Any, ...], list[Tensor]], None]) 
         _recorder = None
 
 
+def replay(calls: Sequence[Call]) -> Replay:
+    library = _library()
+    assert library is not None
+    return Replay(library.replay, calls)
+
+
 def _call(name: str, like: Tensor, *arguments: Any, inside: tuple[Tensor, ...] = ()) -> None:
-    """Tensors go as pointers. inside: those whose pointers lie in structures."""
-    function = _function(_library(), name, like.dtype, in_use())
-    given = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    function(*given)
+    """inside: tensors whose addresses lie in structures."""
+    call = Call(_function(_library(), name, like.dtype, in_use()), arguments, ARGUMENTS[name], inside)
+    call()
     if _recorder is not None:
-        _recorder(function, tuple(given), [*inside, *(a for a in arguments if isinstance(a, Tensor))])
+        _recorder(call)
 
 
 @functools.cache
 def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype, isa: str) -> Any:
     function = getattr(library, f"{name}_{TYPES[dtype]}_{isa}")
-    function.argtypes, function.restype = [_KINDS[kind] for kind in ARGUMENTS[name]], None
+    function.argtypes, function.restype = (ctypes.c_void_p,), None
     return function
 
 
@@ -211,6 +209,27 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     targets, nll = _given(targets, torch.int64, T), torch.empty(T, dtype=torch.float32)
     _call("cross_entropy", logits, T, V, logits, targets, nll)
     return nll
+
+
+def add(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """All of one dtype and shape, with their numbers together."""
+    _call("add", out, out.numel(), a, b, out)
+
+
+def widen(x: Tensor, out: Tensor) -> None:
+    """out: fp32. Both with their numbers together."""
+    _call("widen", x, x.numel(), x, out)
+
+
+def route(logits: Tensor, bias: Tensor | None, top_k: int, power: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See kernels/router.py. power: 0 is for none."""
+    T, E = logits.shape
+    assert 1 <= top_k <= E
+    logits, bias = _given(logits, torch.float32, T, E), None if bias is None else _given(bias, torch.float32, E)
+    probs, weights = logits.new_empty(T, E), logits.new_empty(T, top_k)
+    ids = logits.new_empty(T, top_k, dtype=torch.long)
+    _call("route", logits, T, E, top_k, power, logits, bias, probs, weights, ids)
+    return probs, weights, ids
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, turned: int, clip: float) -> Tensor:
@@ -372,6 +391,15 @@ _define(
     "cross_entropy(Tensor(a!) logits, Tensor targets) -> Tensor",
     _cross_entropy,
     lambda logits, targets: logits.new_empty(len(logits), dtype=torch.float32),
+)
+_define(
+    "route(Tensor logits, Tensor? bias, int top_k, float power) -> (Tensor, Tensor, Tensor)",
+    route,
+    lambda logits, bias, top_k, power: (
+        logits.new_empty(logits.shape),
+        logits.new_empty(len(logits), top_k),
+        logits.new_empty(len(logits), top_k, dtype=torch.long),
+    ),
 )
 _define(
     "rotate(Tensor x, Tensor cos, Tensor sin, int turned, float clip) -> Tensor",

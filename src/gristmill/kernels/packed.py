@@ -83,7 +83,8 @@ def product(x_TK: Tensor, matrix: Packed) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """blocks [S, bytes]: in each the panels of one expert, of w1 and v1 in turn, then of w2ᵀ. slots [E]: which block is an expert's."""
+    """blocks [S, bytes]: in each the panels of one expert, of w1 and v1 in turn, then of w2ᵀ. slots [E]: which block is
+    an expert's."""
 
     blocks: Tensor
     slots: Tensor

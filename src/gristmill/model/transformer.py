@@ -20,6 +20,7 @@ from gristmill.kernels.experts import experts
 from gristmill.kernels.norm import rms_norm
 from gristmill.kernels.precision import upcast
 from gristmill.kernels.rotary import rotary_angles, rotate, rotate_normed
+from gristmill.kernels.router import route
 from gristmill.model.config import ModelConfig
 
 # attend(layer, q [B, S, H, C], k [B, S, G, C], v [B, S, G, C]) -> [B, S, H, C]
@@ -144,14 +145,9 @@ class MoE(nn.Module):
         routed = upcast(x_TD)
         if self.training and cfg.moe_jitter_eps:
             routed = routed * torch.empty_like(routed).uniform_(1 - cfg.moe_jitter_eps, 1 + cfg.moe_jitter_eps)
-        probs_TE = self.router(routed).softmax(-1)
-        if self.router_bias is None:
-            weights_TK, ids_TK = probs_TE.topk(cfg.moe_top_k, dim=-1)
-        else:  # it decides who is chosen, and not what the chosen count for
-            ids_TK = (probs_TE + self.router_bias).topk(cfg.moe_top_k, dim=-1).indices
-            weights_TK = probs_TE.gather(-1, ids_TK)
-        if cfg.moe_normalize_expert_weights is not None:
-            weights_TK = weights_TK / weights_TK.norm(p=cfg.moe_normalize_expert_weights, dim=-1, keepdim=True)
+        probs_TE, weights_TK, ids_TK = route(
+            self.router(routed), self.router_bias, cfg.moe_top_k, cfg.moe_normalize_expert_weights
+        )
         counts_E = torch.zeros(E, dtype=torch.long, device=x_TD.device)
         counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())  # bincount would wait for a GPU
         return self.experts(x_TD, weights_TK, ids_TK), probs_TE.mean(0), counts_E

@@ -218,7 +218,8 @@ class Footprint:
         if cfg.ffn == "dense":
             return T * a * (D + 4 * F) + (3 * F * D * a if self.casts else 0)
         exchanged = self.way.layout.expert > 1
-        kept = T * FP32 * (E + 3 * K) + T * K * 8 + (T * D * FP32 if a < FP32 else 0)
+        steps = 3 if self.way.on_gpu else 1  # from the chosen probabilities to the weights
+        kept = T * FP32 * (E + steps * K) + T * K * 8 + (T * D * FP32 if a < FP32 else 0)
         if a == FP32 or not exchanged or self.way.recompute == "selective":
             kept += T * D * a
         if cfg.moe_jitter_eps:

@@ -8,7 +8,17 @@
 #endif
 
 // What native.py must agree with: raised when a function's arguments change.
-extern "C" int interface() { return 2; }
+extern "C" int interface() { return 3; }
+
+struct Call {
+    void (*function)(const uint64_t* slots);
+    const uint64_t* slots;
+};
+
+// One call after the other.
+extern "C" void replay(int64_t count, const Call* calls) {
+    for (int64_t i = 0; i < count; i++) calls[i].function(calls[i].slots);
+}
 
 // This thread's parallel loops get no other thread.
 extern "C" void compute_alone() { omp_set_num_threads(1); }

@@ -1,73 +1,70 @@
-// The library's functions for one instruction set, which the build names: `glu_forward_bf16_avx2` and so on.
+// The library's functions for one instruction set, which the build names: `glu_forward_bf16_avx2` and so on. Each takes its arguments
+// as numbers of 64 bits, a structure as its address, so that calls can be kept and made again (`replay` in cpu.cpp).
 #include "attention.h"
 #include "packed.h"
 #include "paged.h"
 #include "rows.h"
 
+namespace {
+
+template <class A> struct Slot {
+    typedef A type;
+    static A read(const uint64_t*& next) { return *(const A*)*next++; }
+};
+template <class A> struct Slot<const A&> {
+    typedef const A& type;
+    static type read(const uint64_t*& next) { return *(const A*)*next++; }
+};
+template <class A> struct Slot<A*> {
+    typedef A* type;
+    static type read(const uint64_t*& next) { return (A*)*next++; }
+};
+template <> struct Slot<int64_t> {
+    typedef int64_t type;
+    static type read(const uint64_t*& next) { return (int64_t)*next++; }
+};
+template <> struct Slot<float> {
+    typedef float type;
+    static type read(const uint64_t*& next) {
+        float value;
+        __builtin_memcpy(&value, next++, sizeof(value));
+        return value;
+    }
+};
+
+struct Call {
+    template <class... A> Call(void (*function)(A...), typename Slot<A>::type... arguments) { function(arguments...); }
+};
+template <class... A> void call(void (*function)(A...), const uint64_t* slots) {
+    Call{function, Slot<A>::read(slots)...};  // in braces: from left to right
+}
+
+}  // namespace
+
 #define JOIN(name, type, isa) name##_##type##_##isa
 #define NAMED(name, type, isa) JOIN(name, type, isa)
+#define EXPORT(name, function, type) \
+    extern "C" void NAMED(name, type, ISA)(const uint64_t* slots) { call(function, slots); }
 
-#define FOR_TYPE(T, type)                                                                                                \
-    extern "C" void NAMED(glu_forward, type, ISA)(int64_t P, int64_t F, const T* h, const float* weight, T* act) {       \
-        glu_forward(P, F, h, weight, act);                                                                               \
-    }                                                                                                                    \
-    extern "C" void NAMED(glu_backward, type, ISA)(int64_t P, int64_t F, const T* h, const float* weight, const T* grad, \
-                                                   T* act, T* dh, float* dweight) {                                      \
-        glu_backward(P, F, h, weight, grad, act, dh, dweight);                                                           \
-    }                                                                                                                    \
-    extern "C" void NAMED(cross_entropy, type, ISA)(int64_t rows, int64_t V, T* logits, const int64_t* targets,          \
-                                                    float* nll) {                                                        \
-        cross_entropy(rows, V, logits, targets, nll);                                                                    \
-    }                                                                                                                    \
-    extern "C" void NAMED(rotate, type, ISA)(int64_t tokens, int64_t N, int64_t C, int64_t turned, const T* x,           \
-                                             int64_t stride, const float* cos, const float* sin, float clip, T* out) {   \
-        rotate(tokens, N, C, turned, x, stride, cos, sin, clip, out);                                                    \
-    }                                                                                                                    \
-    extern "C" void NAMED(rotate_normed, type, ISA)(int64_t tokens, int64_t N, int64_t C, int64_t queries, int64_t keys, \
-                                                    const T* x, int64_t stride, const float* q_weight,                   \
-                                                    const float* k_weight, float eps, const float* cos,                  \
-                                                    const float* sin, T* out) {                                          \
-        rotate_normed(tokens, N, C, queries, keys, x, stride, q_weight, k_weight, eps, cos, sin, out);                   \
-    }                                                                                                                    \
-    extern "C" void NAMED(rotate_backward, type, ISA)(int64_t tokens, int64_t N, int64_t C, int64_t turned, const T* x,  \
-                                                      int64_t stride, const float* cos, const float* sin, float clip,    \
-                                                      const T* grad, T* dx) {                                            \
-        rotate_backward(tokens, N, C, turned, x, stride, cos, sin, clip, grad, dx);                                      \
-    }                                                                                                                    \
-    extern "C" void NAMED(rms_norm, type, ISA)(int64_t N, int64_t D, const T* x, const float* weight, float eps, T* out, \
-                                               float* inverse) {                                                         \
-        rms_norm(N, D, x, weight, eps, out, inverse);                                                                    \
-    }                                                                                                                    \
-    extern "C" void NAMED(rms_norm_backward, type, ISA)(int64_t N, int64_t D, int64_t parts, const T* x,                 \
-                                                        const float* weight, const float* inverse, const T* grad, T* dx, \
-                                                        float* dweight) {                                                \
-        rms_norm_backward(N, D, parts, x, weight, inverse, grad, dx, dweight);                                           \
-    }                                                                                                                    \
-    extern "C" void NAMED(attention_forward, type, ISA)(Sizes z, Heads<const T> q, Heads<const T> k, Heads<const T> v,   \
-                                                        T* out, float* lse) {                                            \
-        attention_forward(z, q, k, v, out, lse);                                                                         \
-    }                                                                                                                    \
-    extern "C" void NAMED(attention_backward, type, ISA)(Sizes z, Heads<const T> q, Heads<const T> k, Heads<const T> v,  \
-                                                         Heads<const T> out, Heads<const T> grad, const float* lse,      \
-                                                         T* dq, float* dk, float* dv) {                                  \
-        attention_backward(z, q, k, v, out, grad, lse, dq, dk, dv);                                                      \
-    }                                                                                                                    \
-    extern "C" void NAMED(lay_panels, type, ISA)(int64_t count, int64_t M, const T* x, T* out) {                         \
-        lay_panels(count, M, x, out);                                                                                    \
-    }                                                                                                                    \
-    extern "C" void NAMED(lay_quantized, type, ISA)(int64_t bits, int64_t N, int64_t J, int64_t group,                   \
-                                                    const uint32_t* words, const bf16* scales, uint8_t* out) {           \
-        lay_quantized(bits, N, J, group, words, scales, out);                                                            \
-    }                                                                                                                    \
-    extern "C" void NAMED(product, type, ISA)(int64_t rows, const T* x, Matrix w, T* out) { product(rows, x, w, out); }  \
-    extern "C" void NAMED(experts, type, ISA)(Sizes3 z, const T* x, const float* weights, const int64_t* ids,            \
-                                              const uint8_t* const* places, T* out) {                                    \
-        experts(z, x, weights, ids, places, out);                                                                        \
-    }                                                                                                                    \
-    extern "C" void NAMED(paged_attention, type, ISA)(PagedSizes z, Heads<const T> q, Heads<const T> k,                  \
-                                                      Heads<const T> v, T* keys, T* values, T* out) {                    \
-        paged_attention(z, q, k, v, keys, values, out);                                                                  \
-    }
+#define FOR_TYPE(T, type)                                       \
+    EXPORT(glu_forward, glu_forward<T>, type)                   \
+    EXPORT(glu_backward, glu_backward<T>, type)                 \
+    EXPORT(cross_entropy, cross_entropy<T>, type)               \
+    EXPORT(add, add<T>, type)                                   \
+    EXPORT(widen, widen<T>, type)                               \
+    EXPORT(route, route<T>, type)                               \
+    EXPORT(rotate, rotate<T>, type)                             \
+    EXPORT(rotate_normed, rotate_normed<T>, type)               \
+    EXPORT(rotate_backward, rotate_backward<T>, type)           \
+    EXPORT(rms_norm, rms_norm<T>, type)                         \
+    EXPORT(rms_norm_backward, rms_norm_backward<T>, type)       \
+    EXPORT(attention_forward, attention_forward<T>, type)       \
+    EXPORT(attention_backward, attention_backward<T>, type)     \
+    EXPORT(lay_panels, lay_panels<T>, type)                     \
+    EXPORT(lay_quantized, lay_quantized, type)                  \
+    EXPORT(product, product<T>, type)                           \
+    EXPORT(experts, experts<T>, type)                           \
+    EXPORT(paged_attention, paged_attention<T>, type)
 
 FOR_TYPE(float, f32)
 FOR_TYPE(bf16, bf16)

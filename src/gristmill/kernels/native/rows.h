@@ -1,4 +1,4 @@
-// What is done row by row: the experts' GLU, the loss, rotary embedding, RMS normalisation. Sums are in fp32.
+// What is done row by row: the experts' GLU, the loss, routing, rotary embedding, RMS normalisation. Sums are in fp32.
 #pragma once
 #include "simd.h"
 
@@ -53,6 +53,56 @@ template <class T> void cross_entropy(int64_t rows, int64_t V, T* logits, const 
 }
 
 const int64_t FEW = 4;  // rows that are not worth waking another thread for
+
+template <class T> void add(int64_t N, const T* a, const T* b, T* out) {
+#pragma omp parallel for if (N > FEW * 4096)
+    for (int64_t i = 0; i < N; i += W) store_some(out + i, N - i, load_some(a + i, N - i, 0) + load_some(b + i, N - i, 0));
+}
+
+template <class T> void widen(int64_t N, const T* x, float* out) {
+#pragma omp parallel for if (N > FEW * 4096)
+    for (int64_t i = 0; i < N; i += W) store_some(out + i, N - i, load_some(x + i, N - i, 0));
+}
+
+// logits [rows, E] -> their softmax, and of each row the K experts of the largest probability plus bias, the first of equal ones first:
+// their probabilities, divided by their norm of the given power; 0 is for none, and no bias may be null.
+template <class T>
+void route(int64_t rows, int64_t E, int64_t K, float power, const T* logits, const float* bias, float* probs, float* weights, int64_t* ids) {
+#pragma omp parallel for if (rows > FEW)
+    for (int64_t t = 0; t < rows; t++) {
+        const T* x = logits + t * E;
+        float* p = probs + t * E;
+        vf most = splat(-__builtin_inff()), total = {};
+        for (int64_t e = 0; e < E; e += W) most = larger(load_some(x + e, E - e, -__builtin_inff()), most);
+        const float highest = max(most);
+        for (int64_t e = 0; e < E; e += W) {
+            const vf value = exp(load_some(x + e, E - e, -__builtin_inff()) - highest);
+            total += value;
+            store_some(p + e, E - e, value);
+        }
+        const float all = sum(total);
+        for (int64_t e = 0; e < E; e += W) store_some(p + e, E - e, load_some(p + e, E - e, 0) / all);
+        float last = __builtin_inff(), norm = 0;
+        for (int64_t k = 0, before = -1; k < K; k++) {
+            int64_t best = -1;
+            float score = 0;
+            for (int64_t e = 0; e < E; e++) {
+                const float s = p[e] + (bias ? bias[e] : 0.0f);
+                const bool left = s < last || (s == last && e > before);
+                if (left && (best < 0 || s > score)) best = e, score = s;
+            }
+            if (best < 0) best = k;  // what is not a number has no order
+            else last = score, before = best;
+            ids[t * K + k] = best;
+            weights[t * K + k] = p[best];
+            norm += power == 1 ? p[best] : __builtin_powf(p[best], power);
+        }
+        if (power > 0) {
+            if (power != 1) norm = __builtin_powf(norm, 1.0f / power);
+            for (int64_t k = 0; k < K; k++) weights[t * K + k] /= norm;
+        }
+    }
+}
 
 // C numbers, each pair (c, c + C/2) turned by the angle; what lies beyond ±clip is clipped first.
 template <class T> INLINE void turn(int64_t C, bool turned, const T* from, const float* cos, const float* sin, float clip, T* to) {
