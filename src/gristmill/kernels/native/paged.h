@@ -16,16 +16,21 @@ struct PagedSizes {
     int64_t block_size() const { return width() * B; }
 };
 
-template <class T> void keep(const PagedSizes& z, Heads<const T> k, Heads<const T> v, T* keys, T* values, int64_t t) {
+template <class T>
+void keep(const PagedSizes& z, Heads<const T> k, Heads<const T> v, T* keys, T* values, int64_t t, int64_t g) {
     const int64_t width = z.width(), pair = Pair<T>::rows, b = z.slots[t] % z.B, block = z.slots[t] / z.B;
-    for (int64_t g = 0; g < z.G; g++) {
-        T *key = keys + (block * z.G + g) * z.block_size(), *value = values + (block * z.G + g) * z.block_size();
-        const T *from_key = k.row(0, t, g), *from_value = v.row(0, t, g);
-        for (int64_t c = 0; c < width; c++) {
-            key[(c / pair * z.B + b) * pair + c % pair] = c < z.C ? from_key[c] : T{};
-            value[(b / pair * width + c) * pair + b % pair] = c < z.C ? from_value[c] : T{};
-        }
+    T *key = keys + (block * z.G + g) * z.block_size(), *value = values + (block * z.G + g) * z.block_size();
+    const T *from_key = k.row(0, t, g), *from_value = v.row(0, t, g);
+    for (int64_t c = 0; c < width; c++) {
+        key[(c / pair * z.B + b) * pair + c % pair] = c < z.C ? from_key[c] : T{};
+        value[(b / pair * width + c) * pair + b % pair] = c < z.C ? from_value[c] : T{};
     }
+}
+
+// `count` times four bytes: a call of memcpy takes longer than so few.
+INLINE void copy_units(void* to, const void* from, int64_t count) {
+    for (; count >= W; count -= W, to = (vu*)to + 1, from = (const vu*)from + 1) *(vu_at*)to = *(const vu_at*)from;
+    __builtin_memcpy(to, from, count * 4);
 }
 
 // BLOCK positions from k0 on, of which `length` exist; the others are 0, whatever lay there.
@@ -41,8 +46,7 @@ void gather(const PagedSizes& z, const int64_t* table, const T* keys, const T* v
             continue;
         }
         const int64_t at = (table[(k0 + b0) / z.B] * z.G + g) * per_block;
-        for (int64_t u = 0; u < width / pair; u++)
-            __builtin_memcpy(key + (u * BLOCK + b0) * pair, keys + at + u * z.B * pair, z.B * pair * sizeof(T));
+        for (int64_t u = 0; u < width / pair; u++) copy_units(key + (u * BLOCK + b0) * pair, keys + at + u * z.B * pair, z.B);
         __builtin_memcpy(to, values + at, per_block * sizeof(T));
         for (int64_t b = length - k0 - b0; b < z.B; b++)
             for (int64_t c = 0; c < width; c++) to[(b / pair * width + c) * pair + b % pair] = T{};
@@ -56,14 +60,14 @@ void attend_tile(const PagedSizes& z, const int64_t* part, int64_t g, int64_t fi
     const int64_t width = z.width(), shared = z.H / z.G, rows = count * shared, last = part[2] + first + count - 1;
     T *key = arena.take<T>(BLOCK * width), *value = arena.take<T>(BLOCK * width);
     Running<T> softmax(width, arena);
-    for (int64_t i = 0; i < BLOCK; i++) {
+    const int64_t whole = HAS_TILES ? (rows + 15) / 16 * 16 : (rows + 1) / 2 * 2;
+    for (int64_t i = 0; i < whole; i++) {
         const int64_t n = i < rows ? first + i / shared : first;
         softmax.start[i] = 0;
         softmax.query[i] = part[2] + n;
         __builtin_memcpy(softmax.queries + i * width, q.row(0, part[0] + n, g * shared + i % shared), z.C * sizeof(T));
         __builtin_memset(softmax.queries + i * width + z.C, 0, (width - z.C) * sizeof(T));
     }
-    const int64_t whole = HAS_TILES ? (rows + 15) / 16 * 16 : (rows + 1) / 2 * 2;
     Tiles configured;
     softmax.begin();
     for (int64_t k0 = 0; k0 <= last; k0 += BLOCK) {
@@ -83,13 +87,17 @@ void paged_attention(const PagedSizes& z, Heads<const T> q, Heads<const T> k, He
     Buffer<int64_t> owner(tasks), first(tasks);
     for (int64_t p = 0, n = 0; p < z.parts; p++)
         for (int64_t t = 0; t < z.part[4 * p + 1]; t += tile, n++) owner.data[n] = p, first.data[n] = t;
+    const bool one_each = z.parts == z.T;  // whose keys nobody else waits for
 #pragma omp parallel
     {
+        if (!one_each) {
 #pragma omp for
-        for (int64_t t = 0; t < z.T; t++) keep(z, k, v, keys, values, t);
+            for (int64_t i = 0; i < z.T * z.G; i++) keep(z, k, v, keys, values, i / z.G, i % z.G);
+        }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks * z.G; task++) {
             const int64_t n = task / z.G, *part = z.part + 4 * owner.data[n], left = part[1] - first.data[n];
+            if (one_each) keep(z, k, v, keys, values, part[0], task % z.G);
             Arena arena(2 * BLOCK * width * sizeof(T) + 64 * 2 + Running<T>::bytes(width));
             attend_tile(z, part, task % z.G, first.data[n], left < tile ? left : tile, q, keys, values, out, arena);
         }
