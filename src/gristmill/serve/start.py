@@ -1,5 +1,6 @@
 """`gristmill serve`: what has to be right before the first request, and what is printed."""
 
+import gc
 import json
 import signal
 import threading
@@ -35,6 +36,8 @@ def serve(path: Path, cfg: ServeConfig, database: str | None = None, prices: Pri
     print(f"loading {path} …", flush=True)
     served = loaded(path)
     app = build_app(served, cfg, gate)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: to go through it for garbage would stop all answers for 50 ms and more
     server = Server(app, cfg, lambda port: print("\n".join(welcome(cfg, gate, port, served.no_chat)), flush=True))
     server.run()
     if (problem := app.state.endpoint.worker.broken) is not None:
