@@ -17,7 +17,7 @@ from gristmill.inference.scheduler import Part
 from gristmill.model import Transformer
 
 LOGITS_ROWS = 256  # rows whose logits stand in memory at once
-RECORD_AFTER = 12  # steps of so many sequences: to record takes as long as is saved in about as many
+RECORD_AFTER = 6  # steps of so many sequences: to record takes as long as is saved in about as many
 
 
 class Runner:
