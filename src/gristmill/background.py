@@ -13,7 +13,8 @@ class Answer(Generic[T]):
     """What a call that has begun will return. One that is given up answers where nobody looks."""
 
     def __init__(self, call: Callable[[], T]) -> None:
-        self._place: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        # Not a SimpleQueue: in CPython 3.11 a signal handled until after the timeout makes its `get` wait for ever.
+        self._place: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
         threading.Thread(target=self._work, args=(call,), daemon=True).start()
 
     def _work(self, call: Callable[[], T]) -> None:
