@@ -11,13 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import gristmill
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CXX": "none", "COLUMNS": "200"}
 
 
-def gristmill(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def from_nothing(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """As a shell starts it: `gristmill` below is forked from a process that has imported it."""
     command = [sys.executable, "-m", "gristmill.cli", *map(str, arguments)]
-    return subprocess.run(command, env=ENV, cwd=cwd, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=100)
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
@@ -25,7 +27,8 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_bad_input_exits_with_2_and_one_message(tiny_yaml: Path) -> None:
+def test_bad_input_exits_with_2_and_one_message() -> None:
+    assert from_nothing("verify", "no-such-folder").returncode == 2
     for arguments in (
         ("run", "quickstart", "--set", "model.moe_topk=1"),
         ("run", "no-such-recipe"),
@@ -41,11 +44,11 @@ def test_bad_input_exits_with_2_and_one_message(tiny_yaml: Path) -> None:
 
 
 def test_help_teaches_every_verb() -> None:
-    overview = gristmill("--help").stdout
+    overview = from_nothing("--help").stdout
     for verb in ("run", "corpus", "tokenizer", "shards", "train", "generate", "report", "verify", "lineage", "recipe"):
         assert f" {verb} " in overview
     assert "gristmill run quickstart" in overview
-    assert "goes on where it was" in gristmill("run", "--help").stdout
+    assert "goes on where it was" in from_nothing("run", "--help").stdout
 
 
 def test_generate_streams_the_same_text_for_the_same_seed(tiny_run: Path) -> None:
@@ -68,12 +71,12 @@ def test_generate_keeps_to_a_schema(tiny_run: Path, tmp_path: Path) -> None:
 
 
 def test_the_cards_three_lines_print_what_generate_prints(tiny_run: Path, tmp_path: Path) -> None:
-    made = gristmill("export", tiny_run, tmp_path / "export")
+    made = from_nothing("export", tiny_run, tmp_path / "export")
     assert made.returncode == 0, made.stderr
     code = re.search(r"```python\n(.*?)```", (tmp_path / "export" / "README.md").read_text(), re.DOTALL)
     assert code is not None
     theirs = subprocess.run([sys.executable, "-c", code[1]], cwd=tmp_path / "export", capture_output=True, text=True)
-    ours = gristmill("generate", tmp_path / "export", "def fibonacci(", "--max-tokens", "64", "--temperature", "0")
+    ours = from_nothing("generate", tmp_path / "export", "def fibonacci(", "--max-tokens", "64", "--temperature", "0")
     assert theirs.stdout == ours.stdout, theirs.stderr
 
 
