@@ -33,6 +33,12 @@ export: {{checked_sequences: 2, checked_greedy: 1}}
 """
 
 
+@pytest.hookimpl(optionalhook=True)  # there is no such hook under `-p no:xdist`
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two for the whole suite, which waits for children a third of its time; what is named runs in this process."""
+    return 2 if config.args_source is pytest.Config.ArgsSource.TESTPATHS else 0
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
