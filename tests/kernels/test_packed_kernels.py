@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gristmill.errors import InputError
+from gristmill.kernels import native, packed
 from gristmill.kernels.attention import packed_attention
 from gristmill.kernels.experts import experts_reference
-from gristmill.kernels.packed import Kind, PackedExperts, experts, pack, pack_experts, product
+from gristmill.kernels.packed import Kind, Packed, PackedExperts, experts, pack, pack_experts, product
 from gristmill.kernels.quantized import Quantized, quantize
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.01}
@@ -90,6 +91,112 @@ def test_an_expert_may_lie_in_any_block_and_one_that_nobody_chose_in_none(packs:
     x, weights, ids = torch.randn(9, 64), torch.rand(9, 2), torch.randint(1, 4, (9, 2))
     moved = PackedExperts(made.blocks[[3, 1, 2]], torch.tensor([2**40, 1, 2, 0]), made.kind, made.F, made.group)
     assert torch.equal(experts(x, weights, ids, moved), experts(x, weights, ids, made))
+
+
+@pytest.fixture
+def shortens(packs: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instruction sets for which it does not pay take 12 bits, too."""
+    monkeypatch.setattr(packed, "SHORTENING", native.ISAS)
+
+
+@pytest.fixture
+def no_tiles(kernels: str, shortens: None) -> None:
+    if "amx" in kernels.lower():
+        pytest.skip("tiles add in an order of their own; with AMX nothing is shortened")
+
+
+def weights_like(name: str, N: int, K: int) -> Tensor:
+    """bf16 [N, K] of all that fits in 12 bits."""
+    drawn = torch.randn(N, K) * 0.02
+    few = torch.rand(N, K) < 0.001
+    match name:
+        case "heavy tails":
+            drawn = torch.distributions.StudentT(3.0).sample((N, K)) * 0.02
+        case "zeros":
+            drawn[torch.rand(N, K) < 0.5] = 0
+        case "negative zeros":
+            drawn[few] = -0.0
+        case "subnormal":
+            drawn = drawn * 2.0**-122
+        case "not finite":
+            drawn[few] = torch.tensor([float("inf"), float("-inf"), float("nan")])[torch.randint(3, (int(few.sum()),))]
+        case "constant":
+            drawn = torch.full((N, K), -3.0)
+        case "transposed":
+            drawn = drawn.T.contiguous().T
+    return drawn.bfloat16()
+
+
+LIKE = ("normal", "heavy tails", "zeros", "negative zeros", "subnormal", "not finite", "constant", "transposed")
+
+
+def unpacked(matrix: Packed) -> Tensor:
+    """What native/halves.h says, weight by weight: int16 [N, K]."""
+    inputs, made = -(-matrix.K // 32) * 32, []
+    room = -(-inputs // 64) * 16
+    for panel in matrix.data.view(-(-matrix.N // 64), -1):
+        steps, bits = panel[128 + 4 * room :].view(-1, 192).int(), torch.empty(inputs // 2, 128, dtype=torch.int32)
+        for weight in range(128):
+            place = weight // 64 * 64 + weight % 32 // 8 * 16 + weight % 64 // 32 * 8 + weight % 8
+            codes = steps[:, 128 + place % 64] >> place // 64 * 4 & 15
+            bits[:, weight] = steps[:, place] | panel[codes.long()].int() << 8
+        for listed in panel[128:].view(torch.int32)[: int(panel[64:72].view(torch.int64))].tolist():
+            bits[listed >> 15, listed >> 8 & 127] &= 255
+            bits[listed >> 15, listed >> 8 & 127] |= (listed & 255) << 8
+        made.append(bits.view(-1, 64, 2).transpose(0, 1).flatten(1))
+    return torch.cat(made)[: matrix.N, : matrix.K].to(torch.int16)
+
+
+@in_every_way
+@given(like=st.sampled_from(LIKE), N=st.integers(1, 150), K=st.integers(1, 300), seed=st.integers(0, 99))
+def test_weights_in_12_bits_keep_every_bit(shortens: None, like: str, N: int, K: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    weight = weights_like(like, N, K)
+    made = pack(weight)
+    assert made.kind == "bf16_12"
+    assert torch.equal(unpacked(made), weight.view(torch.int16))
+    assert made.data.numel() < 0.8 * pack(weight, shorten=False).data.numel()
+
+
+@in_every_way
+@given(
+    like=st.sampled_from(LIKE), rows=st.integers(1, 60), N=st.integers(1, 150), K=st.integers(1, 1100),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_a_product_with_12_bits_has_the_bits_of_one_with_16(
+    no_tiles: None, like: str, rows: int, N: int, K: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weight, x = weights_like(like, N, K), torch.randn(rows, K).bfloat16()
+    short, plain = pack(weight), pack(weight, shorten=False)
+    assert (short.kind, plain.kind) == ("bf16_12", "bf16")
+    made = product(x, short)
+    assert torch.equal(made.view(torch.int16), product(x, plain).view(torch.int16))
+    for row in range(0, rows, 7):
+        assert torch.equal(product(x[row : row + 1].clone(), short)[0].view(torch.int16), made[row].view(torch.int16))
+
+
+def test_experts_with_12_bits_have_the_bits_of_those_with_16(no_tiles: None) -> None:
+    torch.manual_seed(0)
+    matrices = [torch.stack([weights_like("heavy tails", 150, 130) for _ in range(3)]) for _ in range(2)]
+    matrices.append(torch.stack([weights_like("normal", 150, 130) for _ in range(3)]))
+    short, plain = pack_experts(*matrices), pack_experts(*matrices, shorten=False)
+    assert (short.kind, plain.kind) == ("bf16_12", "bf16")
+    for tokens in (1, 5, 70):
+        x, weights, ids = torch.randn(tokens, 130).bfloat16(), torch.rand(tokens, 2), torch.randint(3, (tokens, 2))
+        assert torch.equal(experts(x, weights, ids, short), experts(x, weights, ids, plain))
+
+
+def test_what_does_not_fit_in_12_bits_keeps_its_16_and_so_do_the_experts_beside_it(shortens: None) -> None:
+    torch.manual_seed(0)
+    weight = torch.randint(-(2**15), 0x7F00, (70, 256)).to(torch.int16)
+    assert pack(weight.view(torch.bfloat16)).kind == "bf16"
+    matrices = [torch.randn(3, 80, 64).bfloat16() for _ in range(3)]
+    assert pack_experts(*matrices).kind == "bf16_12"
+    matrices[1][2] *= 2.0 ** torch.randint(-60, 60, (80, 64))
+    made = pack_experts(*matrices)
+    assert made.kind == "bf16"
+    assert torch.equal(made.blocks, pack_experts(*matrices, shorten=False).blocks)
 
 
 @in_every_way

@@ -115,7 +115,8 @@ class NativeLayers:
 
     def _experts(self, name: str) -> PackedExperts:
         """Of a mixture, or the one of a dense model."""
-        return pack_experts(*(self._read(f"{name}.{matrix}", self.dtype) for matrix in MATRICES))
+        w1, v1, w2 = (self._read(f"{name}.{matrix}", self.dtype) for matrix in MATRICES)
+        return pack_experts(w1, v1, w2)
 
     def _on_disk(self, num_bytes: int) -> ExpertCache:
         weights, dtype, L = self.weights, self.dtype, self.model.cfg.n_layers
@@ -123,7 +124,9 @@ class NativeLayers:
 
         def read(layer: int, expert: int) -> PackedExperts:
             found = (weights[f"blocks.{layer}.ffn.experts.{matrix}"].expert(expert) for matrix in MATRICES)
-            return pack_experts(*(one if isinstance(one, Quantized) else one.to(dtype) for one in found))
+            w1, v1, w2 = (one if isinstance(one, Quantized) else one.to(dtype) for one in found)
+            # Blocks have one size, and not every expert need fit in a smaller one.
+            return pack_experts(w1, v1, w2, shorten=False)
 
         cache = ExpertCache(read, L, self.model.cfg.moe_num_experts, num_bytes)
         routers = [self.forwards[self.model.get_submodule(f"blocks.{layer}.ffn.router")] for layer in range(L)]

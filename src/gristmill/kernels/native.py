@@ -127,6 +127,7 @@ ARGUMENTS = {  # n a number, f a float, p a pointer, s one of the structures abo
     "attention_backward": "sssssspppp",
     "lay_panels": "nnpp",
     "lay_quantized": "nnnnppp",
+    "lay_halves": "nnnnppp",
     "product": "npsp",
     "experts": "sppppp",
     "paged_attention": "ssssppp",
@@ -319,6 +320,14 @@ def lay_quantized(words: Tensor, scales: Tensor, bits: int, out: Tensor) -> None
     (N, J), K = scales.shape, words.shape[1] * 32 // bits
     words, scales = _given(words, torch.int32, N, words.shape[1]), _given(scales, torch.bfloat16, N, J)
     _call("lay_quantized", scales, bits, N, J, K // J, words, scales, out)
+
+
+def lay_halves(weight: Tensor, out: Tensor) -> bool:
+    """weight bf16 [N, K] as a packed matrix's bytes, 12 bits each; whether it fits, see native/halves.h."""
+    (N, K), fits = weight.shape, torch.empty(1, dtype=torch.int64)
+    assert weight.dtype == torch.bfloat16
+    _call("lay_halves", weight, N, K, *weight.stride(), weight, out, fits)
+    return bool(fits)
 
 
 def product(x: Tensor, matrix: Matrix) -> Tensor:

@@ -20,9 +20,11 @@ from gristmill.kernels.quantized import Quantized
 
 PANEL = 64  # outputs that lie beside one another
 INPUTS = 32  # what inputs are rounded up to
-Kind: TypeAlias = Literal["f32", "bf16", "int8", "int4"]
-KINDS: tuple[Kind, ...] = ("f32", "bf16", "int8", "int4")
+Kind: TypeAlias = Literal["f32", "bf16", "int8", "int4", "bf16_12"]
+KINDS: tuple[Kind, ...] = ("f32", "bf16", "int8", "int4", "bf16_12")
 LINE = 64  # bytes
+# Who decodes 12 bits while the memory brings the next: a plain CPU does it byte by byte; AMX's tiles would wait for it.
+SHORTENING = ("avx2", "avx512", "avx512_bf16")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Packed:
         return native.Matrix(self.data.data_ptr(), KINDS.index(self.kind), self.N, self.K, self.group)
 
 
-def pack(weight: Tensor | Quantized) -> Packed:
-    """weight: [N, K] in fp32 or bf16, or quantized."""
+def pack(weight: Tensor | Quantized, shorten: bool = True) -> Packed:
+    """weight: [N, K] in fp32 or bf16, or quantized. shorten: bf16 to 12 bits where its exponents are few enough, which
+    changes no weight and no bit of a product."""
     assert native.in_use() != "torch"
     if isinstance(weight, Quantized):
         (N, K), kind = weight.shape, KINDS[2 if weight.bits == 8 else 3]
@@ -50,6 +53,8 @@ def pack(weight: Tensor | Quantized) -> Packed:
         return Packed(made, kind, N, K, weight.group)
     N, K = weight.shape
     is_float = weight.dtype == torch.float32
+    if shorten and not is_float and native.in_use() in SHORTENING and (short := _shortened(weight)) is not None:
+        return short
     if weight.stride(0) == 1 < N:  # [K, N] in memory
         x_KN = F.pad(weight.T, (0, -N % PANEL, 0, -K % INPUTS))
         if not is_float:  # two inputs of an output go together
@@ -60,6 +65,13 @@ def pack(weight: Tensor | Quantized) -> Packed:
         units = x_NK if is_float else x_NK.view(torch.int32)
         panels = torch.ops.gristmill.lay_panels(units.unflatten(0, (-1, PANEL)))
     return Packed(_aligned(panels), "f32" if is_float else "bf16", N, K)
+
+
+def _shortened(weight: Tensor) -> Packed | None:
+    (N, K), inputs = weight.shape, -(-weight.shape[1] // INPUTS) * INPUTS
+    # Of a panel: `Short`, room for exceptions, 12 bits a weight.
+    made = aligned_empty(-(-N // PANEL) * (128 + -(-inputs // 64) * 64 + inputs * PANEL * 3 // 2))
+    return Packed(made, "bf16_12", N, K) if native.lay_halves(weight, made) else None
 
 
 def aligned_empty(num_bytes: int) -> Tensor:
@@ -98,11 +110,17 @@ class PackedExperts:
         return self.slots * self.blocks.stride(0) + self.blocks.data_ptr()
 
 
-def pack_experts(w1: Tensor | Quantized, v1: Tensor | Quantized, w2: Tensor | Quantized) -> PackedExperts:
-    """w1, v1, w2: [E, F, D], or [F, D] of one expert; of a quantized w2 its transpose, [E, D, F]."""
-    blocks = torch.empty(0)
+def pack_experts(
+    w1: Tensor | Quantized, v1: Tensor | Quantized, w2: Tensor | Quantized, shorten: bool = True
+) -> PackedExperts:
+    """w1, v1, w2: [E, F, D], or [F, D] of one expert; of a quantized w2 its transpose, [E, D, F]. shorten: as in
+    `pack`, where it can be done to all."""
+    blocks, kinds = torch.empty(0), set[Kind]()
     for number, matrices in enumerate(zip(*map(_each, (w1, v1)), _each(w2, transposed=True), strict=True)):
-        parts = [pack(matrix) for matrix in matrices]
+        parts = [pack(matrix, shorten) for matrix in matrices]
+        kinds |= {part.kind for part in parts}
+        if len(kinds) > 1:
+            return pack_experts(w1, v1, w2, shorten=False)
         if number == 0:
             E, bytes_ = len(_each(w1)), sum(part.data.numel() for part in parts)
             blocks = aligned_empty(E * bytes_).view(E, bytes_)

@@ -23,9 +23,8 @@ template <> struct Pair<bf16> {
 };
 
 INLINE vf multiply_add(vf sum, const float* a, const float* b) { return sum + *a * load(b); }
-INLINE vf multiply_add(vf sum, const bf16* a, const bf16* b) {
+INLINE vf multiply_add(vf sum, const bf16* a, vu pairs) {
     uint32_t two = *(const uint32_t __attribute__((may_alias, aligned(2)))*)a;
-    vu pairs = *(const vu_at*)b;
 #if defined(__AVX512BF16__)
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(two), (__m512bh)pairs);
 #else
@@ -34,6 +33,7 @@ INLINE vf multiply_add(vf sum, const bf16* a, const bf16* b) {
     return sum + to_float(bf16{(uint16_t)(two >> 16)}) * high;
 #endif
 }
+INLINE vf multiply_add(vf sum, const bf16* a, const bf16* b) { return multiply_add(sum, a, *(const vu_at*)b); }
 
 template <int ROWS, int VECTORS, class T>
 INLINE void tile(bool add, int64_t K, const T* A, int64_t lda, const T* B, int64_t ldb, float* C, int64_t ldc) {

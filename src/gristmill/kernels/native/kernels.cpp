@@ -62,6 +62,7 @@ template <class... A> void call(void (*function)(A...), const uint64_t* slots) {
     EXPORT(attention_backward, attention_backward<T>, type)     \
     EXPORT(lay_panels, lay_panels<T>, type)                     \
     EXPORT(lay_quantized, lay_quantized, type)                  \
+    EXPORT(lay_halves, lay_halves, type)                        \
     EXPORT(product, product<T>, type)                           \
     EXPORT(experts, experts<T>, type)                           \
     EXPORT(paged_attention, paged_attention<T>, type)

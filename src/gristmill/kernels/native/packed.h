@@ -3,20 +3,21 @@
 //
 // A row's sums are added in one fixed order, whatever rows stand beside it: no batch changes a bit.
 //
-// Kinds: fp32 and bf16 as they are, and whole numbers of 8 or 4 bits with a scale for each group of inputs. For these the
-// row, too, becomes whole numbers, of 16 bits with a scale for each group: products and their sums are then exact within a group.
+// Kinds: fp32 and bf16 as they are, bf16 in 12 bits (halves.h), and whole numbers of 8 or 4 bits with a scale for each group of
+// inputs. For these the row, too, becomes whole numbers, of 16 bits with a scale for each group: products and their sums are then
+// exact within a group.
 #pragma once
-#include "gemm.h"
+#include "halves.h"
 #include "memory.h"
 
 #include <omp.h>
 
 namespace {
 
-const int64_t PANEL = 64, CHUNK = 48;  // CHUNK rows' sums stay in the cache; it is a multiple of 16, and of 6
-const int64_t AHEAD = 4096;            // bytes that are fetched before they are needed
+const int64_t CHUNK = 48;    // rows whose sums stay in the cache; a multiple of 16, and of 6
+const int64_t AHEAD = 4096;  // bytes that are fetched before they are needed
 
-enum Kind { FLOATS, HALVES, BYTES, NIBBLES };
+enum Kind { FLOATS, HALVES, BYTES, NIBBLES, SHORT };
 
 struct Matrix {
     const uint8_t* data;
@@ -28,6 +29,7 @@ struct Matrix {
         switch (kind) {
             case FLOATS: return inputs() * PANEL * 4;
             case HALVES: return inputs() * PANEL * 2;
+            case SHORT: return Short::bytes(inputs());
             case BYTES: return groups() * PANEL * (2 + group);
             default: return groups() * PANEL * (2 + group / 2);
         }
@@ -90,10 +92,10 @@ template <class T> struct Rows {
     }
 };
 
-template <int ROWS, class T> INLINE void panel_rows(int64_t K, const T* A, const T* B, float* C) {
-    const int step = Pair<T>::rows, vectors = 64 / W;
-    const int together = W == 16 ? 4 : W == 8 ? 2 : 1;  // vectors of sums in the registers beside one another
-    for (int v = 0; v < vectors; v += together) {
+// together: vectors of sums in the registers beside one another. The first `outputs` are computed.
+template <int ROWS, int together, class T> INLINE void panel_rows(int64_t K, int64_t outputs, const T* A, const T* B, float* C) {
+    const int step = Pair<T>::rows;
+    for (int v = 0; v * W < outputs; v += together) {
         const T* b = B + v * W * step;
         vf acc[ROWS][4];
 #pragma GCC unroll 8
@@ -119,10 +121,23 @@ template <int ROWS, class T> INLINE void panel_rows(int64_t K, const T* A, const
     }
 }
 
+template <int together, class T> void panel_rows(int64_t count, int64_t K, int64_t outputs, const T* A, const T* B, float* C) {
+    int64_t r = 0;
+    for (; r + 6 <= count; r += 6) panel_rows<6, together>(K, outputs, A + r * K, B, C + r * PANEL);
+    switch (count - r) {
+        case 5: panel_rows<5, together>(K, outputs, A + r * K, B, C + r * PANEL); break;
+        case 4: panel_rows<4, together>(K, outputs, A + r * K, B, C + r * PANEL); break;
+        case 3: panel_rows<3, together>(K, outputs, A + r * K, B, C + r * PANEL); break;
+        case 2: panel_rows<2, together>(K, outputs, A + r * K, B, C + r * PANEL); break;
+        case 1: panel_rows<1, together>(K, outputs, A + r * K, B, C + r * PANEL); break;
+    }
+}
+
 // C [count][PANEL]: sums of rows from `first` on, of one panel.
 template <class T> void panel_product(const Rows<T>& x, int64_t first, int64_t count, const Matrix& w, const uint8_t* panel, float* C) {
     const T *A = x.values.data + first * x.inputs, *B = (const T*)panel;
     const int64_t K = x.inputs;
+    if (sizeof(T) == 2 && w.kind == SHORT) return short_product(count, K, (const bf16*)A, *(const Short*)panel, C);
 #if defined(HAS_AMX)
     if (sizeof(T) == 2) {
         Tiles configured;
@@ -130,16 +145,8 @@ template <class T> void panel_product(const Rows<T>& x, int64_t first, int64_t c
         return;
     }
 #endif
-    (void)w;
-    int64_t r = 0;
-    for (; r + 6 <= count; r += 6) panel_rows<6>(K, A + r * K, B, C + r * PANEL);
-    switch (count - r) {
-        case 5: panel_rows<5>(K, A + r * K, B, C + r * PANEL); break;
-        case 4: panel_rows<4>(K, A + r * K, B, C + r * PANEL); break;
-        case 3: panel_rows<3>(K, A + r * K, B, C + r * PANEL); break;
-        case 2: panel_rows<2>(K, A + r * K, B, C + r * PANEL); break;
-        case 1: panel_rows<1>(K, A + r * K, B, C + r * PANEL); break;
-    }
+    if (w.N <= W) panel_rows<1>(count, K, w.N, A, B, C);  // a router of few experts
+    else panel_rows<W == 16 ? 4 : W == 8 ? 2 : 1>(count, K, PANEL, A, B, C);
 }
 
 // ---- rows as whole numbers -----------------------------------------------------------------------------
