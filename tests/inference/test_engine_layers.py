@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gristmill.inference import Engine, EngineConfig, Request, Sampling
 from gristmill.inference.layers import NativeLayers
-from gristmill.inference.recording import NotRecordable, Recording
+from gristmill.inference.recording import NotRecordable, Recording, Scratch
 from gristmill.kernels import native
 from gristmill.kernels.calls import Replay
 from gristmill.model import Transformer
@@ -111,6 +111,7 @@ def test_steps_made_again_from_a_recording_have_the_bits_of_the_pass(
         made = [[token for piece in stream for token in piece.tokens] for stream in streams]
         assert engine.runner._can_record is can_record
         assert (len(engine.runner._decoding) > 3) is can_record
+        assert len(engine.runner.scratch._pieces) == can_record  # which all recordings share
         return made
 
     assert answers(True) == answers(False)
@@ -120,9 +121,9 @@ def test_what_cannot_be_made_again_in_place_is_not_recorded() -> None:
     x = torch.zeros(3)
     counts = torch.zeros(3)
     with pytest.raises(NotRecordable, match="cumsum"):
-        Recording(lambda: x.cumsum(0), [x])
+        Recording(lambda: x.cumsum(0), [x], Scratch())
     with pytest.raises(NotRecordable, match="scatter_add_"):
-        Recording(lambda: counts.scatter_add_(0, x.long(), x), [x])
+        Recording(lambda: counts.scatter_add_(0, x.long(), x), [x], Scratch())
 
 
 @needs_kernels
@@ -135,7 +136,7 @@ def test_a_recording_makes_again_what_its_result_depends_on_and_no_more() -> Non
         turned = x.cos() * (fixed * 2)
         return turned, turned + x.sin()
 
-    recording = Recording(compute, [x])
+    recording = Recording(compute, [x], Scratch())
     torches, replay = recording.calls[:3], recording.calls[3]
     assert [call.func for call in torches] == [torch.cos, torch.mul, torch.sin]
     assert isinstance(replay, Replay)  # the sum: a native call

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gristmill.kernels import native
 from gristmill.kernels.calls import Call
+from gristmill.kernels.packed import LINE, aligned_empty
 
 aten = torch.ops.aten
 
@@ -41,7 +42,8 @@ INTO: dict[Any, Callable[..., Any]] = {
 }
 COPIES = (aten._to_copy.default, aten.clone.default)
 ADDS = aten.scatter_add_.default  # to what is there: no result may need it
-MAKERS = (aten.new_empty.default, aten.ones_like.default, aten.new_zeros.default)  # of the same at each pass
+MAKERS = (aten.ones_like.default, aten.new_zeros.default)  # of the same at each pass
+PIECE = 1 << 24  # bytes
 
 
 class NotRecordable(Exception):
@@ -57,11 +59,38 @@ class Recorded:
     written: set[int] | None
 
 
-class Recording(TorchDispatchMode):
-    """make: the pass. inputs: what it reads that changes. `replay` computes anew what `make` gave, in its place."""
+class Scratch:
+    """Memory for what a pass computes. All recordings have it from its beginning on, as one is made again at a time."""
 
-    def __init__(self, make: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor]) -> None:
+    def __init__(self) -> None:
+        self._pieces: list[Tensor] = []
+        self.rewind()
+
+    def rewind(self) -> None:
+        self._piece = self._next = 0
+
+    def moved(self, x: Any) -> Any:
+        """A tensor's copy in here; what else it may be, as it is."""
+        if not isinstance(x, Tensor) or not x.is_contiguous() or x.numel() == 0:
+            return x
+        size = -(-x.nbytes // LINE) * LINE
+        while self._piece < len(self._pieces) and self._next + size > len(self._pieces[self._piece]):
+            self._piece, self._next = self._piece + 1, 0
+        if self._piece == len(self._pieces):
+            self._pieces.append(aligned_empty(max(size, PIECE)))
+        place = self._pieces[self._piece].numpy()[self._next : self._next + x.nbytes]  # a storage of its own
+        self._next += size
+        return torch.from_numpy(place).view(x.dtype).view(x.shape).copy_(x)
+
+
+class Recording(TorchDispatchMode):
+    """make: the pass. inputs: what it reads that changes. `replay` computes anew what `make` gave, in its place. It
+    stands there until a recording of the same scratch is made again."""
+
+    def __init__(self, make: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor], scratch: Scratch) -> None:
         super().__init__()
+        self._scratch = scratch
+        scratch.rewind()
         self._recorded: list[Recorded] = []
         self._changing = {_storage(x) for x in inputs}
         self._kept: list[Tensor] = list(inputs)  # their memory may go to no one else
@@ -78,11 +107,17 @@ class Recording(TorchDispatchMode):
             call()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        read, outputs = _tensors((args, kwargs)), _tensors(made)
-        self._kept += [*read, *outputs]
+        made, read = func(*args, **(kwargs or {})), _tensors((args, kwargs))
+        self._kept += read
+        if func is aten.new_empty.default:
+            return self._scratch.moved(made)
         if not any(_storage(x) in self._changing for x in read) or func.is_view or func in MAKERS:
+            self._kept += _tensors(made)
             return made
+        if func is not ADDS:
+            made = tree_map(self._scratch.moved, made)
+        outputs = _tensors(made)
+        self._kept += outputs
         call: Callable[[], Any]
         if func is aten.add.Tensor and len(read) == 2 and not kwargs and _lie_alike(*read, made):
             native.add(read[0], read[1], made)  # which is recorded as any native call

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gristmill.inference.layers import Layers, NativeLayers, layers_of
 from gristmill.inference.paged import NativePaged, OneEach, paged_attention
-from gristmill.inference.recording import NotRecordable, Recording
+from gristmill.inference.recording import NotRecordable, Recording, Scratch
 from gristmill.inference.scheduler import Part
 from gristmill.model import Transformer
 
@@ -29,7 +29,7 @@ class Runner:
         self.device, self.threads = model.wte.weight.device, torch.get_num_threads()
         on_packed = isinstance(self.layers, NativeLayers) and isinstance(self.paged, NativePaged)
         self._can_record = on_packed and getattr(self.layers, "cache", None) is None
-        self._decoding: dict[int, Decoding] = {}  # by the number of sequences
+        self.scratch, self._decoding = Scratch(), dict[int, Decoding]()  # by the number of sequences
         self._steps: Counter[int] = Counter()
         self._logits_TV: Tensor | None = None  # of all rows of the last run, where they were made with it
 
@@ -90,7 +90,7 @@ class Decoding:
             return hidden_TD, layers.logits(hidden_TD)
 
         with torch.no_grad(), evaluating(model), layers.seated():
-            self.recording = Recording(computed, self.where.tensors)
+            self.recording = Recording(computed, self.where.tensors, runner.scratch)
 
     def run(self, parts: Sequence[Part]) -> tuple[Tensor, ...]:
         """[T, D] hidden states and [T, V] logits in fp32."""

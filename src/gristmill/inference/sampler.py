@@ -121,14 +121,14 @@ def kept(logits_V: Tensor, sampling: Sampling, chance: float | None = None) -> t
     after the one that it draws may be left out, which spares sorting all of V.
     """
     values_V = logits_V.double()
-    finite = values_V > -torch.inf
-    if sampling.top_k is not None and sampling.top_k < int(finite.sum()):
-        finite = values_V >= values_V.topk(sampling.top_k).values[-1]
-    num_left, count = int(finite.sum()), FIRST_SORTED
-    probs_V = (values_V.masked_fill(~finite, -torch.inf) / sampling.temperature).softmax(0)
+    left_V = values_V > -torch.inf
+    if sampling.top_k is not None and sampling.top_k < int(left_V.sum()):
+        left_V = values_V >= values_V.topk(sampling.top_k).values[-1]
+    num_left, count = int(left_V.sum()), FIRST_SORTED
+    probs_V = (values_V.masked_fill(~left_V, -torch.inf) / sampling.temperature).softmax(0)
     while True:
         least = values_V.topk(count).values[-1] if count < num_left else -torch.inf
-        ids = (finite & (values_V >= least)).nonzero()[:, 0]
+        ids = (left_V & (values_V >= least)).nonzero()[:, 0]
         ids = ids[values_V[ids].sort(descending=True, stable=True).indices]
         probs, is_all = probs_V[ids], len(ids) == num_left
         length = len(ids)
