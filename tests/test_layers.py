@@ -84,5 +84,6 @@ STANDARD = {
     "pathlib",
     "struct",
     "sys",
+    "threading",
     "typing",
 }

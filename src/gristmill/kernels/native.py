@@ -8,6 +8,7 @@ other dtypes than fp32 and bf16, the callers' own PyTorch code runs. GRISTMILL_K
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import machinery
@@ -134,17 +135,21 @@ ARGUMENTS = {  # n a number, f a float, p a pointer, s one of the structures abo
 }
 
 
-_recorder: Callable[[Call], None] | None = None  # while it is set, told of each call
+class _Recorder(threading.local):
+    tell: Callable[[Call], None] | None = None
+
+
+_recorder = _Recorder()
 
 
 @contextmanager
 def recorded_by(recorder: Callable[[Call], None]) -> Iterator[None]:
-    global _recorder
-    _recorder = recorder
+    """It is told of each call that this thread makes while it lasts."""
+    _recorder.tell = recorder
     try:
         yield
     finally:
-        _recorder = None
+        _recorder.tell = None
 
 
 def replay(calls: Sequence[Call]) -> Replay:
@@ -157,8 +162,8 @@ def _call(name: str, like: Tensor, *arguments: Any, inside: tuple[Tensor, ...] =
     """inside: tensors whose addresses lie in structures."""
     call = Call(_function(_library(), name, like.dtype, in_use()), arguments, ARGUMENTS[name], inside)
     call()
-    if _recorder is not None:
-        _recorder(call)
+    if _recorder.tell is not None:
+        _recorder.tell(call)
 
 
 @functools.cache
