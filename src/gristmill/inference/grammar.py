@@ -34,9 +34,10 @@ class JsonSchema:
     """The answer is JSON that is valid for `schema`, of draft 2020-12 as far as llguidance knows it.
 
     A keyword that it cannot keep to, such as `not`, `if` or `uniqueItems`, is refused, as are references to other
-    documents. Properties come in the schema's order. Between the parts of the JSON stands nothing, a space, or a new
-    line with an indent of up to 32. `format` is kept to where it is a known one. Keys that no schema lists may be
-    repeated, of which JSON's readers take the last.
+    documents, and an exclusive bound of 0 beside one between -1 and 1, which it does not keep. Properties come in the
+    schema's order. Between the parts of the JSON stands nothing, a space, or a new line with an indent of up to 32.
+    `format` is kept to where it is a known one. Keys that no schema lists may be repeated, of which JSON's readers take
+    the last.
     """
 
     schema: Mapping[str, Any]

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gristmill.errors import InputError
 
-FIRST_SORTED = 256  # tokens, before more are tried
+# Parts of the largest probability. Those above are sorted, of the first that leaves enough: sorting all takes longest.
+BOUNDS = (0.1, 0.01, 1e-3, 1e-4, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,23 +125,21 @@ def kept(logits_V: Tensor, sampling: Sampling, chance: float | None = None) -> t
     left_V = values_V > -torch.inf
     if sampling.top_k is not None and sampling.top_k < int(left_V.sum()):
         left_V = values_V >= values_V.topk(sampling.top_k).values[-1]
-    num_left, count = int(left_V.sum()), FIRST_SORTED
     probs_V = (values_V.masked_fill(~left_V, -torch.inf) / sampling.temperature).softmax(0)
-    while True:
-        least = values_V.topk(count).values[-1] if count < num_left else -torch.inf
-        ids = (left_V & (values_V >= least)).nonzero()[:, 0]
-        ids = ids[values_V[ids].sort(descending=True, stable=True).indices]
-        probs, is_all = probs_V[ids], len(ids) == num_left
-        length = len(ids)
-        if sampling.top_p < 1:
-            length = int((probs.cumsum(0) - probs < sampling.top_p).sum())
-        if sampling.min_p > 0:
-            length = min(length, int((probs >= sampling.min_p * probs[0]).sum()))
-        if is_all or length < len(ids):
-            return ids[:length], probs[:length] / probs[:length].sum()
-        if chance is not None and sampling.top_p == 1 and sampling.min_p == 0 and chance < probs.cumsum(0)[-1]:
-            return ids, probs
-        count *= 16
+    is_cut = sampling.top_p < 1 or sampling.min_p > 0
+    mass = sampling.top_p if sampling.top_p < 1 else math.inf if is_cut or chance is None else chance
+    for bound in BOUNDS:
+        ids = (left_V & (probs_V >= bound * probs_V.max())).nonzero()[:, 0]
+        if bound <= sampling.min_p or probs_V[ids].sum() > mass:
+            break
+    ids = ids[values_V[ids].sort(descending=True, stable=True).indices]
+    probs, length = probs_V[ids], len(ids)
+    if sampling.top_p < 1:
+        length = int((probs.cumsum(0) - probs < sampling.top_p).sum())
+    if sampling.min_p > 0:
+        length = min(length, int((probs >= sampling.min_p * probs[0]).sum()))
+    total = probs[:length].sum() if is_cut else probs_V.sum()
+    return ids[:length], probs[:length] / total
 
 
 def pick(
