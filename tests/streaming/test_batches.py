@@ -9,7 +9,7 @@ import pytest
 from forked import SERVER
 
 from gristmill.errors import InputError
-from gristmill.streaming import Batch, Batches, MDSReader, Stage
+from gristmill.streaming import Batch, Batches, MDSReader, MDSWriter, Stage
 
 EOT = 256
 BLOCK = 48
@@ -153,6 +153,13 @@ def test_settings_that_do_not_fit_name_the_fix(shards: Path, tmp_path: Path) -> 
         Batches(shards, 16, 8, STEPS, (Stage(until=0.9, mix={"code": 1}),), 0)
     with pytest.raises(InputError, match="holds no sources"):
         Batches(tmp_path, 16, 8, STEPS, CURRICULUM, 0)
+    (tmp_path / "code").mkdir()
+    for columns, samples in (({"text": "str"}, [{"text": "a"}]), ({"tokens": "ndarray", "starts": "ndarray"}, [])):
+        with MDSWriter(tmp_path / "code", columns) as writer:
+            for sample in samples:
+                writer.write(sample)
+        with pytest.raises(InputError, match="code holds no token blocks"):
+            Batches(tmp_path, 16, 8, STEPS, (Stage(until=1.0, mix={"code": 1}),), 0)
     with pytest.raises(InputError, match="steps=0"):
         Batches(shards, 16, 8, 0, CURRICULUM, 0)
     batches = open_batches(shards)

@@ -6,6 +6,7 @@ fixtures/mosaicml was written by mosaicml-streaming 0.13.0's MDSWriter from `mos
 import contextlib
 import json
 import math
+import re
 import shutil
 import struct
 from collections.abc import Iterator
@@ -344,3 +345,67 @@ def test_an_error_while_writing_leaves_no_index(tmp_path: Path) -> None:
         writer.write({"n": 1})
         raise RuntimeError
     assert not (tmp_path / "index.json").exists()
+
+
+def described(**changes: Any) -> dict[str, Any]:
+    return {"raw_data": {"basename": "shard.00000.mds", "bytes": 1, "hashes": {}} | changes}
+
+
+CHANGES: list[dict[str, Any]] = [
+    *({"samples": wrong} for wrong in (0, -3, 5.5, "7", None, True, 2**70, [4])),
+    *({"raw_data": wrong} for wrong in (None, [], "x", {}, {"basename": "a", "bytes": 1})),
+    *(described(basename=wrong) for wrong in (None, 5, "a\0b")),
+    *(described(bytes=wrong) for wrong in (None, -1, 1.5, "9", True)),
+    *(described(hashes=wrong) for wrong in (None, ["sha256"], {"sha1": 5})),
+    {"zip_data": {"basename": "a"}},
+    {"compression": 7},
+    {"format": None},
+    {"column_names": 5},
+    {"column_names": ["a", "a"]},
+    {"column_encodings": ["str"]},
+    {"column_sizes": [-1]},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_an_index_with_a_wrong_field_is_refused_and_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = copy("zstd", tmp_path)
+    patch_index(path, **change)
+    with pytest.raises(InputError, match=rf"{re.escape(str(path / 'index.json'))} "):
+        MDSReader(path)
+
+
+FIELDS = ("samples", "raw_data", "zip_data", "version", "format", "column_names", "column_encodings", "column_sizes")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_an_index_without_a_field_is_refused_and_the_field_named(tmp_path: Path, field: str) -> None:
+    path = copy("plain", tmp_path)
+    index = json.loads((path / "index.json").read_text())
+    del index["shards"][-1][field]
+    (path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=rf"index\.json is not an MDS index: .*{field}"):
+        MDSReader(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5", '{"version": 2, "shards": 5}', '{"version": 2, "shards": [5]}', "[" * 99_999]
+)
+def test_an_index_that_is_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(InputError, match=r"index\.json is not an MDS index"):
+        MDSReader(tmp_path)
+
+
+@given(st.integers(0, 3), st.sampled_from(FIELDS), JSON)
+def test_no_value_of_an_index_field_ends_in_anything_but_our_errors(
+    tmp_path_factory: pytest.TempPathFactory, shard: int, field: str, value: Any
+) -> None:
+    path = copy("zstd", tmp_path_factory.mktemp("shards"))
+    index = json.loads((path / "index.json").read_text())
+    index["shards"][shard % len(index["shards"])][field] = value
+    (path / "index.json").write_text(json.dumps(index))
+    with contextlib.suppress(InputError, Failure):
+        reader = MDSReader(path)
+        for number in range(len(reader)):
+            reader[number]

@@ -84,6 +84,11 @@ class Batches:
                 self._fetching = Ahead(files, self._readers, self._shards_of, steps, cache.limit_bytes // 2)
         else:
             self._readers = [MDSReader(shards / name) for name in self.source_names]
+        for name, reader in zip(self.source_names, self._readers, strict=True):
+            if not {"tokens", "starts"} <= reader.column_names:
+                raise InputError(
+                    f"{shards / name} holds no token blocks (columns tokens and starts); build the shards here"
+                )
         self._seq_len, self._sequences_per_batch, self._steps = seq_len, sequences_per_batch, steps
         blocks = [len(reader[0]["tokens"]) - 1 for reader in self._readers]
         self._windows_per_block = blocks[0] // seq_len

@@ -11,7 +11,7 @@ import json
 import mmap
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -131,16 +131,13 @@ class MDSReader:
     def __init__(self, path: Path, files: "ShardFiles | None" = None) -> None:
         self._path, self._files = path, files
         try:
-            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-            self._shards: list[dict[str, Any]] = index["shards"]
-            for version, form in [(index["version"], "mds"), *((s["version"], s["format"]) for s in self._shards)]:
-                if (version, form) != (2, "mds"):
-                    raise InputError(f"{path} holds {form} shards of version {version}; only mds version 2 is read")
-            counts = [shard["samples"] for shard in self._shards]
+            data = (path / INDEX).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{path} is not a directory of shards: it has no {INDEX}") from None
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as problem:
-            raise InputError(f"{path / INDEX} is not an MDS index: {problem!r}") from None
+        except OSError as problem:
+            raise InputError(f"{path / INDEX} cannot be read ({problem.strerror}); change its permissions") from None
+        self._shards = read_index(data, str(path / INDEX))
+        counts = [shard["samples"] for shard in self._shards]
         self._columns = [_columns(path, shard) for shard in self._shards]
         self.samples_per_shard: list[int] = counts
         self._ends = np.cumsum(counts, dtype=np.int64)
@@ -161,6 +158,13 @@ class MDSReader:
         except (ValueError, LookupError, ArithmeticError, RecursionError) as problem:  # where no hash was kept
             file = self._file(self._shards[shard]["raw_data"])
             raise Failure(f"{file} is damaged: sample {i} cannot be read: {problem}") from None
+
+    @property
+    def column_names(self) -> set[str]:
+        """Columns that all shards have."""
+        return (
+            set.intersection(*({name for name, _ in columns} for columns in self._columns)) if self._columns else set()
+        )
 
     @property
     def largest_file(self) -> int:
@@ -225,12 +229,58 @@ class MDSReader:
                 data = mapped(file)
         except FileNotFoundError:
             raise Failure(f"{self._file(info)} is missing") from None
+        except OSError as problem:
+            raise Failure(f"{self._file(info)} cannot be read: {problem.strerror}") from None
         self._check(info, data)
         return data
 
     def _check(self, info: Mapping[str, Any], data: memoryview) -> None:
         if what := damage(info, data):
             raise Failure(f"{self._file(info)} is damaged: {what}")
+
+
+def read_index(data: bytes, where: str) -> list[dict[str, Any]]:
+    """The shards that an index names, their fields checked. `where` names the index in errors.
+
+    Raises InputError when a field is missing or has another type or range than the format says, or for another format.
+    """
+    try:
+        index = json.loads(data)
+        shards: list[dict[str, Any]] = index["shards"]
+        for version, form in [(index["version"], "mds"), *((s["version"], s["format"]) for s in shards)]:
+            if (version, form) != (2, "mds"):
+                raise InputError(f"{where} names {form} shards of version {version}; only mds version 2 is read")
+        for number, shard in enumerate(shards):
+            for name, value, holds in _fields(shard):
+                if not holds:
+                    raise InputError(f"{where} is not an MDS index: {name} of shard {number} is {value!r}")
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as problem:
+        raise InputError(f"{where} is not an MDS index: {problem!r}") from None
+    return shards
+
+
+def _fields(shard: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
+    """Name, value, and whether the value is allowed, for each field that is read."""
+    yield "samples", shard["samples"], _is_whole(shard["samples"], 1)
+    files = {"raw_data": shard["raw_data"]}
+    if shard["zip_data"] is not None:
+        files["zip_data"] = shard["zip_data"]
+        yield "compression", shard["compression"], isinstance(shard["compression"], str)
+    for name, file in files.items():
+        yield f"{name}.basename", file["basename"], isinstance(file["basename"], str) and "\0" not in file["basename"]
+        yield f"{name}.bytes", file["bytes"], _is_whole(file["bytes"], 0)
+        hashes = file["hashes"]
+        yield f"{name}.hashes", hashes, isinstance(hashes, dict) and all(isinstance(v, str) for v in hashes.values())
+    names, kinds, sizes = (shard[f"column_{field}"] for field in ("names", "encodings", "sizes"))
+    yield "column_names", names, all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    yield "column_encodings", kinds, all(isinstance(kind, str) for kind in kinds) and len(kinds) == len(names)
+    yield "column_sizes", sizes, all(s is None or _is_whole(s, 0) for s in sizes) and len(sizes) == len(names)
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 1 << 32
 
 
 def stored(shard: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,7 +323,7 @@ def _columns(path: Path, shard: Mapping[str, Any]) -> list[tuple[str, Any]]:
     for name, kind, size in zip(shard["column_names"], shard["column_encodings"], shard["column_sizes"], strict=True):
         try:
             found = encoding(kind)
-        except InputError as problem:
+        except ValueError as problem:
             raise InputError(f"{path}, column {name!r}: {problem}") from None
         if found.size != size:
             raise InputError(f"{path}, column {name!r}: {kind} takes {found.size} bytes, the index says {size}")

@@ -7,7 +7,6 @@ environment. Whatever arrives is checked against a hash that the remote artifact
 import http
 import io
 import itertools
-import json
 import queue
 import random
 import time
@@ -22,7 +21,7 @@ from gristmill.background import Answer
 from gristmill.errors import Failure, InputError
 from gristmill.progress import console
 from gristmill.streaming.config import ShardsConfig
-from gristmill.streaming.mds import INDEX, stored
+from gristmill.streaming.mds import INDEX, read_index, stored
 
 REMOTE = "remote.json"  # in a shards artifact whose shard files lie elsewhere: whose they are
 READ_BYTES = 4 << 20  # asked for at a time: some ten milliseconds of a fast link, little in memory
@@ -249,7 +248,7 @@ def build_remote(
         if Path(source).name != source or source == "..":
             raise Failure(f"{given}: its manifest names {name!r}, which no source's index can be")
         data = _read(join(cfg.remote, source, INDEX), files[name]["bytes"], _unlike(files[name]["sha256"]))
-        _check_covered(f"{given}, source {source}", source, json.loads(data), files)
+        _check_covered(f"{given}, source {source}", source, read_index(data, join(cfg.remote, source, INDEX)), files)
         (out / source).mkdir()
         (out / source / INDEX).write_bytes(data)
     (out / REMOTE).write_bytes(canonical({"content": manifest["content"]}))
@@ -257,9 +256,9 @@ def build_remote(
     return Built(metrics={**figures, "remote": cfg.remote})
 
 
-def _check_covered(given: str, source: str, index: dict[str, Any], files: dict[str, Any]) -> None:
+def _check_covered(given: str, source: str, shards: list[dict[str, Any]], files: dict[str, Any]) -> None:
     """Each shard file lies in the artifact itself, and the index has the hash that its download is checked by."""
-    for shard in index["shards"]:
+    for shard in shards:
         info = stored(shard)
         covered = files.get(f"{source}/{info['basename']}")
         if covered is None or covered["bytes"] != info["bytes"] or not info["hashes"]:
