@@ -5,6 +5,7 @@ import re
 from itertools import combinations
 
 import numpy as np
+import pytest
 
 from gristmill.corpus import dedup
 from gristmill.corpus.config import NearDuplicateConfig
@@ -102,3 +103,46 @@ def test_many_copies_form_one_cluster():
     found = dedup.clusters(dedup.signatures(texts, CFG), CFG)
     assert set(found[:600].tolist()) == {0}
     assert len(set(found.tolist())) == 3
+
+
+SYMBOLS = {
+    "braille": [chr(0x2801 + number) for number in range(255)],
+    "emoji": [chr(0x1F300 + number) for number in range(200)],
+    "dice": [chr(0x2680 + number) for number in range(6)],
+    "bars": ["\u258c", "\u2590"],
+    "marks": [chr(0x0300 + number) for number in range(60)],
+    "ascii": list("/\\|-+*#.:"),
+}
+
+
+@pytest.mark.parametrize("title", ["", "The same title of four words\n"])
+@pytest.mark.parametrize("kind", SYMBOLS)
+def test_texts_of_symbols_are_near_duplicates_only_when_they_are_alike(kind, title):
+    chance = random.Random(7)
+    originals = [chance.choices(SYMBOLS[kind], k=400) for _ in range(20)]
+    copies = []
+    for original in originals[:5]:
+        copies.append(list(original))
+        copies[-1][200] = chance.choice(SYMBOLS[kind])
+    texts = []
+    for symbols in (*originals, *copies):
+        for place in range(30, len(symbols), 31):
+            symbols[place] = " "
+        texts.append(title + "".join(symbols))
+    found = dedup.clusters(dedup.signatures(texts, CFG), CFG)
+    assert found.tolist() == [*range(20), *range(5)]
+
+
+def test_texts_without_words_are_not_duplicates_of_those_with_other_symbols_or_of_words():
+    texts = ["".join(symbols[:2] * 100) for symbols in SYMBOLS.values()] + ["some words " * 30, "other things " * 30]
+    found = dedup.clusters(dedup.signatures(texts, CFG), CFG)
+    assert found.tolist() == list(range(len(texts)))
+
+
+@pytest.mark.parametrize("first", [0x4E00, 0x0E01, 0x0905, 0xAC00, 0x0660])  # Chinese, Thai, Hindi, Korean, digits
+def test_texts_of_scripts_without_spaces_are_told_apart_and_copies_found(first):
+    chance = random.Random(first)
+    letters = [chr(first + number) for number in range(9)]
+    texts = ["".join(chance.choices(letters, k=500)) for _ in range(20)]
+    found = dedup.clusters(dedup.signatures([*texts, texts[3] + " "], CFG), CFG)
+    assert found.tolist() == [*range(20), 3]

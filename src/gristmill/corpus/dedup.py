@@ -17,6 +17,7 @@ from gristmill.corpus.config import NearDuplicateConfig
 
 SEED = 0x67726973  # fixed: signatures are part of what makes a corpus repeatable
 WORD = re.compile(r"\w+")
+CHARS_PER_WORD = 5
 RECALL = 0.99  # wanted chance that banding finds a pair that lies at the threshold
 PAIRS_AT_ONCE = 256
 
@@ -25,13 +26,20 @@ def shingle_hashes(texts: Sequence[str], num_words: int) -> tuple[np.ndarray, np
     """Hashes of each run of `num_words` consecutive words, flat [H], and offsets [D + 1] into it.
 
     Words are lower case, so that a rename of the license header's capitals changes nothing. A text with fewer words
-    has one shingle of all of them; one without any word has none.
+    has one shingle of all of them. A text that consists mostly of other characters (Braille, emoji, drawings) has
+    shingles of characters instead, about as long.
     """
-    hashed = rensa.RMinHash.hash_token_sets([WORD.findall(text.lower()) for text in texts])
+    words = [WORD.findall(text.lower()) for text in texts]
+    hashed = rensa.RMinHash.hash_token_sets(words)
     shingles, lengths = [], []
-    for words in hashed:
-        hashes = np.array(words, np.uint64)
-        width = min(num_words, len(hashes))
+    for text, found, hashes_of_words in zip(texts, words, hashed, strict=True):
+        solid = "".join(text.lower().split())
+        if sum(map(len, found)) * 2 < len(solid):
+            hashes = np.frombuffer(solid.encode("utf-32-le"), "<u4").astype(np.uint64)
+            width = min(num_words * CHARS_PER_WORD, len(hashes))
+        else:
+            hashes = np.array(hashes_of_words, np.uint64)
+            width = min(num_words, len(hashes))
         rolled = np.zeros(len(hashes) - width + 1 if width else 0, np.uint64)
         for offset in range(width):
             # An odd multiplier keeps the order of the words in the sum, and the sum wraps.
