@@ -94,3 +94,20 @@ def test_nothing_is_executed(tmp_path) -> None:  # type: ignore[no-untyped-def]
     body = textwrap.indent(f"open({str(trap)!r}, 'w').close()\n", "    ")
     assert parses("def f(x=1):\n", body)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("odd", ["\x0c", "\x0b", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
+def test_heads_and_cuts_follow_the_lines_of_python_whatever_else_the_text_holds(odd: str) -> None:
+    source = f'''note = """one{odd}two{odd}three"""
+{odd if odd == chr(12) else ""}
+def first(a):
+    """Says {odd} this."""
+    return "{odd}" + a
+'''
+    (_, head, body), *rest = _functions(source)
+    assert not rest
+    assert head == f'def first(a):\n    """Says {odd} this."""\n'
+    assert body == f'    return "{odd}" + a\n'
+    completion = f'    x = "{odd}a"\n    return x\n'
+    assert cut_function(f"{completion}def next():\n    pass\n", ended=True) == completion
+    assert cut_function(f"{completion}\x0cdef next():\n", ended=True) == completion

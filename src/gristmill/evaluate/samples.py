@@ -4,6 +4,7 @@ Nothing that a model wrote is ever executed: `ast.parse` reads it, no more.
 """
 
 import ast
+import io
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -126,7 +127,7 @@ def _functions(text: str) -> Iterator[tuple[bool, str, str]]:
     The head ends with a newline, where a tokenizer that keeps words whole would also cut.
     """
     tree = parse(text)
-    lines = text.splitlines(keepends=True)
+    lines = lines_of(text)
     for node in ast.walk(tree) if tree else ():
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -137,16 +138,16 @@ def _functions(text: str) -> Iterator[tuple[bool, str, str]]:
             continue  # nothing but a docstring, or all on one line
         whole = textwrap.dedent("".join(lines[node.lineno - 1 : node.end_lineno]))
         if whole.startswith(("def ", "async def ")) and parse(whole):
-            head = "".join(whole.splitlines(keepends=True)[: first - node.lineno])
+            head = "".join(lines_of(whole)[: first - node.lineno])
             yield documented, head, whole[len(head) :]
 
 
 def cut_function(text: str, *, ended: bool) -> str:
     """A completion up to where the function ends: the first line at the margin, or else, unless the model `ended`
     it, the last whole line."""
-    lines = text.splitlines(keepends=True)
+    lines = lines_of(text)
     for number, line in enumerate(lines):
-        if line.strip() and not line[0].isspace():
+        if line.strip() and not line.lstrip("\f")[0].isspace():  # Python ignores a form feed there
             return "".join(lines[:number])
     return "".join(lines if ended else lines[:-1])
 
@@ -157,6 +158,11 @@ def parses(head: str, body: str) -> bool:
     if tree is None or len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef | ast.AsyncFunctionDef):
         return False
     return len(tree.body[0].body) > (ast.get_docstring(tree.body[0], clean=False) is not None)
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines with their ends, as Python counts them: a form feed or U+2028 ends none, unlike in `str.splitlines`."""
+    return io.StringIO(text, newline="").readlines()
 
 
 def parse(text: str) -> ast.Module | None:
