@@ -355,7 +355,7 @@ def quantize(
     group: Annotated[int, typer.Option(help="32, 64 or 128 inputs share a scale.")] = 64,
     documents: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Text, .jsonl or .parquet to measure on. [default: a run's test documents]"),
+        typer.Option(metavar="FILE", help="Text, JSONL or Parquet to measure on. [default: a run's test documents]"),
     ] = None,
 ) -> None:
     """Store a model's matrices, experts included, as small whole numbers, and measure what that costs."""

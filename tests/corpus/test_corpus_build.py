@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import random
+import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 from gristmill.artifact import Built
 from gristmill.corpus import CorpusConfig, FilterConfig, SourceConfig, build_corpus, fingerprint
 from gristmill.corpus.documents import DOCUMENTS
-from gristmill.corpus.files import groups_of
+from gristmill.corpus.paths import groups_of
 from gristmill.errors import InputError
 
 SENTENCE = "the mill grinds grain into meal while water turns the wheel and stones wear slowly by day or night"
@@ -167,6 +169,39 @@ def test_a_local_hugging_face_dataset_is_read_offline(tmp_path, monkeypatch):
         fingerprint(CorpusConfig(sources={"rows": SourceConfig(dataset=str(tmp_path / "missing"), license="MIT")}))
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "saved"])
+def test_a_local_dataset_is_known_by_its_content_and_not_by_times(tmp_path, monkeypatch, kind):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    cfg = CorpusConfig(sources={"rows": SourceConfig(dataset=str(folder), license="MIT")})
+
+    def write(first: int) -> dict[str, str]:
+        rows = [{"text": text_of(first + n)} for n in range(9)]
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if kind == "saved":
+            datasets.Dataset.from_list(rows).save_to_disk(str(folder))
+            for file in folder.glob("*.json"):  # the library's own mark of the content
+                file.write_text(re.sub('"_fingerprint": "[^"]*"', '"_fingerprint": "same"', file.read_text()))
+        else:
+            write_rows(folder / f"train.{kind}", rows)
+        set_times(0)
+        return fingerprint(cfg)
+
+    def set_times(seconds: int) -> None:
+        for file in folder.iterdir():
+            os.utime(file, (seconds, seconds))
+
+    first, second = write(0), write(100)
+    assert first != second
+    _, table, _ = build(cfg, tmp_path / "out")
+    assert sorted(table["text"].to_pylist()) == sorted(text_of(100 + n) for n in range(9))
+    set_times(1_000_000)
+    assert fingerprint(cfg) == second
+
+
 # ---- duplicates ----------------------------------------------------------------------------------------
 
 
@@ -206,14 +241,16 @@ def test_bad_files_are_counted_drops_and_the_rest_goes_on(tmp_path):
     )
     built, table, drops = build(cfg, tmp_path / "out")
     assert table.num_rows == 8
-    assert built.metrics["dropped"] == {"binary": 1, "not_utf8": 1, "too_long": 1}
+    assert built.metrics["dropped"] == {"binary": 1, "not_utf8": 1, "too_long": 1, "unreadable": 1}
+    assert drops["unreadable"]["examples"][0]["id"] == "dangling"
     assert drops["too_long"]["bytes"] == 4_000_000
     assert len(drops["too_long"]["examples"][0]["excerpt"]) == 200
 
 
 def test_bad_rows_are_counted_drops_with_their_line(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", rows_of())
-    long = json.dumps({"text": "a b " * 1_000_000})
+    text = "a b " * 1_000_000
+    long = json.dumps({"text": text})
     path.write_text(
         path.read_text()
         + f'{{"text": 5}}\nnot json\n[1]\n\n{long}\n{{"text": "{"half a pair " * 9}\\ud800"}}\n'
@@ -225,7 +262,7 @@ def test_bad_rows_are_counted_drops_with_their_line(tmp_path):
     built, table, drops = build(cfg, tmp_path / "out")
     assert table.num_rows == 10  # those before the bad ones, and the one after
     assert built.metrics["dropped"] == {"no_text": 1, "not_json": 2, "not_utf8": 1, "too_long": 1}
-    assert drops["too_long"]["bytes"] == len(long) + 1
+    assert drops["too_long"]["bytes"] == len(text)
 
 
 def test_a_damaged_archive_is_a_counted_drop(tmp_path):

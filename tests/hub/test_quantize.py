@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
@@ -231,6 +233,23 @@ def test_the_loss_is_that_of_the_written_model_and_stands_in_manifest_and_card(
     assert loss["documents"] == 2
     card = (made.path / "README.md").read_text()
     assert f"test bits per byte {loss['before']:.3f} -> {loss['after']:.3f} ({loss['loss']:+.2%})" in card
+
+
+def test_documents_are_read_as_those_of_a_corpus(
+    checkpoint: Callable[..., Path], documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = checkpoint(**WIDE)
+    cells = [json.loads(line)["text"].encode() for line in documents.read_text().split("\n") if line]
+    table = pa.table({"text": pa.array([*cells, b"caf\xe9"], pa.binary()).view(pa.string())})
+    pq.write_table(table, tmp_path / "held-out.parquet")
+    packed = pa.compress(documents.read_bytes(), codec="zstd", asbytes=True)
+    (tmp_path / "held-out.jsonl.zst").write_bytes(packed)
+    losses = []
+    for number, name in enumerate(("held-out.jsonl", "held-out.jsonl.zst", "held-out.parquet")):
+        made = quantize_model(src, tmp_path / f"small {number}", HOW, tmp_path / name)
+        losses.append(made.metrics["test_bits_per_byte"])
+    assert losses[0] == losses[1] == losses[2]
+    assert "not_utf8: 1, e.g. held-out.parquet#2" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_lineage_names_the_model_and_its_data(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

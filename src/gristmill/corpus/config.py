@@ -16,12 +16,12 @@ class SourceConfig:
     packages: names of distributions as pip lists them; "stdlib" is Python's own library. `take` says what of them:
         "code" (the modules, without tests) or "prose" (docstrings, READMEs, long descriptions, pydoc's topics).
         Licenses come from the packages' metadata.
-    path: a file, a folder or a glob; `~` is expanded. Read by extension: .jsonl, .jsonl.gz, .jsonl.zst and .parquet
-        hold one document a row; any other file is one text.
+    path: a file, a folder or a glob; `~` is expanded. Read by extension: .parquet and .jsonl (also with .gz, .bz2, .xz
+        or .zst behind it) hold one document a row; any other file is one text.
     dataset: a name on the Hugging Face hub or a local folder that the `datasets` library reads.
     license: SPDX expression of a path or a dataset; or `license_field` names the column that holds each row's.
     group_field: the column by which documents are kept on one side of the split (a repository, a domain, an author).
-        Without it each row is a group; a folder's groups are its sub-folders (see `files.groups_of`).
+        Without it each row is a group; a folder's groups are its sub-folders (see `paths.groups_of`).
     weight: share of the source in training, relative to the others; a mapping gives the weight from that fraction of
         training on, e.g. {0.0: 3, 0.8: 1}. A pair is a ramp up to the next change: {0.0: 3, 0.8: [3, 1]}.
     """

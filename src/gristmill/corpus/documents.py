@@ -13,7 +13,7 @@ import pyarrow as pa
 RAW = pa.schema(
     [
         ("id", pa.string()),
-        ("data", pa.binary()),  # as found; the decode step makes text of it
+        ("data", pa.large_binary()),  # as found; the decode step makes text of it
         ("source", pa.string()),
         ("group", pa.string()),
         ("license", pa.string()),
@@ -51,7 +51,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A document that does not go on, and why. `num_bytes`: its size as found, 0 when it could not be read."""
+    """A document that is not kept, and why. `num_bytes`: its size as found, 0 when it could not be read.
+
+    `num_documents`: above 1 where a table lost a known number of rows together.
+    """
 
     reason: str
     id: str
@@ -59,6 +62,7 @@ class Dropped:
     num_bytes: int
     excerpt: str
     duplicate_of: str | None = None
+    num_documents: int = 1
 
 
 def excerpt_of(data: bytes | str) -> str:
@@ -77,7 +81,7 @@ class Drops:
 
     def add(self, dropped: Dropped) -> None:
         entry = self.reasons.setdefault(dropped.reason, {"count": 0, "bytes": 0, "examples": []})
-        entry["count"] += 1
+        entry["count"] += dropped.num_documents
         entry["bytes"] += dropped.num_bytes
         if len(entry["examples"]) < NUM_EXAMPLES:
             example = {"id": dropped.id, "source": dropped.source, "excerpt": dropped.excerpt}
@@ -87,6 +91,15 @@ class Drops:
 
     def counts(self) -> dict[str, int]:
         return {reason: self.reasons[reason]["count"] for reason in sorted(self.reasons)}
+
+    def summary(self) -> str:
+        """The counts in one line, each with an example, and why the first file was unreadable."""
+        parts = []
+        for reason, entry in sorted(self.reasons.items()):
+            example = entry["examples"][0]
+            why = f" ({example['excerpt']})" if reason == "unreadable" else ""
+            parts.append(f"{reason}: {entry['count']}, e.g. {example['id']}{why}")
+        return "; ".join(parts)
 
     def to_json(self) -> str:
         return json.dumps(self.reasons, sort_keys=True, indent=2, ensure_ascii=False) + "\n"

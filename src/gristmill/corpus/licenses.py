@@ -64,7 +64,7 @@ def is_allowed(expression: str, allowed: Iterable[str]) -> bool:
     names = {name.casefold() for name in allowed}
     try:
         return _evaluate(expression, lambda name: name.casefold() in names)
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: a thousand parentheses
         return False
 
 
@@ -72,7 +72,7 @@ def is_expression(text: str) -> bool:
     """Whether the text has the form of an SPDX expression (its identifiers are not looked up)."""
     try:
         _evaluate(text, lambda name: True)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

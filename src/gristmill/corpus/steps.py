@@ -64,6 +64,11 @@ def decode(batch: pa.RecordBatch, cfg: FilterConfig) -> Step:
     return pa.RecordBatch.from_arrays(arrays, schema=DOCUMENTS), dropped
 
 
+def max_raw_bytes(cfg: FilterConfig) -> int:
+    """The longest form in which `decode` accepts a text: a byte order mark, and two bytes for each line end."""
+    return len(BOM) + 2 * cfg.max_bytes
+
+
 def _unreadable(text: bytes, cfg: FilterConfig) -> str | None:
     if len(text) > cfg.max_bytes:
         return "too_long"

@@ -1,16 +1,13 @@
 """`gristmill quantize`: a model's matrices become codes, tensor by tensor, and what that costs is measured."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from gristmill import artifact
 from gristmill.artifact import Artifact, Built
+from gristmill.corpus import tables
 from gristmill.errors import InputError
 from gristmill.evaluate import Document, bits_per_byte, read_documents
 from gristmill.hub import assemble
@@ -122,23 +119,11 @@ def test_documents(src: Path) -> list[Document]:
 
 
 def read_texts(file: Path) -> list[Document]:
-    """A .parquet or .jsonl file with a `text` for each document; any other file is one document.
+    """The documents of a file, read as those of a corpus: JSONL (also compressed), Parquet, or one text.
 
-    Raises InputError when it is not that, or empty.
+    Raises InputError when the file cannot be read or holds no text.
     """
-    try:
-        match file.suffix:
-            case ".parquet":
-                texts = pq.read_table(file, columns=["text"]).column("text").to_pylist()
-            case ".jsonl":
-                texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines() if line]
-            case _:
-                texts = [file.read_text(encoding="utf-8")]
-        documents = [Document(str(n), file.name, text, len(text.encode())) for n, text in enumerate(texts)]
-    except OSError as problem:
-        raise InputError(f"{file} cannot be read: {problem.strerror}; give a file of documents") from None
-    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as problem:
-        raise InputError(f"{file} is not documents in UTF-8, each with a `text`: {problem}") from None
-    if not any(document.num_bytes for document in documents):
-        raise InputError(f"{file} holds no text; give held-out documents")
-    return documents
+    texts, drops = tables.read_texts(file, "--documents")
+    if drops.reasons:
+        console.print(f"  left out of {file.name}: {drops.summary()}", style="yellow", markup=False)
+    return [Document(str(n), file.name, text, len(text.encode())) for n, text in enumerate(texts)]
