@@ -155,6 +155,37 @@ def test_in_bf16_the_ranks_stay_as_close_as_rounding_allows(way: str, four: Proc
         assert_same((found[0], found[1], found[2], {}), (expected[0], expected[1], expected[2], {}), 0.02)
 
 
+def one_step_in_bf16(ranks: Ranks, cfg: TrainConfig) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Four sequences at a time: the gradients before the optimizer, and what each router computed, in order."""
+    layout = lay_out(cfg.parallel, ranks.world_size)
+    mesh = make_mesh(layout, "cpu") if layout.split > 1 else None
+    torch.manual_seed(0)
+    model = parallel_model(replace(MODEL, moe_router_bias=False), torch.bfloat16, "cpu", mesh, "none", compile=False)
+    logits: list[Tensor] = []
+    for block in model.blocks:
+        block.ffn.router.register_forward_hook(lambda router, inputs, output: logits.append(output.detach().clone()))
+    mine = part_of(batch_of(0), ranks.rank, ranks.world_size)
+    assert Gradients(model, cfg, Balance(cfg, model, ranks), 2, Path("nowhere"), ranks, mesh).of(
+        mine, threading.Event()
+    )
+    return {name: whole(param.grad) for name, param in model.named_parameters()}, logits
+
+
+def test_two_ranks_in_bf16_are_two_micro_batches_of_one_process_bit_for_bit(two: Processes) -> None:
+    """A rank's gradients travel in bf16 and are added in fp32, as one process adds those of its micro-batches. Routers
+    stay fp32 on the way. A sum in bf16, or a router that travels in bf16, would change bits."""
+    cfg = replace(CFG, balance="micro_batch", micro_batch=SEQUENCES // 2)
+    grads, logits = one_step_in_bf16(ALONE, cfg)
+    assert not all(torch.equal(grad, grad.bfloat16().float()) for grad in grads.values())  # else bf16 would do
+    found = two.run(one_step_in_bf16, replace(cfg, parallel=ParallelConfig(shard=2)))
+    for rank, (theirs, routed) in enumerate(found):
+        assert [name for name in grads if not torch.equal(grads[name], theirs[name])] == []
+        assert routed[0].dtype == torch.float32
+        expected = logits[rank * MODEL.n_layers : (rank + 1) * MODEL.n_layers]
+        assert all(map(torch.equal, routed, expected))
+        assert len(routed) == len(expected)
+
+
 def popular_token(ranks: Ranks, dtype: torch.dtype, shard: int) -> Tensor:
     """The gradient of the embedding of a token that is half of the text."""
     layout = lay_out(ParallelConfig(shard=shard), ranks.world_size)

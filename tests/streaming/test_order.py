@@ -135,6 +135,31 @@ def test_an_epoch_finishes_a_few_shards_before_it_opens_others(shards: list[int]
         assert begun <= OPEN_SHARDS
 
 
+def shards_in_turn(seed: int, name: str, epoch: int) -> list[set[int]]:
+    """Of 40 shards with three windows each: the first eight that are open together, the next eight, and so on."""
+    shard_of = Windows(seed, name, [3] * 40)(120 * epoch + np.arange(120)) // 3
+    return [set(group.tolist()) for group in shard_of.reshape(5, 24)]
+
+
+def test_each_epoch_source_and_seed_opens_other_shards_together() -> None:
+    turns = [shards_in_turn(*of) for of in ((0, "code", 0), (0, "code", 1), (0, "prose", 0), (1, "code", 0))]
+    for turn in turns:
+        assert [len(group) for group in turn] == [OPEN_SHARDS] * 5
+        assert set.union(*turn) == set(range(40))
+    assert not any(group in turns[0] for other in turns[1:] for group in other)
+
+
+def test_each_epoch_source_and_seed_reads_the_windows_of_the_same_shards_in_another_order() -> None:
+    """Eight shards are open together from the start, so their own order does not matter here."""
+    count = 8 * OPEN_SHARDS
+    orders = [
+        Windows(seed, name, [8] * OPEN_SHARDS)(epoch * count + np.arange(count)).tolist()
+        for seed, name, epoch in ((0, "code", 0), (0, "code", 1), (0, "prose", 0), (1, "code", 0))
+    ]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
 def test_windows_of_open_shards_are_well_mixed() -> None:
     order = Windows(0, "code", [100] * OPEN_SHARDS * 2)(np.arange(1600))
     for group in (order[:800], order[800:]):

@@ -31,6 +31,20 @@ def test_a_step_far_above_the_last_ones_is_a_spike(
             accepted.append(pair)
 
 
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize(("value", "spike"), [(6.9, False), (7.1, True)])
+def test_a_spike_is_above_the_mean_and_the_population_deviation_of_a_full_window(
+    name: str, value: float, spike: bool
+) -> None:
+    """2, 4, 4, 4, 5, 5, 7, 9 have mean 5 and deviation 2: the limit is 7. A sample's deviation would be 2.14. The 9 is
+    far above the seven values before it, but these do not fill the window."""
+    guard = Guard(GuardConfig(sigmas=1.0, window=8))
+    for recent in (2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0):
+        assert guard.judge(**({"loss": 1.0, "grad_norm": 1.0} | {name: recent})) is None
+    reason = guard.judge(**({"loss": 1.0, "grad_norm": 1.0} | {name: value}))
+    assert reason == (f"{name} 7.1 is a spike: above 7" if spike else None)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["loss", "grad_norm"])
 def test_what_is_no_number_is_always_refused_and_named(bad: float, which: str) -> None:

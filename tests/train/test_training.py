@@ -4,22 +4,23 @@ import errno
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gristmill.errors import Failure, InputError
 from gristmill.hub.tensors import open_weights
-from gristmill.model import ModelConfig, Transformer
+from gristmill.kernels.experts import experts
+from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.parallel.apply import parallel_model
 from gristmill.parallel.ranks import Ranks
-from gristmill.streaming import Batch, Batches, ShardsConfig, Stage, build_shards
+from gristmill.streaming import Batch, Batches, Stage
 from gristmill.train.balance import Balance
 from gristmill.train.checkpoint import Identity, SaveFailed, checkpoint_path, latest_checkpoint, read_state
 from gristmill.train.config import CheckpointConfig, GuardConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -43,35 +44,7 @@ CFG = TrainConfig(
 CURRICULUM = (Stage(until=0.5, mix={"a": 1, "b": 1}), Stage(until=1.0, mix={"a": 1, "b": 3}))
 IDENTITY = Identity("key", {}, {})
 JUDGE = Guard.judge
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sources of arithmetic text; an id is a character's code."""
-    rows = [
-        (source, f"{source}{i}", f"{i} plus {k} is {i + k}; " * (1 + i % 7))
-        for source in "ab"
-        for i in range(40)
-        for k in (i % 5,)
-    ]
-    columns = {
-        "id": [id for _, id, _ in rows],
-        "source": [source for source, _, _ in rows],
-        "text": [text for _, _, text in rows],
-        "num_bytes": pa.array([len(text) for _, _, text in rows], pa.int64()),
-    }
-    folder, out = tmp_path_factory.mktemp("corpus"), tmp_path_factory.mktemp("shards")
-    pq.write_table(pa.table(columns), folder / "documents-train.parquet")
-    build_shards(ShardsConfig(block_tokens=64), folder, lambda texts: [list(t.encode()) for t in texts], 127, 128, out)
-    return out
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Path:
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
+UNUSED = ord("x")  # a character that is not in the text
 
 
 def events(
@@ -160,26 +133,51 @@ def test_only_the_last_checkpoints_are_kept(shards: Path, tokenizer: Path, tmp_p
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000016", "step-00000020"]
 
 
-def leave_gradients(model: Transformer, batch: Batch, cfg: TrainConfig) -> None:
-    assert Gradients(model, cfg, Balance(cfg, model), 2, Path("nowhere")).of(batch, threading.Event())
+def leave_gradients(model: Transformer, batch: Batch, cfg: TrainConfig, micro_batch: int | None = None) -> Sums:
+    gradients = Gradients(model, cfg, Balance(cfg, model), 2, Path("nowhere"))
+    gradients.micro_batch = micro_batch or cfg.micro_batch
+    sums = gradients.of(batch, threading.Event())
+    assert sums is not None
+    return sums
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 4, 16])
-def test_gradients_do_not_depend_on_the_micro_batch(shards: Path, micro_batch: int) -> None:
-    cfg = replace(CFG, micro_batch=micro_batch)
-    shape = replace(MODEL, moe_loss_weight=0.0)  # how a batch is cut, the balancing loss can see
-    batch = Batches(shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, CURRICULUM, 0).batch(3)
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 16])
+def test_any_micro_batch_leaves_the_gradient_of_the_mean_loss_over_all_tokens(shards: Path, micro_batch: int) -> None:
+    """16 sequences by threes leave one for the last micro-batch, whose tokens weigh as much as all others."""
+    shape = replace(MODEL, moe_loss_weight=0.0)  # the balancing loss depends on how a batch is cut
+    batch = Batches(shards, CFG.seq_len, CFG.sequences_per_batch, CFG.steps, CURRICULUM, 0).batch(3)
+    torch.manual_seed(0)
+    model, plain = Transformer(shape), Transformer(shape)
+    plain.load_state_dict(model.state_dict())
+    tokens, targets, positions, documents = (
+        torch.from_numpy(array) for array in (batch.tokens, batch.targets, batch.positions, batch.document_ids)
+    )
+    hidden, _ = plain(tokens, positions, packed(documents))
+    loss = F.cross_entropy(plain.logits(hidden).flatten(0, 1), targets.flatten())
+    loss.backward()
+    sums = leave_gradients(model, batch, CFG, micro_batch)
+    assert sums.loss(CFG.batch_tokens) == pytest.approx(loss.item(), rel=1e-5)
+    for (name, param), reference in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(param.grad, reference.grad, rtol=1e-4, atol=1e-6), name
 
-    def run(micro: int) -> dict[str, torch.Tensor]:
-        torch.manual_seed(0)
-        model = Transformer(shape)
-        leave_gradients(model, batch, replace(cfg, micro_batch=micro))
-        return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
 
-    whole, split = run(16), run(micro_batch)
-    assert whole.keys() == split.keys()
-    for name, grad in whole.items():
-        assert torch.allclose(grad, split[name], rtol=1e-4, atol=1e-6), name
+@pytest.mark.parametrize("micro_batch", [3, 4])
+def test_a_micro_batchs_balancing_loss_weighs_as_much_as_its_sequences(shards: Path, micro_batch: int) -> None:
+    """Summed over micro-batches of 3, 3, 3, 3, 3 and 1 sequences, or four of 4."""
+    cfg = replace(CFG, balance="micro_batch")
+    batch = Batches(shards, CFG.seq_len, CFG.sequences_per_batch, CFG.steps, CURRICULUM, 0).batch(3)
+    torch.manual_seed(0)
+    model = Transformer(MODEL)
+    sums = leave_gradients(model, batch, cfg, micro_batch)
+    expected = 0.0
+    for start in range(0, 16, micro_batch):
+        part = slice(start, start + micro_batch)
+        tokens, positions, documents = (
+            torch.from_numpy(array[part]) for array in (batch.tokens, batch.positions, batch.document_ids)
+        )
+        _, routing = model(tokens, positions, packed(documents))
+        expected += routing.balance_loss().item() * len(tokens) / 16
+    assert float(sums.balance) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_bias_rises_for_experts_below_the_mean_and_nothing_else_moves_it() -> None:
@@ -268,6 +266,33 @@ def test_recomputed_blocks_give_the_same_gradients_bit_for_bit(shards: Path) -> 
         leave_gradients(model, batches.batch(0), CFG)
         found.append([param.grad for param in model.parameters()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("recompute", "expected"), [("none", {}), ("selective", {"experts": 2}), ("full", {"attention": 2, "experts": 2})]
+)
+def test_the_backward_pass_computes_again_what_the_forward_pass_did_not_keep(
+    recompute: Any, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two layers: `selective` computes both layers' experts again and no attention, `full` both."""
+    calls: Counter[str] = Counter()
+
+    def counted(*tensors: torch.Tensor) -> torch.Tensor:
+        calls["experts"] += 1
+        return experts(*tensors)
+
+    def attend(*arguments: Any) -> torch.Tensor:
+        calls["attention"] += 1
+        return attention(*arguments)
+
+    monkeypatch.setattr("gristmill.model.transformer.experts", counted)
+    attention = packed(torch.zeros(2, 16, dtype=torch.long))
+    model = parallel_model(MODEL, torch.float32, "cpu", None, recompute, False)
+    hidden, _ = model(torch.arange(32).view(2, 16), torch.arange(16).expand(2, -1), attend)
+    assert calls == {"attention": 2, "experts": 2}
+    calls.clear()
+    hidden.sum().backward()
+    assert calls == expected
 
 
 def test_the_schedule_warms_up_holds_and_decays_to_zero() -> None:
@@ -367,6 +392,26 @@ def test_a_training_that_diverges_ends_and_its_checkpoints_stand(
     found, damage = latest_checkpoint(tmp_path, "key")
     assert found is not None
     assert (read_state(found.path).step, damage) == (5, [])
+
+
+def test_weights_that_are_not_finite_are_never_saved(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """A NaN in the embedding of a character that no text has: each loss and gradient norm stays finite."""
+    seen: list[Event] = []
+
+    def poison_after_step_7() -> None:
+        for event in events(shards, tokenizer, tmp_path):
+            seen.append(event)
+            if isinstance(event, Step) and event.step == 7:
+                assert isinstance(seen[0], Started)
+                seen[0].model.wte.weight.data[UNUSED, 0] = torch.nan
+
+    with pytest.raises(Failure, match=r"weights are not finite at step 10: training diverged; lower"):
+        poison_after_step_7()
+    assert not any(isinstance(event, Skipped) for event in seen)
+    found, damage = latest_checkpoint(tmp_path, "key")
+    assert found is not None
+    assert (read_state(found.path).step, damage) == (5, [])
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000005"]
 
 
 def test_a_spike_is_left_out_when_asked_for(
