@@ -395,7 +395,7 @@ def count(
 @app.command()
 def plan(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe or shape, or a .yaml file.")],
-    gpus: Annotated[int, typer.Option(help="How many; with --gpu cpu, processes.")],
+    gpus: Annotated[int, typer.Option(help="How many, up to 100,000; with --gpu cpu, processes.")],
     gpu: Annotated[str, typer.Option(help="a100-80, h100, h200, b200, or cpu: this machine's, measured.")] = "h100",
     mesh: Annotated[
         str | None, typer.Option(metavar="shard=N,context=N,expert=N", help="train.parallel. [default: the fastest]")
@@ -414,21 +414,32 @@ def plan(
     tokens: Annotated[
         str | None, typer.Option(help="To train on: 300B, 12T. [default: the recipe's, else 12T]")
     ] = None,
+    expert_load: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER|RUN",
+            help="With expert parallelism: tokens of the busiest GPU's experts over the mean, as a number or from a "
+            "run folder's figures. [default: from runs/NAME, else 2 for one or two experts a GPU, less for more]",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same figures as one JSON object.")] = False,
     set: SetOpt = None,
 ) -> None:
-    """What a training will need before you pay for it: memory, communication, time, and what to change.
+    """Compute the memory, traffic and time of a training before you pay for it, and what to change.
 
-    By arithmetic, with what it assumes and how far off it was. Exits with 1 when nothing fits.
+    Prints its assumptions and its errors in the past. Exits with 1 when nothing fits.
     """
     from gristmill.recipe import load_shape
     from gristmill.report.plan import DEFAULT_TOKENS, check_split, figures, parse_tokens, plan_text, planned
 
     shape = load_shape(name, set or ())
     train = shape.train
-    found = planned(shape.model, train, gpus, gpu, mesh, seq, batch_tokens, micro_batch, recompute, optimizer)
+    found = planned(
+        shape.model, train, gpus, gpu, mesh, seq, batch_tokens, micro_batch, recompute, optimizer, expert_load,
+        run=Path("runs") / shape.name,
+    )  # fmt: skip
     total = float(train.steps * train.batch_tokens) if train else DEFAULT_TOKENS
-    said = figures(shape.name, found, parse_tokens(tokens) if tokens else total)
+    said = figures(shape.name, found, total if tokens is None else parse_tokens(tokens))
     check_split(said, found)
     print(json.dumps(said, indent=2) if as_json else plan_text(said))
     if not said["fits"]:

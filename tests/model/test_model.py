@@ -109,6 +109,7 @@ def test_jitter_changes_the_routers_input_in_training_only() -> None:
     ("change", "message"),
     [
         ({"d_model": 33}, "d_model=33 must be a multiple of n_heads=4"),
+        ({"head_size": 0}, "head_size=0 must be even and at least 2"),
         ({"kv_n_heads": 3}, "kv_n_heads=3 must divide n_heads=4"),
         ({"moe_top_k": 5}, "moe_top_k=5 must be from 1 to moe_num_experts=4"),
         ({"clip_qkv": 0.0}, "clip_qkv=0.0 must be positive"),

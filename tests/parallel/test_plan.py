@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gristmill.cli import _exit_code, app
@@ -22,6 +22,7 @@ from gristmill.parallel.footprint import (
     Recompute,
     Training,
     Way,
+    expert_load,
     local_shape,
     param_bytes,
     weights,
@@ -30,7 +31,17 @@ from gristmill.parallel.hardware import GPUS, cpu
 from gristmill.parallel.plan import LIBRARIES, Plan, default_batch_tokens, divisors, plan, problem_of, search
 from gristmill.parallel.traffic import LINK_SHARE, NETWORK_HOP_S, NODE_HOP_S, Clock, Group
 from gristmill.recipe import load_shape
-from gristmill.report.plan import check_split, figures, measured, parse_mesh, parse_tokens, plan_text, planned, seconds
+from gristmill.report.plan import (
+    check_split,
+    figures,
+    loads_of_run,
+    measured,
+    parse_mesh,
+    parse_tokens,
+    plan_text,
+    planned,
+    seconds,
+)
 from gristmill.report.shape import short
 
 H100 = GPUS["h100"]
@@ -282,7 +293,20 @@ def test_exit_codes_and_errors_say_what_to_do(capsys: pytest.CaptureFixture[str]
     assert "does not fit" in capsys.readouterr().out
     for arguments, said in {
         ("dbrx-132b", "--gpus", "8", "--gpu", "h1000"): "valid: a100-80, h100",
-        ("dbrx-132b", "--gpus", "0"): "must be at least 1",
+        ("dbrx-132b", "--gpus", "0"): "--gpus 0 must be from 1 to 100,000",
+        ("dbrx-132b", "--gpus", "5000000000"): "--gpus 5000000000 must be from 1 to 100,000",
+        ("dbrx-132b", "--gpus", "8", "--seq", "0"): "--seq 0 must be from 1 to",
+        ("dbrx-132b", "--gpus", "8", "--batch-tokens", "0"): "--batch-tokens 0 must be from 1 to",
+        ("dbrx-132b", "--gpus", "8", "--batch-tokens", "-32768"): "--batch-tokens -32768 must be from 1 to",
+        ("dbrx-132b", "--gpus", "8", "--batch-tokens", "9" * 30): "must be from 1 to 1,000,000,000,000",
+        ("dbrx-132b", "--gpus", "8", "--mesh", ""): "must be shard=N",
+        ("dbrx-132b", "--gpus", "8", "--tokens", ""): "such as 12T",
+        ("dbrx-132b", "--gpus", "8", "--expert-load", "0.9"): "a number from 1 to moe_num_experts=16, or a run folder",
+        ("dbrx-132b", "--gpus", "8", "--expert-load", "nan"): "a number from 1 to moe_num_experts=16, or a run folder",
+        ("dbrx-132b", "--gpus", "8", "--expert-load", ""): "a number from 1 to moe_num_experts=16, or a run folder",
+        ("dbrx-132b", "--gpus", "8", "--expert-load", "."): "has no figures of a training with 40 layers of 16 experts",
+        ("dbrx-132b", "--gpus", "8", "--expert-load", "2", "--mesh", "shard=8"): "has no effect with expert=1",
+        ("dbrx-132b", "--gpus", "8", "--expert-load", "2", "--set", "model.ffn=dense"): "model.ffn=dense has none",
         ("dbrx-132b", "--gpus", "8", "--mesh", "shards=8"): "must be shard=N, context=N or expert=N",
         ("dbrx-132b", "--gpus", "8", "--mesh", "shard=3"): "must divide the 8 processes",
         ("dbrx-132b", "--gpus", "16", "--mesh", "shard=16,expert=3"): "expert=3 must divide shard=16",
@@ -295,6 +319,69 @@ def test_exit_codes_and_errors_say_what_to_do(capsys: pytest.CaptureFixture[str]
     }.items():
         assert code(*arguments) == 2, arguments
         assert said in " ".join(capsys.readouterr().err.split()), arguments
+
+
+def test_no_option_of_a_plan_takes_0_for_nothing_given() -> None:
+    for option in ("seq_len", "batch_tokens", "micro_batch"):
+        with pytest.raises(InputError, match="must "):
+            planned(DBRX, None, 64, "h100", **{option: 0})  # type: ignore[arg-type]
+
+
+def test_a_rank_with_few_experts_is_planned_for_twice_the_mean_and_one_with_more_for_less() -> None:
+    """Of 16 experts one gets 3.6 times the mean, as one did in a training here, and 15 share the other 12.4."""
+    training = Training(model=DBRX, seq_len=4096, batch_tokens=2**22)
+    loads = [expert_load(training, Layout(1, 16, 1, ranks)) for ranks in (1, 2, 4, 8, 16)]
+    others = 12.4 / 15
+    assert loads == pytest.approx([1.0, (3.6 + 7 * others) / 8, (3.6 + 3 * others) / 4, 2.0, 2.0])
+    found = planned(DBRX, None, 64, "h100", "shard=64,expert=8", expert_load="1.5")
+    assert found.plan.expert_load == 1.5
+    assert planned(DBRX, None, 64, "h100", "shard=64,expert=2", expert_load="3").plan.expert_load == 2  # all tokens
+    said = figures("dbrx", found, 1e12)
+    assert said["assumptions"]["expert_load"] == 1.5
+    assert "the busiest rank's experts get 1.5 times the mean" in plan_text(said)
+
+
+@settings(max_examples=20)
+@given(st.floats(1, 16), st.floats(1, 16), st.sampled_from([2, 4, 8, 16]))
+def test_a_higher_expert_load_never_needs_less_memory_or_time(one: float, other: float, ranks: int) -> None:
+    way = Way(layout=Layout(1, 64, 1, ranks), micro_batch=1, recompute="selective")
+    low, high = (
+        plan(Training(model=DBRX, seq_len=4096, batch_tokens=2**22, expert_loads={ranks: load}), H100, way)
+        for load in sorted((one, other))
+    )
+    assert low.needed_bytes <= high.needed_bytes
+    assert low.times.step <= high.times.step
+
+
+def test_a_runs_figures_give_the_load_of_its_busiest_rank(tmp_path: Path) -> None:
+    """Two layers of four experts; two ranks would have experts 0 and 1, and 2 and 3."""
+    even = [0.25, 0.25, 0.25, 0.25]
+    records = [[even, [0.4, 0.3, 0.2, 0.1]], [[0.1, 0.1, 0.3, 0.5], even]]
+    lines = [json.dumps({"kind": "train", "step": 10, "expert_load": load}) for load in records]
+    lines.insert(1, json.dumps({"kind": "validation", "step": 10}))
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert loads_of_run(TINY, tmp_path) == pytest.approx({1: 1.0, 2: 1.6, 4: 2.0})
+    for source in ({"expert_load": str(tmp_path)}, {"run": tmp_path}):
+        found = planned(TINY, None, 4, "h100", "shard=4,expert=2", batch_tokens=4096, **source)  # type: ignore[arg-type]
+        assert found.plan.expert_load == pytest.approx(1.6)
+    other = replace(TINY, moe_num_experts=8)
+    assert planned(other, None, 4, "h100", "shard=4,expert=4", run=tmp_path).plan.expert_load == 2.0
+    for broken in ('{"expert_load": [[1], [2, 3]]}', '{"expert_load": "much"}', '{"step": 1}', ""):
+        (tmp_path / "metrics.jsonl").write_text(broken + "\n")
+        assert loads_of_run(TINY, tmp_path) is None
+
+
+def test_a_plan_leaves_a_tenth_of_the_memory_free_and_says_that_its_days_are_a_lower_bound() -> None:
+    """The published DBRX on as many GPUs as it was trained on."""
+    found = planned(DBRX, None, 3072, "h100", seq_len=4096)
+    assert all(one.needed_bytes <= 0.9 * 80e9 for one in (found.plan, *found.others))
+    said = figures("dbrx-132b", found, 12e12)
+    text = plan_text(said)
+    assert f"in at least {said['days']:,.1f} days" in text
+    assert "the number of days is a lower bound" in text
+    tight = replace(H100, memory_bytes=round(found.plan.needed_bytes / 0.9) - 10)
+    assert not replace(found.plan, hardware=tight).fits
+    assert replace(found.plan, hardware=replace(tight, memory_bytes=tight.memory_bytes + 20)).fits
 
 
 def test_a_recipe_brings_its_own_settings() -> None:

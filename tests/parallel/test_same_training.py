@@ -186,6 +186,20 @@ def test_two_ranks_in_bf16_are_two_micro_batches_of_one_process_bit_for_bit(two:
         assert len(routed) == len(expected)
 
 
+def gathered_after_forward(ranks: Ranks) -> dict[str, bool]:
+    """Weight -> whether a rank has all of it after the forward pass, or its part again."""
+    mesh = make_mesh(lay_out(ParallelConfig(shard=2), ranks.world_size), "cpu")
+    model = parallel_model(replace(MODEL, moe_router_bias=False), torch.float32, "cpu", mesh, "none", compile=False)
+    tokens = torch.zeros(2, LENGTH, dtype=torch.long)
+    model(tokens, torch.arange(LENGTH).expand(2, -1), packed(tokens))
+    return {name: not isinstance(param, DTensor) for name, param in model.named_parameters()}
+
+
+def test_a_blocks_weights_are_let_go_after_its_forward_pass_and_the_outputs_are_kept(two: Processes) -> None:
+    for gathered in two.run(gathered_after_forward):
+        assert {name for name, whole_here in gathered.items() if whole_here} == {"norm_f.weight", "lm_head.weight"}
+
+
 def popular_token(ranks: Ranks, dtype: torch.dtype, shard: int) -> Tensor:
     """The gradient of the embedding of a token that is half of the text."""
     layout = lay_out(ParallelConfig(shard=shard), ranks.world_size)

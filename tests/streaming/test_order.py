@@ -18,6 +18,7 @@ from gristmill.streaming.order import (
     boundaries,
     check_curriculum,
     derive,
+    pieces,
     shuffled,
     splitmix64,
     spread,
@@ -186,6 +187,38 @@ def test_a_ramp_passes_evenly_from_one_mix_to_the_other(batch: int) -> None:
     assert prose[-1] > 0.72
     used = np.cumsum(sources[:, None] == np.arange(3), axis=0)
     assert np.array_equal(order.counts(samples)[1:], used[:-1])
+
+
+def test_the_pieces_of_a_ramp_have_the_mixes_in_their_middles() -> None:
+    """So the mean of a ramp is the mean of its ends, and a ramp up mirrors a ramp down."""
+    curriculum = (Stage(until=0.5, mix={"code": 1.0}, to={"prose": 1.0}), Stage(until=1.0, mix={"web": 1.0}))
+    cut = pieces(curriculum)
+    assert [until for _, until, _ in cut] == pytest.approx([(i + 1) / 128 for i in range(64)] + [1.0])
+    prose = [mix.get("prose", 0.0) for _, _, mix in cut[:64]]
+    assert prose == pytest.approx([(i + 0.5) / 64 for i in range(64)])
+    assert [mix.get("code", 0.0) for _, _, mix in cut[:64]] == pytest.approx(prose[::-1])
+
+
+def test_a_ramp_to_a_small_weight_begins_where_the_weight_fills_a_cycle() -> None:
+    """The first pieces would give prose less than one sample in 4,096."""
+    order = Order((Stage(until=1.0, mix={"code": 1.0}, to={"code": 1.0, "prose": 0.01}),), NAMES, 64, CYCLE, seed=0)
+    prose = (order.sources(np.arange(64 * CYCLE)).reshape(64, CYCLE) == NAMES.index("prose")).sum(1)
+    assert prose[0] == 0
+    assert prose[-1] == round(CYCLE * 0.01 * 63.5 / 64 / (1 + 0.01 * 63.5 / 64))
+
+
+def test_a_stage_ends_at_the_step_nearest_to_its_fraction() -> None:
+    """0.29 of 100 steps are 28.999999999999996 in floating point."""
+    curriculum = (Stage(until=0.29, mix={"code": 1}), Stage(until=1.0, mix={"web": 1}))
+    assert Order(curriculum, NAMES, 100, 4, seed=0).stage(np.arange(100) * 4).tolist() == [0] * 29 + [1] * 71
+
+
+def test_each_seed_and_each_stage_mixes_the_same_sources_in_another_order() -> None:
+    mix = {"code": 1.0, "prose": 1.0}
+    curriculum = (Stage(until=0.5, mix=mix), Stage(until=1.0, mix=mix))
+    first, other = (Order(curriculum, NAMES, 2, CYCLE, seed).sources(np.arange(2 * CYCLE)) for seed in (0, 1))
+    assert first[:CYCLE].tolist() != first[CYCLE:].tolist()
+    assert first.tolist() != other.tolist()
 
 
 def test_a_ramp_of_fewer_steps_than_pieces_is_a_ramp_still() -> None:

@@ -1,5 +1,7 @@
 """Muon over batches of matrices against torch's own, one matrix at a time, and against a plain float64 one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -124,6 +126,23 @@ def test_weight_decay_spares_what_adamw_keeps_beside_muon() -> None:
     for name, param in model.named_parameters():
         shrunk = 1 - 0.5 * CFG.weight_decay if name in muon_matrices(model) else 1.0
         assert torch.allclose(param, twin.get_parameter(name) * shrunk, rtol=1e-6)
+
+
+def test_beside_muon_the_other_parameters_take_an_adamw_step_at_their_own_rate() -> None:
+    """Embeddings, norms and routers: torch's AdamW without decay, at `embedding_lr_ratio` times the rate."""
+    model, twin = two_models(torch.float32)
+    cfg = replace(CFG, embedding_lr_ratio=0.3, beta1=0.8, beta2=0.99)
+    optimizer = Optimizer(cfg, model)
+    others = {name: param for name, param in twin.named_parameters() if name not in muon_matrices(twin)}
+    theirs = torch.optim.AdamW(others.values(), lr=0.3 * 0.01, betas=(0.8, 0.99), eps=1e-10, weight_decay=0.0)
+    for seed in range(3):
+        for module in (model, twin):
+            with_gradients(module, seed)
+        optimizer.clip()
+        optimizer.step(0.01)
+        theirs.step()
+    for name, param in others.items():
+        assert torch.allclose(model.get_parameter(name), param, rtol=1e-5, atol=1e-7), name
 
 
 @pytest.mark.parametrize("setting", ["embedding_lr_ratio", "momentum"])

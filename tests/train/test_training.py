@@ -153,30 +153,41 @@ def test_any_micro_batch_leaves_the_gradient_of_the_mean_loss_over_all_tokens(sh
         torch.from_numpy(array) for array in (batch.tokens, batch.targets, batch.positions, batch.document_ids)
     )
     hidden, _ = plain(tokens, positions, packed(documents))
-    loss = F.cross_entropy(plain.logits(hidden).flatten(0, 1), targets.flatten())
-    loss.backward()
+    nll = F.cross_entropy(plain.logits(hidden).flatten(0, 1), targets.flatten(), reduction="none").view(16, 32)
+    nll.mean().backward()
     sums = leave_gradients(model, batch, CFG, micro_batch)
-    assert sums.loss(CFG.batch_tokens) == pytest.approx(loss.item(), rel=1e-5)
+    assert sums.loss(CFG.batch_tokens) == pytest.approx(nll.mean().item(), rel=1e-5)
+    assert set(batch.sources.tolist()) == {0, 1}
+    for source in (0, 1):
+        assert float(sums.nll_N[source]) == pytest.approx(nll[batch.sources == source].sum().item(), rel=1e-5)
     for (name, param), reference in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(param.grad, reference.grad, rtol=1e-4, atol=1e-6), name
 
 
 @pytest.mark.parametrize("micro_batch", [3, 4])
-def test_a_micro_batchs_balancing_loss_weighs_as_much_as_its_sequences(shards: Path, micro_batch: int) -> None:
-    """Summed over micro-batches of 3, 3, 3, 3, 3 and 1 sequences, or four of 4."""
-    cfg = replace(CFG, balance="micro_batch")
+@pytest.mark.parametrize("balance", ["micro_batch", "rank", "global"])
+def test_a_micro_batchs_balancing_loss_weighs_as_much_as_its_sequences(
+    shards: Path, balance: Any, micro_batch: int
+) -> None:
+    """Micro-batches of 3, 3, 3, 3, 3 and 1 sequences, or four of 4. `rank` and `global` use the shares of all
+    assignments in the batch so far."""
+    cfg = replace(CFG, balance=balance)
     batch = Batches(shards, CFG.seq_len, CFG.sequences_per_batch, CFG.steps, CURRICULUM, 0).batch(3)
     torch.manual_seed(0)
     model = Transformer(MODEL)
     sums = leave_gradients(model, batch, cfg, micro_batch)
-    expected = 0.0
+    expected, so_far_LE = 0.0, torch.zeros(MODEL.n_layers, MODEL.moe_num_experts)
     for start in range(0, 16, micro_batch):
         part = slice(start, start + micro_batch)
         tokens, positions, documents = (
             torch.from_numpy(array[part]) for array in (batch.tokens, batch.positions, batch.document_ids)
         )
         _, routing = model(tokens, positions, packed(documents))
-        expected += routing.balance_loss().item() * len(tokens) / 16
+        so_far_LE += routing.counts_LE
+        counts_LE = routing.counts_LE if balance == "micro_batch" else so_far_LE
+        shares_LE = counts_LE / counts_LE.sum(1, keepdim=True)
+        loss = 4 * MODEL.moe_loss_weight * (shares_LE * routing.probs_LE).sum(1).mean()
+        expected += loss.item() * len(tokens) / 16
     assert float(sums.balance) == pytest.approx(expected, rel=1e-5)
 
 
@@ -213,18 +224,20 @@ def test_muon_sees_each_expert_and_each_of_q_k_v_as_a_matrix_of_its_own() -> Non
     assert not any("router" in name or "norm" in name or "wte" in name or "lm_head" in name for name in split)
 
 
-def test_an_adamw_step_equals_torchs_plain_adamw() -> None:
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_an_adamw_step_equals_torchs_plain_adamw(scale: float) -> None:
+    """Gradients of a millionth are still far above epsilon."""
     torch.manual_seed(0)
     model, reference = Transformer(MODEL), Transformer(MODEL)
     reference.load_state_dict(model.state_dict())
-    cfg = OptimizerConfig(name="adamw", lr=0.01, clip_norm=1e9, weight_decay=0.1)
+    cfg = OptimizerConfig(name="adamw", lr=0.01, clip_norm=1e9, weight_decay=0.1, beta1=0.8, beta2=0.99)
     ours = Optimizer(cfg, model)
-    theirs = torch.optim.AdamW(reference.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.1)
+    theirs = torch.optim.AdamW(reference.parameters(), lr=0.01, betas=(0.8, 0.99), eps=1e-10, weight_decay=0.1)
     for seed in range(3):
         for module in (model, reference):
             torch.manual_seed(seed)
             for param in module.parameters():
-                param.grad = torch.randn_like(param)
+                param.grad = torch.randn_like(param) * scale
         ours.clip()
         ours.step(0.01)
         theirs.step()
@@ -301,6 +314,8 @@ def test_the_schedule_warms_up_holds_and_decays_to_zero() -> None:
     assert wsd[10:60] == [1.0] * 50
     assert wsd[80] == pytest.approx(0.5)
     assert wsd[100] == 0.0
+    low = [learning_rate_scale(ScheduleConfig(name="wsd", decay=0.4, final=0.2), step, 100) for step in (60, 80, 100)]
+    assert low == pytest.approx([1.0, 0.6, 0.2])
     cosine = [learning_rate_scale(ScheduleConfig(name="cosine", warmup=0.1, final=0.1), s, 100) for s in range(101)]
     assert cosine[10] == pytest.approx(1.0)
     assert cosine[55] == pytest.approx(0.55)
@@ -352,7 +367,10 @@ def test_a_step_that_is_not_a_number_is_left_out_and_counted(
         [(7, None), (12, None)] if policy == "skip" else [(7, 5), (12, 10)]
     )
     assert all(event.reason == "grad_norm is nan" for event in skipped)
-    last = [event for event in seen if isinstance(event, Step)][-1]
+    steps = [event for event in seen if isinstance(event, Step)]
+    for step in steps:  # a step that is left out takes its place in the schedule
+        assert step.lr == CFG.optimizer.lr * learning_rate_scale(CFG.schedule, step.step - 1, CFG.steps)
+    last = steps[-1]
     assert (last.step, last.tokens, last.skipped_steps) == (20, 18 * 512, 2)
     assert sum(last.source_tokens.values()) == 18 * 512
     assert latest_checkpoint(tmp_path / "whole", "key")[0].metrics["skipped_steps"] == 2
@@ -377,6 +395,39 @@ def test_a_training_without_its_bad_batches_is_the_same_as_one_that_met_them(
     assert skipped == [0]
     steps = [event for event in seen if isinstance(event, Step)]
     assert [event.step for event in steps] == list(range(2, 21))
+
+
+def test_after_going_back_figures_count_each_step_once(
+    shards: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 5 and 6 are trained, lost, and trained again when step 7 is left out."""
+    poisoned(monkeypatch, 7)
+    cfg = replace(CFG, guard=GuardConfig(policy="roll_back"))
+    each = [event for event in events(shards, tokenizer, tmp_path / "each", cfg) if isinstance(event, Step)]
+    by_step = {step.step: step.loss for step in each}  # the later one of two
+    whole = replace(cfg, log_every=5)
+    seen = [event for event in events(shards, tokenizer, tmp_path / "whole", whole) if isinstance(event, Step)]
+    assert [step.step for step in seen] == [5, 10, 15, 20]
+    losses = [by_step[step] for step in (6, 7, 9, 10)]
+    assert seen[1].loss == pytest.approx(sum(losses) / 4, rel=1e-9)
+
+
+def test_a_step_that_is_left_out_moves_no_bias(
+    shards: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, 0)
+    cfg = replace(CFG, balance="bias", steps=2, micro_batch=16)
+    model_cfg = replace(MODEL, moe_router_bias=True)
+    found: list[torch.Tensor] = []
+    for event in train(cfg, model_cfg, shards, tokenizer, None, tmp_path, CURRICULUM, IDENTITY, threading.Event()):
+        match event:
+            case Started():
+                biases = [block.ffn.router_bias for block in event.model.blocks]
+            case Skipped() | Step():
+                found.append(torch.stack([bias.clone() for bias in biases]))
+    assert len(found) == 2
+    assert not found[0].any()
+    assert found[1].any()
 
 
 @pytest.mark.parametrize("policy", ["skip", "roll_back", "stop"])

@@ -72,4 +72,4 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.head_size or self.d_model // self.n_heads
+        return self.d_model // self.n_heads if self.head_size is None else self.head_size

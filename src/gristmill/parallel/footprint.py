@@ -8,7 +8,7 @@ C head size, L layers, E experts, K experts a token, F hidden, V vocabulary, P r
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
@@ -22,7 +22,9 @@ FP32 = 4
 CHUNK_LOGITS = 2**26  # kernels/loss.py
 BLOCK_ROWS = 4096  # kernels/experts.py
 MUON_NUMEL = {False: 2**20, True: 2**26}  # train/muon.py, on a CPU and on a GPU
-EXPERT_LOAD = 1.2  # rows that the busiest rank's experts get over the mean, with expert parallelism: an assumption
+# Rows of the busiest rank's experts over the mean, with expert parallelism: assumptions, where no run says more.
+FEW_EXPERTS_LOAD = 2.0  # of a rank with one or two experts
+BUSIEST_EXPERT = 3.6  # of one expert, the most that a training here had (docs/LOG.md)
 PARTS = (
     "weights",
     "gradients",
@@ -38,13 +40,15 @@ PARTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What is trained, wherever it lies. `dtype`: of the arithmetic; masters, gradients and moments are fp32."""
+    """What is trained, on any number of GPUs. `dtype`: of the arithmetic; masters, gradients and moments are fp32.
+    `expert_loads`: ranks that share the experts -> rows of the busiest rank's experts over the mean; None assumes."""
 
     model: ModelConfig
     seq_len: int
     batch_tokens: int
     optimizer: Literal["adamw", "muon"] = "adamw"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    expert_loads: Mapping[int, float] | None = None
 
     @property
     def width(self) -> int:
@@ -123,6 +127,24 @@ def param_bytes(cfg: ModelConfig, layout: Layout) -> int:
     return FP32 * sum(weight.copies * local_numel(weight, layout) for weight in weights(cfg))
 
 
+def expert_load(training: Training, layout: Layout) -> float:
+    """Rows of the busiest rank's experts over the mean. 1 without expert parallelism: each rank then has all experts.
+
+    Where no run says more, a rank with one or two experts gets twice the mean. A rank with more has one expert that is
+    as busy as any was in a training here, and the other experts share the rest evenly.
+    """
+    experts, ranks = training.model.moe_num_experts, layout.expert
+    if ranks == 1:
+        return 1.0
+    if training.expert_loads is not None:
+        return training.expert_loads[ranks]
+    here = experts // ranks
+    if here <= 2:
+        return FEW_EXPERTS_LOAD
+    others = (experts - BUSIEST_EXPERT) / (experts - 1)
+    return (BUSIEST_EXPERT + (here - 1) * others) / here
+
+
 @dataclass(frozen=True)
 class Moment:
     """What lies in memory at once: bytes by part."""
@@ -174,6 +196,7 @@ class Footprint:
         self.root_bytes = self.gathered * self.root + (FP32 * self.vocabulary if cfg.tie_word_embeddings else 0)
         self.output_bytes = (FP32 if cfg.tie_word_embeddings else self.gathered) * self.vocabulary
         self.micro_batches = max(1, training.sequences // (layout.data * way.micro_batch))
+        self.load = expert_load(training, layout)
         self.rows, self.padded = self._rows()
 
     def _rows(self) -> tuple[int, int]:
@@ -182,7 +205,7 @@ class Footprint:
         assignments = self.tokens * cfg.moe_top_k
         if cfg.ffn == "dense":
             return self.tokens, self.tokens
-        rows = ceil(assignments * (EXPERT_LOAD if layout.expert > 1 else 1))
+        rows = ceil(assignments * self.load)
         experts = cfg.moe_num_experts // layout.expert
         if self.way.on_gpu:  # laid out for the most that padding can need; 128 is Triton's tile
             by_torch = self.a == 2 and cfg.d_model % 8 == 0 and cfg.ffn_hidden_size % 8 == 0

@@ -19,6 +19,7 @@ from gristmill.parallel.traffic import Clock, Times, Traffic
 
 # Of a GPU's memory: CUDA's context, NCCL's buffers, what the caching allocator cannot hand out again. An assumption.
 RESERVE = 0.08
+FREE = 0.1  # of all memory, which a plan leaves unused: a batch may be less even than the plan assumes
 # On a CPU: code and work areas that a training's first step brings in beyond the imports, and what glibc keeps of freed
 # blocks that no later block fits into. Both were measured (benchmarks/plan.py). The latter was 10 to 35% of what is
 # allocated, 78% for the smallest.
@@ -26,6 +27,8 @@ LIBRARIES = 60_000_000
 KEPT_FREED = 0.2
 MIN_BATCH_TOKENS = 2**22
 MIN_GPU_TOKENS = 4096  # of a batch that nobody gave
+MAX_GPUS = 100_000  # torch splits the model over that many in half a minute
+MAX_BATCH_TOKENS = 10**12
 RUNNERS_UP = 4
 MORE_GPUS = (2, 4, 8, 16, 32, 64)
 DAY_S = 86400.0
@@ -48,8 +51,17 @@ class Plan:
         return self.moment.total + self.reserve
 
     @property
+    def usable_bytes(self) -> int:
+        return round(self.hardware.memory_bytes * (1 - FREE))
+
+    @property
     def fits(self) -> bool:
-        return self.needed_bytes <= self.hardware.memory_bytes
+        return self.needed_bytes <= self.usable_bytes
+
+    @property
+    def expert_load(self) -> float:
+        """Rows of the busiest rank's experts over the mean."""
+        return self.clock.of.load
 
     @cached_property
     def clock(self) -> Clock:
@@ -78,6 +90,7 @@ class Plan:
         return self.tokens_per_second * flops / (self.hardware.flops * self.way.layout.world_size)
 
     def days(self, tokens: float) -> float:
+        """A lower bound: no faults, no checkpoints, and FSDP's traffic hidden as far as it can be."""
         return tokens / (self.tokens_per_second * DAY_S)
 
 
@@ -135,7 +148,7 @@ def problem_of(training: Training, layout: Layout, micro_batch: int = 1) -> str 
             f"batch_tokens={training.batch_tokens} is {training.sequences} sequences of {training.seq_len}, which "
             f"{layout.data} groups of GPUs cannot share evenly; change batch_tokens, or raise context"
         )
-    if training.sequences // layout.data % micro_batch:
+    if micro_batch < 1 or training.sequences // layout.data % micro_batch:
         return (
             f"micro_batch={micro_batch} must divide the {training.sequences // layout.data} sequences of a GPU's share"
         )
@@ -160,14 +173,15 @@ def search(
     recompute: Recompute | None = None,
 ) -> Found:
     """The fastest way that fits on so many GPUs; what is given is kept. Raises InputError where no way is possible."""
-    if mesh:
+    least = 1 if micro_batch is None else micro_batch
+    if mesh is not None:
         given = _lay_out(mesh, gpus)
-        check(training, given, micro_batch or 1)
+        check(training, given, least)
         tried = list(_ways(training, hardware, [given], micro_batch, recompute))
     else:
-        layouts = [one for one in _layouts(training, gpus) if problem_of(training, one, micro_batch or 1) is None]
+        layouts = [one for one in _layouts(training, gpus) if problem_of(training, one, least) is None]
         if not layouts:
-            raise InputError(f"no mesh of {gpus} GPUs will do: {_why_none(training, gpus, micro_batch or 1)}")
+            raise InputError(f"no mesh of {gpus} GPUs will do: {_why_none(training, gpus, least)}")
         tried = list(_ways(training, hardware, layouts, micro_batch, recompute))
     fitting = sorted((one for one in tried if one.fits), key=lambda one: one.times.step)
     if fitting:
@@ -178,7 +192,7 @@ def search(
         return Found(plan=best, others=rest[:RUNNERS_UP], changes=(), tried=len(tried))
     # As asked, where all of it was; else what lacks the least.
     nearest = min(tried, key=lambda one: one.needed_bytes)
-    free = not (mesh or micro_batch or recompute)
+    free = mesh is None and micro_batch is None and recompute is None
     return Found(plan=nearest, others=(), changes=list(_changes(nearest, free)), tried=len(tried))
 
 
@@ -213,8 +227,8 @@ def _ways(
 ) -> Iterator[Plan]:
     """Each layout with each kind of recomputing, with the largest micro-batch that fits, or else the smallest."""
     for layout in layouts:
-        sizes = [micro_batch] if micro_batch else divisors(training.sequences // layout.data)
-        for what in [recompute] if recompute else RECOMPUTE:
+        sizes = divisors(training.sequences // layout.data) if micro_batch is None else [micro_batch]
+        for what in RECOMPUTE if recompute is None else [recompute]:
             best: Plan | None = None
             for size in sizes:  # memory grows with it
                 way = Way(layout=layout, micro_batch=size, recompute=what, on_gpu=hardware.on_gpu)
@@ -252,7 +266,7 @@ def _changes(one: Plan, free: bool) -> Iterator[Change]:
             yield Change(keys=_keys(one.way, then.way), plan=then)
         if alone or together:
             return
-    for times in MORE_GPUS:
+    for times in (times for times in MORE_GPUS if gpus * times <= MAX_GPUS):
         more = replace(training, batch_tokens=_batch_for(training, gpus * times))
         if wide := _fastest(more, hardware, gpus * times):
             batch = {"batch_tokens": more.batch_tokens} if more != training else {}

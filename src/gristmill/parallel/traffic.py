@@ -15,7 +15,7 @@ card carries its own part of a ring. All shares and latencies are assumptions, t
 from dataclasses import dataclass
 
 from gristmill.model.counts import Part, count_parts
-from gristmill.parallel.footprint import EXPERT_LOAD, FP32, Footprint
+from gristmill.parallel.footprint import FP32, Footprint
 from gristmill.parallel.hardware import Hardware
 
 LINK_SHARE = 0.8  # of a link's published bandwidth
@@ -140,7 +140,7 @@ class Clock:
         """Rows to their experts and back, forward, backward, and forward again where that is computed again."""
         of = self.of
         passes = 4 if of.way.recompute == "none" else 6
-        rows = of.tokens * of.cfg.moe_top_k * EXPERT_LOAD * of.cfg.d_model * of.a
+        rows = of.tokens * of.cfg.moe_top_k * of.load * of.cfg.d_model * of.a
         sent, seconds = self._all_to_all(rows, self.experts)
         times = passes * of.cfg.n_layers if of.cfg.ffn == "moe" else 0
         return times * sent, times * seconds
@@ -155,7 +155,7 @@ class Clock:
 
     def _products(self, part: Part) -> float:
         """Seconds of a part's forward products, all layers."""
-        hw, load = self.hardware, EXPERT_LOAD if part.name == "experts" and self.experts.size > 1 else 1.0
+        hw, load = self.hardware, self.of.load if part.name == "experts" else 1.0
         share = {"experts": hw.grouped, "attention scores": hw.attention}.get(part.name, hw.dense)
         return part.forward_flops * self.of.tokens * load / (hw.flops * share)
 

@@ -1,23 +1,41 @@
 """`gristmill plan`: what a training will need, as aligned text and as the same figures in JSON."""
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from importlib import resources
+from pathlib import Path
 from textwrap import wrap
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from gristmill.errors import Failure, InputError
 from gristmill.model import ModelConfig
 from gristmill.parallel import traffic
 from gristmill.parallel.config import ParallelConfig, Recompute
-from gristmill.parallel.footprint import EXPERT_LOAD, FP32, Training
+from gristmill.parallel.footprint import FP32, Training
 from gristmill.parallel.hardware import GPUS, Hardware, cpu
-from gristmill.parallel.plan import RESERVE, Found, Plan, default_batch_tokens, search
+from gristmill.parallel.plan import (
+    FREE,
+    MAX_BATCH_TOKENS,
+    MAX_GPUS,
+    RESERVE,
+    Found,
+    Plan,
+    default_batch_tokens,
+    divisors,
+    search,
+)
 from gristmill.report.shape import aligned, short
 from gristmill.train.config import TrainConfig
+from gristmill.train.log import METRICS, read_metrics
+
+T = TypeVar("T")
 
 DEFAULT_TOKENS = 12e12  # what DBRX was trained on
+UNSAID = ("model", "expert_loads")  # of a training, in the figures
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -32,32 +50,90 @@ def planned(
     micro_batch: int | None = None,
     recompute: Recompute | None = None,
     optimizer: Literal["adamw", "muon"] | None = None,
+    expert_load: str | None = None,
+    run: Path | None = None,
 ) -> Found:
-    """A shape's plan. What is not given is the recipe's, where it has a `train` section: length, batch and optimizer,
-    and mesh, micro-batch and what is computed again where they are not the defaults. The rest is searched for.
+    """A shape's plan. An option that is None comes from the recipe where it has a `train` section: length, batch and
+    optimizer, and mesh, micro-batch and recompute where they are not the defaults. The rest is searched for.
+
+    expert_load: a number or a run folder. None: from `run` where that trained this shape, else the assumptions of
+    `footprint.expert_load`.
 
     Raises InputError.
     """
-    if gpus < 1:
-        raise InputError(f"--gpus {gpus} must be at least 1")
+    if not 1 <= gpus <= MAX_GPUS:
+        raise InputError(f"--gpus {gpus} must be from 1 to {MAX_GPUS:,}")
     hardware = hardware_of(gpu)
-    length = seq_len or (train.seq_len if train else model.max_seq_len)
+    length = _first(seq_len, train.seq_len if train else model.max_seq_len)
     if not 1 <= length <= model.max_seq_len:
         raise InputError(f"--seq {length} must be from 1 to model.max_seq_len={model.max_seq_len}")
+    batch = _first(batch_tokens, train.batch_tokens if train else default_batch_tokens(gpus, length))
+    if not 1 <= batch <= MAX_BATCH_TOKENS:
+        raise InputError(f"--batch-tokens {batch} must be from 1 to {MAX_BATCH_TOKENS:,}")
     training = Training(
         model=model,
         seq_len=length,
-        batch_tokens=batch_tokens or (train.batch_tokens if train else default_batch_tokens(gpus, length)),
-        optimizer=optimizer or (train.optimizer.name if train else "adamw"),
+        batch_tokens=batch,
+        optimizer=_first(optimizer, train.optimizer.name if train else "adamw"),
         dtype=(train.dtype if train and train.dtype else _dtype(hardware)),
+        expert_loads=_expert_loads(model, expert_load, run),
     )
-    config = parse_mesh(mesh) if mesh else None
+    config = None if mesh is None else parse_mesh(mesh)
     if train:
         default = {field.name: field.default for field in fields(TrainConfig)}
-        config = config or (train.parallel if train.parallel != ParallelConfig() else None)
-        recompute = recompute or (train.recompute if train.recompute != default["recompute"] else None)
-        micro_batch = micro_batch or (train.micro_batch if train.micro_batch != default["micro_batch"] else None)
-    return search(training, hardware, gpus, config, micro_batch, recompute)
+        if config is None and train.parallel != ParallelConfig():
+            config = train.parallel
+        if recompute is None and train.recompute != default["recompute"]:
+            recompute = train.recompute
+        if micro_batch is None and train.micro_batch != default["micro_batch"]:
+            micro_batch = train.micro_batch
+    found = search(training, hardware, gpus, config, micro_batch, recompute)
+    if expert_load is not None and config is not None and found.plan.way.layout.expert == 1:
+        raise InputError(f"--expert-load {expert_load} has no effect with expert=1; set --mesh ...,expert=N")
+    return found
+
+
+def _first(given: T | None, default: T) -> T:
+    """0 is given, and refused where it makes no sense."""
+    return default if given is None else given
+
+
+def _expert_loads(model: ModelConfig, given: str | None, run: Path | None) -> Mapping[int, float] | None:
+    """Ranks that share the experts -> rows of the busiest rank's experts over the mean; None where nothing is known."""
+    if given is None:
+        return loads_of_run(model, run) if run and model.ffn == "moe" else None
+    if model.ffn != "moe":
+        raise InputError(f"--expert-load {given} needs experts, and model.ffn={model.ffn} has none; leave it out")
+    experts = model.moe_num_experts
+    if os.path.isdir(given):
+        if found := loads_of_run(model, Path(given)):
+            return found
+        shape = f"{model.n_layers} layers of {experts} experts"
+        raise InputError(f"--expert-load {given} has no figures of a training with {shape}; give a number instead")
+    try:
+        load = float(given)
+    except ValueError:
+        load = 0.0
+    if not 1 <= load <= experts:
+        raise InputError(f"--expert-load {given} must be a number from 1 to moe_num_experts={experts}, or a run folder")
+    return {ranks: min(load, ranks) for ranks in divisors(experts)}
+
+
+def loads_of_run(model: ModelConfig, run: Path) -> dict[int, float] | None:
+    """The highest load that any logged interval of a run had in any layer; None where it trained no such shape."""
+    if not os.path.isfile(run / METRICS):
+        return None
+    logged = [record["expert_load"] for record in read_metrics(run / METRICS) if "expert_load" in record]
+    try:
+        shares = np.array(logged, np.float64)  # [records, layers, experts]
+    except (TypeError, ValueError):
+        return None
+    if not logged or shares.shape[1:] != (model.n_layers, model.moe_num_experts) or not np.isfinite(shares).all():
+        return None
+    return {  # neighbors share a rank
+        ranks: float(shares.reshape(*shares.shape[:2], ranks, -1).sum(3).max() * ranks)
+        for ranks in divisors(model.moe_num_experts)
+    }
 
 
 def hardware_of(gpu: str) -> Hardware:
@@ -115,13 +191,14 @@ def figures(name: str, found: Found, tokens: float) -> dict[str, Any]:
     return {
         "name": name,
         "hardware": asdict(best.hardware),
-        "training": {key: value for key, value in asdict(best.training).items() if key != "model"},
+        "training": {key: value for key, value in asdict(best.training).items() if key not in UNSAID},
         **_of(best, tokens),
         "micro_batches": best.micro_batches,
         "memory": {
             "highest": best.moment.name,
             "bytes": {**best.moment.parts, "allocator's reserve": best.reserve},
             "needed_bytes": best.needed_bytes,
+            "usable_bytes": best.usable_bytes,
             "has_bytes": best.hardware.memory_bytes,
             "param_bytes": best.param_bytes,
         },
@@ -130,7 +207,7 @@ def figures(name: str, found: Found, tokens: float) -> dict[str, Any]:
         "runners_up": [_of(one, tokens) for one in found.others],
         "changes": [{"set": change.keys, **_of(change.plan, tokens)} for change in found.changes],
         "ways_tried": found.tried,
-        "assumptions": assumptions(best.hardware),
+        "assumptions": assumptions(best),
         "measured": measured(),
     }
 
@@ -170,8 +247,9 @@ def _of(one: Plan, tokens: float) -> dict[str, Any]:
     }
 
 
-def assumptions(hardware: Hardware) -> dict[str, Any]:
-    """What stands between a data sheet and a step."""
+def assumptions(best: Plan) -> dict[str, Any]:
+    """The figures between a data sheet and a step."""
+    hardware = best.hardware
     return {
         "dense_share": hardware.dense,
         "grouped_share": hardware.grouped,
@@ -179,7 +257,9 @@ def assumptions(hardware: Hardware) -> dict[str, Any]:
         "link_share": traffic.LINK_SHARE,
         "memory_share": traffic.MEMORY_SHARE,
         "reserve_share": RESERVE if hardware.on_gpu else None,
-        "expert_load": EXPERT_LOAD,
+        "free_share": FREE,
+        "expert_load": best.expert_load,
+        "days": "a lower bound: FSDP's traffic is hidden as far as products take, and nothing fails, waits or saves",
     }
 
 
@@ -238,9 +318,10 @@ def _head(of: dict[str, Any]) -> list[str]:
     batch_tokens, seq_len = training["batch_tokens"], training["seq_len"]
     verdict = (
         f"{seconds(of['step_s'])} a step, {of['mfu']:.1%} of the peak (MFU), {short(of['tokens_per_second'])} "
-        f"tokens/s, {short(of['tokens_per_day'])} a day: {short(of['tokens'])} tokens in {span(of['days'])}"
+        f"tokens/s, {short(of['tokens_per_day'])} a day: {short(of['tokens'])} tokens in at least {span(of['days'])}"
         if of["fits"]
-        else f"does not fit: {short(of['needed_bytes'], 'B')} of {short(of['memory']['has_bytes'], 'B')}"
+        else f"does not fit: {short(of['needed_bytes'], 'B')} of the {short(of['memory']['usable_bytes'], 'B')} that "
+        f"may be used of {short(of['memory']['has_bytes'], 'B')}"
     )
     return [
         f"{of['name']} on {of['gpus']:,} x {of['hardware']['name']}: {verdict}",
@@ -257,6 +338,7 @@ def _memory(of: dict[str, Any]) -> list[str]:
     memory = of["memory"]
     rows = [[part, f"{size:,}", short(size, "B")] for part, size in memory["bytes"].items() if size]
     rows.append(["needed", f"{memory['needed_bytes']:,}", short(memory["needed_bytes"], "B")])
+    rows.append(["may be used", f"{memory['usable_bytes']:,}", short(memory["usable_bytes"], "B")])
     rows.append(["there is", f"{memory['has_bytes']:,}", short(memory["has_bytes"], "B")])
     lines = [f"Memory of a {_one(of)} at its highest, {memory['highest']}", *aligned(rows)]
     if "param_bytes_by_torch" in memory:
@@ -302,22 +384,23 @@ def _advice(of: dict[str, Any]) -> Iterator[str]:
         keys = " ".join(f"{key}={value}" for key, value in change["set"].items())
         yield (
             f"  set {keys}: {short(change['needed_bytes'], 'B')}, {seconds(change['step_s'])} a step, "
-            f"{short(change['tokens'])} tokens in {span(change['days'])}"
+            f"{short(change['tokens'])} tokens in at least {span(change['days'])}"
         )
 
 
 def _foundation(of: dict[str, Any]) -> list[str]:
     said, seen, hardware = of["assumptions"], of["measured"], of["hardware"]
-    load = f"with expert parallelism the busiest rank gets {said['expert_load']} times the mean"
+    load = f"the busiest rank's experts get {said['expert_load']:.3g} times the mean"
     lines = [
-        "What this stands on",
+        "What this is based on",
         "  step = micro-batches x (max(forward, gather) + max(backward, gather + scatter) + loss + all-to-all",
         "         + context) + first gather and last scatter + all-reduce over repeats + optimizer; a product takes",
         "         its operations over its share of the peak, other work its bytes over the memory's bandwidth",
         f"  shares of the peak: products {said['dense_share']:.0%}, experts' {said['grouped_share']:.0%}, attention "
         f"{said['attention_share']:.0%}; of links {said['link_share']:.0%}, of memory's bandwidth "
         f"{said['memory_share']:.0%};",
-        f"  {load}: all of these are assumptions",
+        f"  {load}; {said['free_share']:.0%} of the memory stays free: all of these are assumptions",
+        f"  the number of days is {said['days']}",
         f"  {hardware['name']}: {short(hardware['flops'], 'FLOP/s')}, {short(hardware['memory_bytes'], 'B')} at "
         f"{short(hardware['memory_bandwidth'], 'B/s')}; in a node of {hardware['per_node']} "
         f"{short(hardware['nvlink'], 'B/s')} a GPU, beyond it {short(hardware['network'], 'B/s')}, one way",
