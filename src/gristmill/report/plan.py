@@ -259,7 +259,7 @@ def assumptions(best: Plan) -> dict[str, Any]:
         "reserve_share": RESERVE if hardware.on_gpu else None,
         "free_share": FREE,
         "expert_load": best.expert_load,
-        "days": "a lower bound: FSDP's traffic is hidden as far as products take, and nothing fails, waits or saves",
+        "days": "a lower bound: traffic beside products is hidden as far as possible, and nothing fails",
     }
 
 
