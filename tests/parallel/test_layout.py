@@ -124,6 +124,26 @@ def test_a_micro_batch_without_room_is_halved_until_it_has_and_stays_so(tmp_path
     assert gradients_of(little, tmp_path).micro_batch == 4
 
 
+def test_a_batch_that_starts_again_forgets_the_gradients_of_its_first_try(tmp_path: Path) -> None:
+    """The first micro-batch of four sequences fits, the second does not."""
+    plenty, little = new_model(), new_model()
+    sizes: list[int] = []
+    forward = little.forward
+
+    def limited(tokens: Tensor, *rest: object) -> object:
+        sizes.append(len(tokens))
+        if sizes == [4, 4]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(tokens, *rest)  # type: ignore[arg-type]
+
+    little.forward = limited  # type: ignore[assignment, method-assign]
+    for model in (plenty, little):
+        gradients_of(model, tmp_path).of(batch_of(0), threading.Event())
+    assert sizes == [4, 4, 2, 2, 2, 2]
+    for ours, theirs in zip(little.parameters(), plenty.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-7)
+
+
 def test_one_sequence_without_room_is_an_error_with_what_to_change(tmp_path: Path) -> None:
     model = new_model()
     small_memory(model, 0)
