@@ -8,7 +8,7 @@ from pathlib import Path
 import gristmill
 
 LAYERS = [
-    ["errors", "background", "artifact", "progress", "session"],
+    ["errors", "background", "home", "strict_yaml", "artifact", "progress", "session"],
     ["kernels", "tokenizer", "streaming"],
     ["model", "corpus", "evaluate"],
     ["parallel", "hub"],
@@ -18,7 +18,13 @@ LAYERS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 SAME_LAYER = {
-    *(("artifact", "errors"), ("session", "artifact"), ("session", "errors"), ("session", "progress")),
+    *(
+        ("artifact", "errors"),
+        ("home", "errors"),
+        ("session", "artifact"),
+        ("session", "errors"),
+        ("session", "progress"),
+    ),
     *(("pipeline", "recipe"), ("cli", "pipeline"), ("cli", "recipe")),
 }
 ROOT = Path(gristmill.__file__).parent

@@ -34,6 +34,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from gristmill.errors import Failure, InputError
+from gristmill.home import expand, home
 
 VERSION = 1
 BUSY_TIMEOUT_S = 10  # for SQLite's one writer at a time, among all processes
@@ -70,8 +71,10 @@ groups = Table("gristmill_groups", metadata, Column("id", String(32), primary_ke
 
 def default_database() -> str:
     """$GRISTMILL_DATABASE, or else a file in the user's state folder."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return os.environ.get("GRISTMILL_DATABASE") or str(state / "gristmill" / "serve.sqlite")
+    if named := os.environ.get("GRISTMILL_DATABASE"):
+        return named
+    state = Path(os.environ.get("XDG_STATE_HOME") or home("GRISTMILL_DATABASE") / ".local" / "state")
+    return str(state / "gristmill" / "serve.sqlite")
 
 
 class Database:
@@ -85,7 +88,7 @@ class Database:
     def __init__(self, where: str | None = None) -> None:
         where = where or default_database()
         try:
-            url = make_url(where) if "://" in where else URL.create("sqlite", database=str(Path(where).expanduser()))
+            url = make_url(where) if "://" in where else URL.create("sqlite", database=str(expand(where)))
             is_sqlite = url.get_backend_name() == "sqlite"
             if is_sqlite and url.database in (None, "", ":memory:"):
                 raise InputError("database: an SQLite database in memory is lost at the end; give a file")

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from gristmill.errors import Failure, InputError
+from gristmill.home import expand
 from gristmill.kernels.memory import keep_freed_memory
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.database import Database, default_database
@@ -67,7 +68,7 @@ def loaded(path: Path) -> Served:
 def open_gate(database: str | None, prices: Prices | None = None) -> Gate:
     """Keys are asked for when a database is named, and where one key was ever made: revoking the last opens nothing."""
     where = database or default_database()
-    if database is None and "://" not in where and not Path(where).expanduser().exists():
+    if database is None and "://" not in where and not expand(where).exists():
         return Open()
     found = Database(where)
     return Metered(found, prices) if database is not None or all_keys(found) else Open()

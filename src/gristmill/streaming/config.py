@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from gristmill.home import expand, home
 from gristmill.streaming.compression import parse
 
 OPERATIONAL = {"key": False}  # cannot change a stage's output
@@ -40,14 +41,14 @@ class Remote:
 
     @property
     def directory(self) -> Path:
-        return Path(self.cache).expanduser() if self.cache else default_cache()
+        return expand(self.cache) if self.cache else default_cache()
 
 
 def default_cache() -> Path:
     """$GRISTMILL_CACHE/shards, or else `gristmill/shards` in the user's cache directory."""
     if ours := os.environ.get("GRISTMILL_CACHE"):
-        return Path(ours).expanduser() / "shards"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gristmill" / "shards"
+        return expand(ours) / "shards"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home("GRISTMILL_CACHE") / ".cache") / "gristmill" / "shards"
 
 
 @dataclass(frozen=True, kw_only=True)

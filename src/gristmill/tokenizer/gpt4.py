@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from gristmill.errors import Failure, InputError
+from gristmill.home import expand
 from gristmill.tokenizer.layout import GPT4_SPECIAL_IDS, SPLIT_PATTERN, byte_of_symbol, write_tokenizer
 
 TABLE_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
@@ -32,7 +33,7 @@ def load_table(table: str | None = None) -> dict[bytes, int]:
     """
     if table is not None:
         try:
-            content = Path(table).expanduser().read_bytes()
+            content = expand(table).read_bytes()
         except OSError as problem:
             raise InputError(
                 f"table={table!r} cannot be read: {problem.strerror}; name a cl100k_base.tiktoken"
