@@ -1,37 +1,44 @@
-"""Recipes: YAML on the outside, the stages' own frozen configuration classes on the inside, nothing unknown between.
+"""Turns recipes, which are YAML files, into the stages' frozen configuration classes. Unknown keys are errors.
 
 A recipe may name one parent (`base: quickstart`), a shipped recipe or a file. `--set a.b=c` changes one key; the value
 is YAML. A section's keys are merged into the parent's; the value of a key (a list, the table of sources) is replaced.
+Relative paths in a recipe file start from the file's folder, relative paths in `--set` from the working directory.
 """
 
 import difflib
+import glob
 import math
 import re
 import typing
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from gristmill.corpus.config import CorpusConfig
 from gristmill.errors import InputError
 from gristmill.evaluate.config import EvaluateConfig
+from gristmill.home import expand
 from gristmill.hub.checkpoint import CONFIG as MODEL_JSON
 from gristmill.hub.export import ExportConfig
 from gristmill.hub.folder import open_model
 from gristmill.hub.published import CONFIG_JSON
+from gristmill.inference.sampler import Sampling
 from gristmill.model import ModelConfig
 from gristmill.streaming.config import ShardsConfig
 from gristmill.streaming.order import Order, Stage
+from gristmill.strict_yaml import dump_yaml, load_yaml
 from gristmill.tokenizer import TokenizerConfig
+from gristmill.train.balance import check_balance
 from gristmill.train.config import TrainConfig
 
 CHANGEABLE = ("max_seq_len", "rope_theta", "clip_qkv", "moe_loss_weight", "moe_jitter_eps")  # of a model to go on from
 T = typing.TypeVar("T")
 VOCAB_MULTIPLE = 128  # a round number of columns for the output matrix
+MAX_FLOAT = 3e38  # kernels compute in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +101,7 @@ def _tree(name: str, overrides: typing.Sequence[str]) -> dict[str, Any]:
     tree = _read(name)
     for override in overrides:
         tree = _override(tree, override)
-    _check_keys(Recipe, tree, "")
+    _check(Recipe, tree, "")
     if tree.get("start"):
         return _from_start(tree)
     if isinstance(tree.get("tokenizer"), dict) and tree["tokenizer"].get("kind") == "start":
@@ -115,7 +122,7 @@ def shipped_recipes() -> list[str]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    return yaml.safe_dump(plain(recipe), sort_keys=False, width=120, allow_unicode=True)
+    return dump_yaml(plain(recipe))
 
 
 def plain(config: Any) -> Any:
@@ -128,9 +135,18 @@ def plain(config: Any) -> Any:
 
 
 def keyed(config: Any) -> Any:
-    """The part of a configuration that can change a stage's output, in JSON's types: it makes the stage's key."""
+    """The part of a configuration that can change a stage's output, in JSON's types: it makes the stage's key.
+
+    Fields with the metadata `key: False` are left out. `key: None` marks the place of some input: it counts as null,
+    because the hash of its content is in the key.
+    """
     if is_dataclass(config):
-        return {f.name: keyed(getattr(config, f.name)) for f in fields(config) if f.metadata.get("key", True)}
+        roles = {f.name: f.metadata.get("key", True) for f in fields(config)}
+        return {
+            name: None if role is None else keyed(getattr(config, name))
+            for name, role in roles.items()
+            if role is not False
+        }
     if isinstance(config, dict):
         return {str(key): keyed(value) for key, value in config.items()}
     return [keyed(value) for value in config] if isinstance(config, list | tuple) else config
@@ -170,13 +186,16 @@ def _between(changes: Changes, start: float, fraction: float) -> float:
 # ---- reading -------------------------------------------------------------------------------------------
 
 
-def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
-    file = Path(name)
-    if file.suffix in (".yaml", ".yml"):
+def _read(name: str, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    file = expand(name)
+    is_file = file.suffix in (".yaml", ".yml")
+    if is_file:
         try:
             text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as problem:
-            raise InputError(f"recipe {name} cannot be read: {problem}") from None
+        except UnicodeDecodeError as problem:
+            raise InputError(f"recipe {name} is not UTF-8 ({problem.reason} at byte {problem.start})") from None
+        except (OSError, ValueError) as problem:  # ValueError: a null character
+            raise InputError(f"recipe {name} cannot be read: {getattr(problem, 'strerror', problem)}") from None
     elif name in shipped_recipes():
         text = resources.files("gristmill.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     else:
@@ -184,19 +203,48 @@ def _read(name: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
             f"no recipe named {name!r}; {_nearest(name, shipped_recipes())}, or give a path that ends in .yaml"
         )
     try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as problem:  # ValueError: a date that is none
-        raise InputError(f"recipe {name} is not YAML: {problem}") from None
+        tree = load_yaml(text)
+    except ValueError as problem:
+        raise InputError(f"recipe {name} is not valid: {problem}") from None
     if not isinstance(tree, dict):
-        raise InputError(f"recipe {name} must be a mapping of sections, not {type(tree).__name__}")
+        found = "is empty" if tree is None else f"is a {type(tree).__name__}"
+        raise InputError(f"recipe {name} {found}; it must be a mapping of sections, such as `base: quickstart`")
+    if is_file:
+        _anchor(tree, file.parent)
     base = tree.pop("base", None)
     if base is None:
         return tree
-    if str(base).endswith((".yaml", ".yml")):
-        base = file.parent / str(base)
-    if str(base) in (name, *children):
+    if not isinstance(base, str):
+        raise InputError(f"recipe {name}: base={base!r:.80} must be the name of a shipped recipe or a .yaml file")
+    if base.endswith((".yaml", ".yml")):
+        base = _start_from(file.parent, base)
+    children = (*children, file.resolve())
+    if expand(base).resolve() in children:
         raise InputError(f"recipe {name}: base: {base} leads back to itself; name a parent that does not")
-    return _merge(Recipe, _read(str(base), (name, *children)), tree)
+    return _merge(Recipe, _read(base, children), tree)
+
+
+def _anchor(tree: dict[str, Any], folder: Path) -> None:
+    """Have each relative path in a recipe file start from the file's folder."""
+    corpus = tree.get("corpus")
+    sources = corpus.get("sources") if isinstance(corpus, dict) else None
+    places = [(tree, "start"), (tree.get("tokenizer"), "table"), (tree.get("shards"), "cache")]
+    for source in sources.values() if isinstance(sources, dict) else ():
+        places += [(source, "path"), (source, "dataset")]
+    for section, key in places:
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            path = _start_from(folder, section[key])
+            if key != "dataset" or Path(path).exists():  # else it is a name on the hub
+                section[key] = path
+
+
+def _start_from(folder: Path, path: str) -> str:
+    if path.startswith("~") or folder == Path() or not path:
+        return path
+    joined = folder / path
+    if glob.has_magic(path) and not joined.exists():
+        joined = Path(glob.escape(str(folder)), path)  # only what the user wrote is a pattern
+    return str(joined)
 
 
 def _merge(cls: Any, base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -213,45 +261,89 @@ def _merge(cls: Any, base: dict[str, Any], changes: dict[str, Any]) -> dict[str,
 
 def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise InputError(f"--set {override!r} must look like train.steps=100")
+    if not equals or not all(path.split(".")):
+        raise InputError(f"--set {override!r:.200} must look like train.steps=100")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as problem:
-        raise InputError(f"--set {override!r}: the value is not YAML: {problem}") from None
+        value = load_yaml(text)
+    except ValueError as problem:
+        raise InputError(f"--set {override!r:.200}: the value is not valid YAML: {problem}") from None
     return _with(tree, path.split("."), value, path)
 
 
 def _with(tree: Any, keys: list[str], value: Any, path: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(f"{path}: {keys[0]!r} lies below a plain value, which has no keys")
-    rest = _with(tree.get(keys[0]) or {}, keys[1:], value, path) if keys[1:] else value
+    below = tree.get(keys[0])
+    rest = _with({} if below is None else below, keys[1:], value, path) if keys[1:] else value
     return {**tree, keys[0]: rest}
 
 
 # ---- checking ------------------------------------------------------------------------------------------
 
 
-def _check_keys(cls: Any, tree: Any, path: str) -> None:
-    """Every key of the tree is a field of its class; pydantic would take unknown ones silently."""
-    if not isinstance(tree, dict):
-        return  # pydantic says what is wrong with it
-    hints = typing.get_type_hints(cls)
-    for key, value in tree.items():
-        if key not in hints:
-            raise InputError(f"{path}{key}: unknown key; {_nearest(str(key), list(hints))}")
-        hint = hints[key]
-        if isinstance(value, bool) and bool not in (hint, *typing.get_args(hint)):
-            raise InputError(f"{path}{key}={str(value).lower()}: a number or text is needed, not true or false")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{path}{key}={value}: a finite number is needed")
-        if is_dataclass(hint):
-            _check_keys(hint, value, f"{path}{key}.")
-        elif typing.get_origin(hint) is dict and isinstance(value, dict):
-            item = typing.get_args(hint)[1]
-            for name, entry in value.items():
-                if is_dataclass(item):
-                    _check_keys(item, entry, f"{path}{key}.{name}.")
+def _check(hint: Any, value: Any, path: str) -> None:
+    """Refuse whatever pydantic would ignore or convert in silence: unknown keys, text or booleans for numbers, numbers
+    that are not finite or too large, and numbers for booleans."""
+    kinds = set(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, UnionType) else {hint}
+    takes_text = str in kinds or any(typing.get_origin(kind) is typing.Literal for kind in kinds)
+    takes_number = not kinds.isdisjoint({int, float})
+    match value:
+        case dict():
+            for key, item in value.items():
+                name = str(key) if str(key).isprintable() else repr(key)
+                for key_kind, item_kind in _inside(kinds, key, path, name):
+                    _check(key_kind, key, f"{path}{name}")
+                    _check(item_kind, item, f"{path}{name}.")
+        case list():
+            for number, item in enumerate(value):
+                for kind in kinds:
+                    if typing.get_origin(kind) is tuple:
+                        _check(typing.get_args(kind)[0], item, f"{path}{number}.")
+        case bool() if bool not in kinds:
+            needed = "text is needed, not true or false; put it in quotes" if takes_text else ""
+            needed = needed or "a number or text is needed, not true or false"
+            raise InputError(f"{_name(path)}={str(value).lower()}: {needed}")
+        case bool():
+            pass
+        case int() | float():
+            if not math.isfinite(value):
+                raise InputError(f"{_name(path)}={value}: a finite number is needed")
+            if takes_number and abs(value) > (MAX_FLOAT if float in kinds else 2**63 - 1):
+                raise InputError(f"{_name(path)}={value:g} is too large for a number of this kind")
+            if takes_text and not takes_number:
+                raise InputError(f"{_name(path)}={value}: text is needed; put it in quotes")
+            if bool in kinds and not takes_number:
+                raise InputError(f"{_name(path)}={value}: true or false is needed")
+        case str() if not takes_text and (takes_number or bool in kinds):
+            raise InputError(f"{_name(path)}={value!r:.80}: {_not_text(value, kinds)}")
+
+
+def _inside(kinds: set[Any], key: Any, path: str, name: str) -> list[tuple[Any, Any]]:
+    """The types of a mapping's key and of its value. Raises InputError for a key that a section does not have."""
+    found = []
+    for kind in kinds:
+        if is_dataclass(kind):
+            hints = typing.get_type_hints(kind)
+            if key not in hints:
+                raise InputError(f"{path}{name}: unknown key; {_nearest(name, list(hints))}")
+            found.append((str, hints[key]))
+        elif typing.get_origin(kind) is dict:
+            found.append(typing.get_args(kind))
+    return found
+
+
+def _not_text(value: str, kinds: set[Any]) -> str:
+    try:
+        if not math.isfinite(float(value)):
+            return "a finite number is needed"
+    except ValueError:
+        pass
+    kind = "boolean: true or false" if bool in kinds else "integer" if float not in kinds else "number"
+    return f"input should be a valid {kind}, not text"
+
+
+def _name(path: str) -> str:
+    return path.removesuffix(".") or "the recipe"
 
 
 def _nearest(name: str, valid: list[str]) -> str:
@@ -267,12 +359,12 @@ def _explain(error: ValidationError) -> str:
         return f"{path}.{first['ctx']['error']}" if path else str(first["ctx"]["error"])
     if first["type"].startswith("missing"):
         return f"{path}: this key is required"
-    return f"{path}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"{path}={first['input']!r:.80}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
 def _from_start(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree with the shape of the model that it goes on from."""
-    path = Path(str(tree["start"])).expanduser()
+    path = expand(str(tree["start"]))
     if not (path / MODEL_JSON).is_file():
         fix = f"`gristmill import {path} OUT` first" if (path / CONFIG_JSON).is_file() else "name a directory with one"
         raise InputError(f"start={path}: it holds no {MODEL_JSON}; {fix}")
@@ -308,7 +400,12 @@ def _resolve(recipe: Recipe) -> Recipe:
         Order(curriculum_of(recipe.corpus), sorted(recipe.corpus.sources), train.steps, train.sequences_per_batch, 0)
     except ValueError as problem:
         raise InputError(f"corpus.sources: their weights make no curriculum: {problem}") from None
+    check_balance(train, model)
     evaluate = recipe.evaluate
+    try:
+        Sampling(temperature=evaluate.temperature, top_p=evaluate.top_p, seed=evaluate.seed)
+    except InputError as problem:
+        raise InputError(f"evaluate.{problem}") from None
     if evaluate.prompt_tokens + evaluate.sample_tokens >= model.max_seq_len:
         raise InputError(
             f"evaluate.prompt_tokens={evaluate.prompt_tokens} and sample_tokens={evaluate.sample_tokens} must be "

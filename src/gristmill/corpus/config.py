@@ -16,9 +16,10 @@ class SourceConfig:
     packages: names of distributions as pip lists them; "stdlib" is Python's own library. `take` says what of them:
         "code" (the modules, without tests) or "prose" (docstrings, READMEs, long descriptions, pydoc's topics).
         Licenses come from the packages' metadata.
-    path: a file, a folder or a glob; `~` is expanded. Read by extension: .parquet and .jsonl (also with .gz, .bz2, .xz
-        or .zst behind it) hold one document a row; any other file is one text.
-    dataset: a name on the Hugging Face hub or a local folder that the `datasets` library reads.
+    path: a file, a folder or a glob; `~` is expanded. A relative path in a recipe file starts from the file's folder,
+        one in `--set` from the working directory. Read by extension: .parquet and .jsonl (also with .gz, .bz2, .xz or
+        .zst behind it) hold one document a row; any other file is one text.
+    dataset: a name on the Hugging Face hub or a local folder, found like a path, that the `datasets` library reads.
     license: SPDX expression of a path or a dataset; or `license_field` names the column that holds each row's.
     group_field: the column by which documents are kept on one side of the split (a repository, a domain, an author).
         Without it each row is a group; a folder's groups are its sub-folders (see `paths.groups_of`).
@@ -28,8 +29,8 @@ class SourceConfig:
 
     packages: tuple[str, ...] | None = None
     take: Literal["code", "prose"] | None = None
-    path: str | None = None
-    dataset: str | None = None
+    path: str | None = field(default=None, metadata={"key": None})
+    dataset: str | None = field(default=None, metadata={"key": None})
     dataset_config: str | None = None
     dataset_split: str = "train"
     license: str | None = None

@@ -35,7 +35,5 @@ class EvaluateConfig:
         for name in ("samples", "functions", "prompt_tokens", "sample_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.temperature <= 0:
+        if not self.temperature > 0:  # the sampler's own bounds are checked in recipe.py
             raise ValueError(f"temperature={self.temperature} must be positive: the greedy completion is made anyway")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")

@@ -67,6 +67,13 @@ class ModelConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive and finite")
         if not 0 <= self.moe_loss_weight < float("inf"):
             raise ValueError(f"moe_loss_weight={self.moe_loss_weight} must be finite and not negative")
+        if self.moe_normalize_expert_weights is not None and not 0 < self.moe_normalize_expert_weights < float("inf"):
+            raise ValueError(
+                f"moe_normalize_expert_weights={self.moe_normalize_expert_weights} must be positive and finite (the "
+                "power of a norm), or null for no normalization"
+            )
+        if self.moe_router_bias and self.ffn == "dense":
+            raise ValueError("moe_router_bias=true has no effect with ffn=dense; leave one of them out")
         if not 0 <= self.moe_jitter_eps < 1:
             raise ValueError(f"moe_jitter_eps={self.moe_jitter_eps} must be from 0 to below 1")
 

@@ -14,21 +14,26 @@ import torch
 from torch import Tensor
 
 from gristmill.errors import InputError
-from gristmill.model import Routing, Transformer
+from gristmill.model import ModelConfig, Routing, Transformer
 from gristmill.model.transformer import MoE
 from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.train.config import TrainConfig
 
 
+def check_balance(cfg: TrainConfig, model: ModelConfig) -> None:
+    """Raises InputError when training needs a router bias that the model does not have, or the reverse."""
+    if (cfg.balance == "bias") != model.moe_router_bias:
+        raise InputError(
+            f"train.balance={cfg.balance} does not fit model.moe_router_bias={str(model.moe_router_bias).lower()}: "
+            "only balance=bias changes the router's bias; set both balance=bias and moe_router_bias=true, or neither"
+        )
+
+
 class Balance:
-    """Raises InputError where a bias is asked for and the model has no place for it, or the reverse."""
+    """Raises InputError as `check_balance`."""
 
     def __init__(self, cfg: TrainConfig, model: Transformer, ranks: Ranks = ALONE) -> None:
-        if (cfg.balance == "bias") != model.cfg.moe_router_bias:
-            raise InputError(
-                f"train.balance={cfg.balance} does not fit model.moe_router_bias={model.cfg.moe_router_bias}: a bias "
-                "needs its place in the model, and nothing else moves it; set both or neither"
-            )
+        check_balance(cfg, model.cfg)
         self.cfg, self.model, self.ranks = cfg, model, ranks
 
     def loss(self, routing: Routing, so_far_LE: Tensor) -> Tensor:

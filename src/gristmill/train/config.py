@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 from gristmill.parallel.config import ParallelConfig, Recompute
 
 OPERATIONAL = {"key": False}
+MAX_THREADS = 1024  # starting many more can end the process
+MAX_TIMEOUT_S = 10_000_000  # about four months
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "embedding_lr_ratio", "clip_norm"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        if self.weight_decay < 0:
+        if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay={self.weight_decay} must not be negative")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
@@ -54,7 +56,7 @@ class ScheduleConfig:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
+        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup={self.warmup} and decay={self.decay} must not be negative nor exceed 1 together")
         if not 0 <= self.final <= 1:
             raise ValueError(f"final={self.final} must be from 0 to 1: the share of the peak rate at the end")
@@ -107,7 +109,7 @@ class GuardConfig:
     in_a_row: int = field(default=3, metadata=OPERATIONAL)
 
     def __post_init__(self) -> None:
-        if self.sigmas is not None and self.sigmas <= 0:
+        if self.sigmas is not None and not self.sigmas > 0:
             raise ValueError(f"sigmas={self.sigmas} must be positive, or null to let spikes pass")
         if self.window < 8 or self.in_a_row < 1:
             raise ValueError(f"window={self.window} must be at least 8 steps, in_a_row={self.in_a_row} at least 1")
@@ -172,16 +174,20 @@ class TrainConfig:
                 f"batch_tokens={self.batch_tokens} must be a multiple of seq_len={self.seq_len} x "
                 f"micro_batch={self.micro_batch} = {self.seq_len * self.micro_batch}"
             )
-        if self.workers < 0 or self.rank_timeout_s <= 0:
+        if self.steps * self.batch_tokens >= 2**62:
+            raise ValueError(f"steps={self.steps} x batch_tokens={self.batch_tokens} must be below 2**62 tokens")
+        if not 0 <= self.workers <= MAX_THREADS:
+            raise ValueError(f"workers={self.workers} must be from 0 to {MAX_THREADS}")
+        if not 0 < self.rank_timeout_s <= MAX_TIMEOUT_S:
             raise ValueError(
-                f"workers={self.workers} must not be negative, rank_timeout_s={self.rank_timeout_s} be positive"
+                f"rank_timeout_s={self.rank_timeout_s} must be above 0 and at most {MAX_TIMEOUT_S:,} seconds"
             )
         if self.seq_len % (2 * self.parallel.context) and self.parallel.context > 1:
             raise ValueError(
                 f"seq_len={self.seq_len} must be a multiple of 2 x parallel.context={self.parallel.context}: each rank "
                 "takes a piece from the front of a sequence and one from its back"
             )
-        if self.bias_rate <= 0:
+        if not self.bias_rate > 0:
             raise ValueError(f"bias_rate={self.bias_rate} must be positive")
         if self.balance != "bias" and self.bias_rate != TrainConfig.bias_rate:
             raise ValueError(
@@ -190,8 +196,10 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} must be from 0 to 2**31 - 1")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads} must be at least 1, or null for the machine's own choice")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise ValueError(
+                f"threads={self.threads} must be from 1 to {MAX_THREADS}, or null for the machine's own choice"
+            )
 
     @property
     def sequences_per_batch(self) -> int:
