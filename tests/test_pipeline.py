@@ -1,17 +1,22 @@
 """A whole run, from text to report, and what happens when it is run again."""
 
 import json
+import math
 import shutil
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from gristmill import artifact
 from gristmill.errors import Failure, InputError
-from gristmill.pipeline import run
+from gristmill.evaluate.trigram import Trigram
+from gristmill.inference.scorer import ModelScorer
+from gristmill.pipeline import rewrite_report, run
 from gristmill.recipe import Recipe
 from gristmill.report.batch import batch_text
 from gristmill.session import locked
@@ -19,7 +24,7 @@ from gristmill.streaming import Batches, Stage
 from gristmill.tokenizer import Tokenizer
 from gristmill.train.config import TrackingConfig
 from gristmill.train.figures import Step
-from gristmill.train.log import MetricsLog
+from gristmill.train.log import MetricsLog, read_metrics
 from gristmill.train.tracking import Tracking
 
 MakeRecipe = Callable[..., Recipe]
@@ -270,6 +275,70 @@ def test_a_dense_model_goes_the_whole_way(tiny_recipe: MakeRecipe, tmp_path: Pat
     report = json.loads((folder / "report.json").read_text())
     assert report["total_params"] == report["active_params"]
     assert report["export_max_logit_diff"] < 1e-4
+
+
+def test_a_model_without_a_published_layout_ends_with_its_report_and_says_so_first(
+    tiny_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe("train.balance=bias", "model.moe_router_bias=true", "train.dtype=bfloat16", "train.steps=2")
+    for _ in range(2):
+        run(recipe, tmp_path)
+        said = capsys.readouterr().err
+        assert said.index("export will be skipped: no published layout has moe_router_bias") < said.index("corpus")
+    rewrite_report(tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["finished"]
+    assert 0 < report["held_out_bits_per_byte"] < 20
+    assert "moe_router_bias" in report["skipped_stages"]["export"]
+    assert "The export was skipped: no published layout" in (tmp_path / "report.html").read_text()
+    assert sorted(keys(tmp_path)) == ["corpus", "evaluate", "shards", "tokenizer", "train"]
+    assert artifact.verify(tmp_path).problems == []
+
+
+def test_figures_that_are_not_finite_cost_no_report(
+    tiny_run: Path, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
+    monkeypatch.setattr(Trigram, "bits", lambda self, documents: [math.inf for _ in documents])
+    monkeypatch.setattr(ModelScorer, "loglikelihood", lambda self, sequences: [math.nan for _ in sequences])
+    run(tiny_recipe("evaluate.sample_tokens=4"), tmp_path / "run")
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["finished"]
+    assert report["xz_bits_per_byte"] > 0
+    assert report["trigram_bits_per_byte"] is report["held_out_bits_per_byte"] is None
+
+
+def test_a_compiled_training_reaches_its_report(
+    tiny_run: Path, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # tracing, without C++
+    torch._dynamo.reset()
+    shutil.copytree(tiny_run, tmp_path / "run", symlinks=True)
+    shutil.rmtree(tmp_path / "run/train")
+    run(tiny_recipe("train.compile=true"), tmp_path / "run")
+    eager, compiled = (read_metrics(folder / "metrics.jsonl") for folder in (tiny_run, tmp_path / "run"))
+    for kind, figure in (("train", "loss"), ("validation", "bits_per_byte")):
+        theirs, ours = ([r[figure] for r in records if r["kind"] == kind] for records in (eager, compiled))
+        assert len(theirs) == len(ours) > 0
+        for a, b in zip(theirs, ours, strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tokenizer={kind: gpt4, table: nowhere}"], "nowhere"),
+        (["train.checkpoint.copy_to=nosuch://bucket"], "fsspec knows no protocol 'nosuch'"),
+        (["shards.remote=nosuch://bucket"], "fsspec knows no protocol 'nosuch'"),
+        (["train.parallel.expert=2"], "train.parallel"),
+    ],
+)
+def test_what_a_later_stage_cannot_use_is_refused_before_the_first_stage(
+    overrides: list[str], message: str, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(tiny_recipe(*overrides), tmp_path / "run")
+    assert not (tmp_path / "run/corpus").exists()
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,13 @@ from gristmill.artifact import (
     verify,
 )
 from gristmill.corpus.build import build_corpus, fingerprint
-from gristmill.errors import Failure
+from gristmill.errors import Failure, InputError
 from gristmill.evaluate.bits_per_byte import bits_per_byte
 from gristmill.evaluate.build import build_evaluation
 from gristmill.evaluate.documents import Document, read_documents
 from gristmill.hub.checkpoint import TOKENIZER
 from gristmill.hub.export import build_export
+from gristmill.hub.published import model_type_of
 from gristmill.inference.load import load_model
 from gristmill.inference.scorer import ModelScorer
 from gristmill.model.counts import train_flops_per_token
@@ -47,8 +48,9 @@ from gristmill.report.collect import collect, collect_run
 from gristmill.report.page import write
 from gristmill.session import Signals, Stopped, locked
 from gristmill.streaming.build import build_shards
-from gristmill.streaming.remote import build_remote, read_manifest
+from gristmill.streaming.remote import build_remote, read_manifest, require
 from gristmill.tokenizer import Tokenizer, build_tokenizer
+from gristmill.tokenizer.gpt4 import load_table
 from gristmill.train.checkpoint import LATEST, Identity, checkpoint_path, read_state
 from gristmill.train.display import Display, duration, say_skipped, say_started
 from gristmill.train.log import METRICS, MetricsLog, read_metrics
@@ -97,13 +99,35 @@ class _Run:
         self.start = {"start": load(Path(recipe.start))} if recipe.start else {}
         self.machine = describe_machine()
         self.estimated = False
+        self.skipped: dict[str, str] = {}
+
+    def check(self, wanted: tuple[StageName, ...]) -> None:
+        """Check everything that does not need an earlier stage's output, so that no stage fails late."""
+        r = self.recipe
+        self.fingerprint = fingerprint(r.corpus)
+        if "tokenizer" in wanted and r.tokenizer.kind == "gpt4":
+            load_table(r.tokenizer.table)
+        if "shards" in wanted and (remote := r.shards.source()):
+            require("shards.remote", remote.url)
+            remote.directory  # noqa: B018  # raises InputError where the home directory is unknown
+        if "train" in wanted:
+            layout_of(r.train, r.model, self.ranks)
+            if url := r.train.checkpoint.copy_to:
+                require("train.checkpoint.copy_to", url)
+        if "export" in wanted:
+            try:
+                model_type_of(r.model)
+            except InputError as reason:
+                self.skipped["export"] = str(reason)
+                console.print(f"export will be skipped: {reason}", markup=False)
 
     def stages(self, wanted: tuple[StageName, ...], finish: bool) -> Path:
-        self.fingerprint = fingerprint(self.recipe.corpus)
+        self.check(wanted)
         self.estimated = "train" not in wanted or self.ranks.rank > 0  # the short stages are not worth one
-        if "train" in wanted:
-            layout_of(self.recipe.train, self.recipe.model, self.ranks)  # what cannot be shared is said before any work
         for name in wanted:
+            if name in self.skipped:
+                console.print(f"{name:<10}skipped: {self.skipped[name]}", markup=False)
+                continue
             if self.ranks.rank > 0 and "train" in self.done:
                 return self.folder  # rank 0 finishes alone
             if name == "train":
@@ -326,9 +350,10 @@ class _Run:
                         case Reached():
                             seen = event.again and log.has("validation", event.step)
                             if bits := self.held_out(event, wanted=not seen):
-                                figures = {"step": event.step, "tokens": event.tokens, "bits_per_byte": bits}
+                                finite = {name: value for name, value in bits.items() if math.isfinite(value)}
+                                figures = {"step": event.step, "tokens": event.tokens, "bits_per_byte": finite}
                                 log.write("validation", figures)
-                                tracking.metrics({"held_out_bits_per_byte": bits}, event.step)
+                                tracking.metrics({"held_out_bits_per_byte": finite}, event.step)
                                 display.held_out(bits["all"])
                         case Saved():
                             last = event.artifact
@@ -378,9 +403,11 @@ class _Run:
                 recipe=plain(self.recipe),
                 machine=machine,
                 seconds=seconds,
+                skipped=self.skipped,
             )
             write(report)
             metrics = {"stages": stages, "machine": machine, "seconds": seconds}
+            metrics |= {"skipped": self.skipped} if self.skipped else {}
             seal(self.folder, key, plain(self.recipe), self.done, metrics)
         say_what_next(self.folder)
 
@@ -449,11 +476,9 @@ def summary(artifact: Artifact) -> str:
         case "checkpoint":
             return f"{m['train_tokens']:,} tokens, loss {m['final_loss'] or math.nan:.3f}"
         case "evaluate":
-            ours, baselines = m["test"]["bits_per_byte"]["all"], m["baselines"]
-            return (
-                f"{ours:.3f} bits per byte on the test split (xz per document {baselines['xz_document']['all']:.3f}, "
-                f"trigram {baselines['trigram']['all']:.3f})"
-            )
+            figures = m["test"]["bits_per_byte"], m["baselines"]["xz_document"], m["baselines"]["trigram"]
+            ours, xz, trigram = (f"{bits['all']:.3f}" if "all" in bits else "no finite number of" for bits in figures)
+            return f"{ours} bits per byte on the test split (xz per document {xz}, trigram {trigram})"
         case _:
             return f"logits agree with transformers within {m['export_max_logit_diff']:.1e}"
 

@@ -3,6 +3,7 @@ import lzma
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from gristmill.errors import InputError
 from gristmill.evaluate import Document, EvaluateConfig, bits_per_byte, build_evaluation, read_documents, windows
 from gristmill.evaluate.baselines import xz_bytes, xz_each, xz_whole
-from gristmill.evaluate.samples import choose
+from gristmill.evaluate.samples import choose, sample
 from gristmill.tokenizer import Tokenizer
 
 MakeCorpus = Callable[[list[tuple[str, str, str]]], Path]
@@ -48,6 +49,36 @@ def test_windows_count_each_target_once_with_half_a_window_of_context(num_inputs
             counted.append(target)
             assert start == 0 or target - start >= length // 2
     assert counted == list(range(num_inputs))
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_figures_that_are_not_finite_are_left_out_and_named(
+    value: float, corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Uniform, "loglikelihood", lambda self, sequences: [value for _ in sequences])
+    built = build_evaluation(EvaluateConfig(samples=1, functions=1), corpus, tokenizer, Uniform(4, [65]), tmp_path)
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    names = [f"{split}.bits_per_byte.{name}" for split in ("validation", "test") for name in ("all", "code", "prose")]
+    assert sorted(written["not_finite"]) == sorted(names) == sorted(built.metrics["not_finite"])
+    assert written["test"]["bits_per_byte"] == {}
+    assert written["baselines"]["trigram"].keys() == {"all", "code", "prose"}
+    assert len(written["samples"]) == 2
+
+
+def test_a_prompt_that_was_cut_inside_a_character_is_no_longer_than_allowed(
+    make_corpus: MakeCorpus, tokenizer: Tokenizer
+) -> None:
+    documents = read_documents(make_corpus([("a", "prose", "🌾" * 40)]), "test")
+    longest = 0
+
+    class Longest(Uniform):
+        def generate(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
+            nonlocal longest
+            longest = max(map(len, prompts))
+            return [[] for _ in prompts]
+
+    sample(documents, Longest(4), tokenizer, EvaluateConfig(prompt_tokens=5))
+    assert longest == 1 + 5
 
 
 def test_bits_per_byte_is_total_bits_over_total_bytes_of_all_and_of_each_source(

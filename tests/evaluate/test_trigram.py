@@ -3,6 +3,8 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gristmill.evaluate.trigram import Trigram
 
@@ -31,7 +33,7 @@ def by_hand(documents: list[list[int]]):  # type: ignore[no-untyped-def]
         if of[1] and of[2] and of[3]:
             y = of[1] / (of[1] + 2 * of[2])
             raw = [k - (k + 1) * y * of[k + 1] / of[k] for k in (1, 2, 3)]
-            discounts[n] = [min(max(d, 0.0), k) for k, d in enumerate(raw, 1)]
+            discounts[n] = [d if d > 0 else 0.5 for d in raw]
         else:
             discounts[n] = [0.5] * 3
         for gram, count in counts[n].items():
@@ -68,6 +70,24 @@ def test_probabilities_over_the_vocabulary_sum_to_one_after_any_context() -> Non
     probabilities = model.probability(u, v, w).reshape(VOCAB**2, VOCAB)
     assert np.allclose(probabilities.sum(1), 1, atol=1e-12)
     assert (probabilities > 0).all()
+
+
+@settings(max_examples=60)
+@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=40), min_size=1, max_size=30))
+def test_every_token_has_a_positive_probability_after_any_corpus(documents: list[list[int]]) -> None:
+    model = Trigram.train([documents], vocab := 7, 6)
+    u, v, w = (x.ravel() for x in np.meshgrid(*[np.arange(vocab)] * 3, indexing="ij"))
+    probabilities = model.probability(u, v, w).reshape(vocab**2, vocab)
+    assert np.allclose(probabilities.sum(1), 1, atol=1e-12)
+    assert (probabilities > 0).all()
+
+
+def test_a_small_vocabulary_in_which_nearly_every_token_is_common_leaves_something_for_the_others() -> None:
+    # Distinct predecessors of the tokens: 1, 2, 2, 2, 3, 3, ..., of which the formulas make discounts below 0.
+    followed_by = {0: [1], 1: [2, 3, 4, 5, 6, 7, 8], 2: [2, 3, 4, 5, 6, 7, 8], 3: [5, 6, 7, 8], 4: [5, 6, 7, 8]}
+    documents = [[first, second] for first, seconds in followed_by.items() for second in seconds for _ in range(9)]
+    model = Trigram.train([documents], VOCAB, EOT)
+    assert math.isfinite(model.bits([[10, 11, 9, 0, 0]])[0])
 
 
 def test_it_learns_the_order_of_a_text_that_repeats() -> None:

@@ -13,6 +13,7 @@ from test_same_training import CFG, MODEL, batch_of, unequal
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from gristmill.inference.scorer import ModelScorer
 from gristmill.parallel.apply import parallel_model
 from gristmill.train.balance import Balance
 from gristmill.train.gradients import Gradients
@@ -26,6 +27,23 @@ def gradients_of(recompute: Any, compile: bool) -> dict[str, Tensor]:
     unequal(model)
     assert Gradients(model, CFG, Balance(CFG, model), 2, Path("nowhere")).of(batch_of(0), threading.Event())
     return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+def test_a_compiled_model_is_scored_as_an_eager_one_and_compiles_nothing_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    sequences = [[1, 2, 3, 4, 5], [7, 6, 5, 4, 3, 2, 1, 0]]
+    scores = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = parallel_model(MODEL, torch.float32, "cpu", None, "none", compile)
+        unequal(model)
+        scores.append(ModelScorer(model.train(), 8).loglikelihood(sequences))
+    assert scores[0] == scores[1]
+    assert not counters["stats"]
 
 
 @pytest.mark.timeout(1200)

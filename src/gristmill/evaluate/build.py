@@ -1,5 +1,6 @@
 """The evaluation stage: scores validation and test, runs the baselines, draws samples, writes `evaluation.json`."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
 
 def build_evaluation(cfg: EvaluateConfig, corpus: Path, tokenizer: "Tokenizer", scorer: Scorer, out: Path) -> Built:
-    """Writes `out/evaluation.json`; the metrics are its figures without the samples.
+    """Write `out/evaluation.json`; the metrics are its figures without the samples.
 
-    The baselines and the samples use the test documents: all of these are looked at once, at the end.
+    The baselines and the samples use the test documents: all of these are looked at once, at the end. Figures that are
+    infinite or NaN are left out, and `not_finite` names them: they must not cost the results of a training.
     """
     validation = read_documents(corpus, "validation", cfg.validation_bytes)
     test = read_documents(corpus, "test", cfg.test_bytes)
@@ -32,10 +34,25 @@ def build_evaluation(cfg: EvaluateConfig, corpus: Path, tokenizer: "Tokenizer", 
             "trigram": baselines.trigram(test, corpus, tokenizer),
         },
     }
+    if left_out := _drop_not_finite(figures, ""):
+        figures["not_finite"] = left_out
+        progress.console.print(f"  not finite, left out: {', '.join(left_out)}", style="yellow", markup=False)
     with progress.bar("completing held-out prompts") as advance:
         samples = sample(test, scorer, tokenizer, cfg, advance)
     (out / "evaluation.json").write_bytes(canonical(figures | samples))
     return Built(metrics=figures | {name: samples[name] for name in ("parse_share",) if name in samples})
+
+
+def _drop_not_finite(figures: dict[str, Any], path: str) -> list[str]:
+    """Remove infinite and NaN figures at any depth; returns their names."""
+    left_out = []
+    for name, value in list(figures.items()):
+        if isinstance(value, dict):
+            left_out += _drop_not_finite(value, f"{path}{name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            left_out.append(f"{path}{name}")
+            del figures[name]
+    return left_out
 
 
 def _score(split: str, documents: list[Document], scorer: Scorer, tokenizer: "Tokenizer") -> dict[str, Any]:

@@ -81,7 +81,8 @@ def choose(documents: Sequence[Document], tokenizer: "Tokenizer", cfg: EvaluateC
 def _complete(
     prompts: Sequence[Prompt], scorer: Scorer, tokenizer: "Tokenizer", cfg: EvaluateConfig, *, temperature: float
 ) -> list[str]:
-    ids = [[tokenizer.eot_id, *tokenizer.encode(prompt.prompt)] for prompt in prompts]
+    # A prompt that was cut inside a character has more tokens as text than it was cut to.
+    ids = [[tokenizer.eot_id, *tokenizer.encode(prompt.prompt)[: cfg.prompt_tokens]] for prompt in prompts]
     made = scorer.generate(
         ids,
         max_tokens=cfg.sample_tokens,

@@ -102,12 +102,18 @@ def _find(keys: Ints, wanted: Ints) -> tuple[Ints, NDArray[np.bool_]]:
 
 
 def _discounts(counts: Ints) -> Floats:
-    """Chen and Goodman's D1, D2, D3+ from the counts of counts; 1/2 where the sample is too small to tell."""
+    """Return Chen and Goodman's D1, D2, D3+ from the counts of counts, and 1/2 where the sample is too small to tell.
+
+    Every discount is above 0. Otherwise nothing would be left for unseen tokens, whose probability would be 0: in a
+    small corpus with a small vocabulary, few tokens are rare and the formulas can turn negative.
+    """
     n1, n2, n3, n4 = (int((counts == k).sum()) for k in (1, 2, 3, 4))
     if not (n1 and n2 and n3):
         return np.array([0.0, 0.5, 0.5, 0.5])
     y = n1 / (n1 + 2 * n2)
-    return np.clip([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3], 0.0, [0.0, 1.0, 2.0, 3.0])
+    discounts = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
+    discounts[1:][discounts[1:] <= 0] = 0.5
+    return discounts
 
 
 def _unigram(counts: Ints) -> Floats:

@@ -328,8 +328,8 @@ def serialized(weights: Weights) -> Iterator[bytes | memoryview]:
 def assemble(cfg: ModelConfig, weights: Weights, compute_dtype: torch.dtype = torch.float32) -> Transformer:
     """A model for inference (eval mode, no gradients) from our own names.
 
-    Weights are stored in `compute_dtype`, as the layers would cast them at each use; routers in at least fp32, in
-    which they compute. Raises InputError when names or shapes are not those of `cfg`.
+    Weights are stored in `compute_dtype`, as the layers would cast them at each use; routers and their biases in at
+    least fp32, in which they compute. Raises InputError when names or shapes are not those of `cfg`.
     """
     with torch.device("meta"):
         model = Transformer(cfg, compute_dtype)
@@ -337,7 +337,7 @@ def assemble(cfg: ModelConfig, weights: Weights, compute_dtype: torch.dtype = to
     check_names(expected, weights)
     routers = torch.promote_types(compute_dtype, torch.float32)
     state = {
-        name: weight.load().to(routers if ".router." in name else compute_dtype) for name, weight in weights.items()
+        name: weight.load().to(routers if ".router" in name else compute_dtype) for name, weight in weights.items()
     }
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

@@ -3,7 +3,9 @@
 A block is treated when it has just got its weights and the next has none, so that no rank ever holds the whole model.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,9 +52,18 @@ def parallel_model(
 
 
 def apply_compile(block: Block) -> None:
-    """Both halves of a block; the kernels' own functions stay as they are, and so does FSDP's gathering."""
+    """Compile both halves of a block for training; the kernels' own functions and FSDP's gathering stay as they are.
+
+    In evaluation the halves run uncompiled: without gradients the native kernels are called through ctypes, which
+    torch.compile cannot trace, and each new length would be compiled again.
+    """
     for half in ("attended", "fed"):
-        setattr(block, half, torch.compile(getattr(block, half)))
+        plain = getattr(block, half)
+        setattr(block, half, partial(_compiled_in_training, block, torch.compile(plain), plain))
+
+
+def _compiled_in_training(block: Block, compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any) -> Any:
+    return (compiled if block.training else plain)(*args)
 
 
 def apply_recompute(block: Block, what: Recompute) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ class Report:
     """Everything that the page and report.json are made of.
 
     `run` is the folder as the user names it (it appears in the commands to copy); `seconds` are wall-clock seconds per
-    stage; `train`, `validation` and `resumes` are the records of metrics.jsonl by kind, in order.
+    stage; `train`, `validation` and `resumes` are the records of metrics.jsonl by kind, in order. `skipped`: stages
+    that this recipe cannot run, and why.
     """
 
     name: str
@@ -40,11 +41,12 @@ class Report:
     resumes: tuple[Record, ...] = ()
     evaluation: Mapping[str, Any] | None = None
     drops: Mapping[str, Any] | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[str]:
         """Stages that have not run yet, in their order."""
-        return [name for name in STAGES if name not in self.stages]
+        return [name for name in STAGES if name not in self.stages and name not in self.skipped]
 
     def metrics(self, stage: str) -> Mapping[str, Any]:
         return self.stages[stage].metrics if stage in self.stages else {}
@@ -67,6 +69,7 @@ def collect(
     recipe: Mapping[str, Any],
     machine: Mapping[str, Any],
     seconds: Mapping[str, float],
+    skipped: Mapping[str, str] | None = None,
 ) -> Report:
     """Read what the given stages' artifacts (their directories) and the run's metrics.jsonl hold.
 
@@ -90,6 +93,7 @@ def collect(
         resumes=by_kind["resume"],
         evaluation=_read_json(artifacts.get("evaluate"), "evaluation.json"),
         drops=_read_json(artifacts.get("corpus"), "drops.json"),
+        skipped=skipped or {},
     )
 
 
@@ -113,6 +117,7 @@ def collect_run(run: Path) -> Report:
             recipe=manifest["config"],
             machine=said.get("machine", {}),
             seconds=said.get("seconds", {}),
+            skipped=said.get("skipped", {}),
         )
     stages = newest_stages(run)
     if not stages and not (run / METRICS).exists():
@@ -195,6 +200,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "name": report.name,
         "finished": not report.missing,
         "missing_stages": report.missing,
+        **({"skipped_stages": dict(report.skipped)} if report.skipped else {}),
         **figures(report),
         "held_out_by_source": by_source(held_out(report)),
         "validation_by_source": by_source(validation_bits(report)),

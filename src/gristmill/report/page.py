@@ -126,7 +126,7 @@ def summary(report: Report) -> str:
 
 def unfinished(report: Report) -> str:
     if not report.missing:
-        return ""
+        return " ".join(f"The {name} was skipped: {reason}." for name, reason in report.skipped.items())
     at = f" Training has logged step {count(report.train[-1].get('step', 0))}." if report.train else ""
     return f"This run is not finished: still to come: {listed([DOING[name] for name in report.missing])}.{at}"
 
