@@ -331,6 +331,7 @@ def test_a_compiled_training_reaches_its_report(
         (["train.checkpoint.copy_to=nosuch://bucket"], "fsspec knows no protocol 'nosuch'"),
         (["shards.remote=nosuch://bucket"], "fsspec knows no protocol 'nosuch'"),
         (["train.parallel.expert=2"], "train.parallel"),
+        (["model.d_model=1048576"], r"training takes at least [\d,]+ GiB"),
     ],
 )
 def test_what_a_later_stage_cannot_use_is_refused_before_the_first_stage(

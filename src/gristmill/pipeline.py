@@ -40,7 +40,7 @@ from gristmill.hub.export import build_export
 from gristmill.hub.published import model_type_of
 from gristmill.inference.load import load_model
 from gristmill.inference.scorer import ModelScorer
-from gristmill.model.counts import train_flops_per_token
+from gristmill.model.counts import count_params, train_flops_per_token
 from gristmill.parallel.ranks import Ranks, join
 from gristmill.progress import console
 from gristmill.recipe import Recipe, curriculum_of, keyed, plain
@@ -112,6 +112,7 @@ class _Run:
             remote.directory  # noqa: B018  # raises InputError where the home directory is unknown
         if "train" in wanted:
             layout_of(r.train, r.model, self.ranks)
+            self.check_memory()
             if url := r.train.checkpoint.copy_to:
                 require("train.checkpoint.copy_to", url)
         if "export" in wanted:
@@ -120,6 +121,16 @@ class _Run:
             except InputError as reason:
                 self.skipped["export"] = str(reason)
                 console.print(f"export will be skipped: {reason}", markup=False)
+
+    def check_memory(self) -> None:
+        """Raises InputError when one process on a CPU cannot hold weights, gradients and moments."""
+        needed = 12 * count_params(self.recipe.model).total_params / 2**30  # three numbers of 4 bytes
+        memory = self.machine["memory_gib"]  # 0 where it is unknown
+        if self.ranks.world_size == 1 and self.machine["gpu"] is None and 0 < memory < needed:
+            raise InputError(
+                f"model: training takes at least {needed:,.0f} GiB for weights, gradients and moments, and this "
+                f"machine has {memory:,.0f} GiB; make the model smaller, or see `gristmill plan` for how to split it"
+            )
 
     def stages(self, wanted: tuple[StageName, ...], finish: bool) -> Path:
         self.check(wanted)

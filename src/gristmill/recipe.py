@@ -266,7 +266,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
     try:
         value = load_yaml(text)
     except ValueError as problem:
-        raise InputError(f"--set {override!r:.200}: the value is not valid YAML: {problem}") from None
+        raise InputError(f"--set {override!r:.200}: the value is not valid: {problem}") from None
     return _with(tree, path.split("."), value, path)
 
 

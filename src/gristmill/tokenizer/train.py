@@ -24,6 +24,7 @@ from gristmill.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_VOCAB_SIZE = 4096
 SMALLEST = 256 + len(SPECIAL_TOKENS)  # every byte, no merge
+LARGEST = 2**21  # three ids fit in 64 bits, which the evaluation's trigram needs
 MEASURED_BYTES = 1 << 20  # of held-back text: enough for three digits of bytes per token
 READ_ROWS = 256
 
@@ -49,9 +50,10 @@ class TokenizerConfig:
             raise ValueError(f"vocab_size={self.vocab_size} is for kind=bpe; with kind={self.kind} set it to null")
         if self.kind != "gpt4" and self.table is not None:
             raise ValueError(f"table={self.table!r} is read with kind=gpt4 only; leave it out or change kind")
-        if self.vocab_size is not None and self.vocab_size < SMALLEST:
+        if self.vocab_size is not None and not SMALLEST <= self.vocab_size <= LARGEST:
             raise ValueError(
-                f"vocab_size={self.vocab_size} must be at least {SMALLEST}: every byte and the special tokens"
+                f"vocab_size={self.vocab_size} must be at least {SMALLEST} (every byte and the special tokens) and at "
+                f"most {LARGEST}"
             )
         if self.sample_bytes < 1:
             raise ValueError(f"sample_bytes={self.sample_bytes} must be at least 1")
