@@ -92,7 +92,7 @@ def walk(origin: artifact.Origin) -> list[artifact.Origin]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"start": "nowhere"}, r"start=nowhere: it holds no model.json; name a directory"),
+        ({"start": "nowhere"}, r"start=\S*/nowhere: it holds no model.json; name a directory"),
         ({"start": "{published}"}, r"`gristmill import .* OUT` first"),
         ({"tokenizer": {"kind": "gpt4"}}, r"tokenizer: start=.* brings its own; leave this section out"),
         ({"model": {"n_layers": 3}}, r"model.n_layers=3: start=.* has 2; only max_seq_len, .* can change"),
