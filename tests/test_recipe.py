@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gristmill.corpus.files import find_files
+from gristmill.corpus.paths import find_files
 from gristmill.errors import InputError
 from gristmill.evaluate.config import EvaluateConfig
 from gristmill.home import expand

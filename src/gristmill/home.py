@@ -13,11 +13,10 @@ def home(other: str) -> Path:
         raise InputError(f"the home directory is unknown; set HOME or {other}") from None
 
 
-def expand(path: str | Path) -> Path:
-    """Replace a leading `~` or `~name`. Raises InputError where that home directory is unknown."""
+def expand(path: str | Path, where: str = "") -> Path:
+    """Replace a leading `~` or `~name`. Raises InputError, which begins with `where`, if that home is unknown."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        first = Path(path).parts[0]
-        fix = "set HOME, or " if first == "~" else ""
-        raise InputError(f"{str(path)!r}: the home directory {first} is unknown; {fix}give a path without ~") from None
+        fix = "set HOME or write the full path" if Path(path).parts[0] == "~" else "write the full path"
+        raise InputError(f"{where and f'{where}: '}{str(path)!r}: the home directory is unknown; {fix}") from None

@@ -364,7 +364,7 @@ def _explain(error: ValidationError) -> str:
 
 def _from_start(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree with the shape of the model that it goes on from."""
-    path = expand(str(tree["start"]))
+    path = expand(str(tree["start"]), "start")
     if not (path / MODEL_JSON).is_file():
         fix = f"`gristmill import {path} OUT` first" if (path / CONFIG_JSON).is_file() else "name a directory with one"
         raise InputError(f"start={path}: it holds no {MODEL_JSON}; {fix}")

@@ -11,9 +11,10 @@ from typing import Any
 
 from gristmill.corpus.config import CorpusConfig, SourceConfig
 from gristmill.corpus.documents import Document, Dropped
-from gristmill.corpus.paths import EVERYTHING, expand, file_size, find_files, groups_of, listed, open_file
+from gristmill.corpus.paths import EVERYTHING, file_size, find_files, groups_of, listed, open_file
 from gristmill.corpus.tables import ROWS_AT_ONCE, Reader, arrow_rows, is_table
 from gristmill.errors import InputError
+from gristmill.home import expand
 
 
 class PathSource:

@@ -15,6 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from gristmill.errors import InputError
+from gristmill.home import expand
 
 MAX_PATH_BYTES = 4000  # of one system call; Linux allows 4,095, others fewer than they say
 EVERYTHING = ["**", "*"]
@@ -65,14 +66,6 @@ def find_files(path: str, where: str) -> Found:
             f"{where}: {path!r} holds no files (hidden ones do not count){example}; put text files there or change it"
         )
     return Found(dict(sorted(files.items())), dict(sorted(losses.items())))
-
-
-def expand(path: str, where: str) -> Path:
-    """The path with `~` replaced. Raises InputError where the home directory is unknown."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise InputError(f"{where}: {path!r}: the home directory is unknown; set HOME or write the full path") from None
 
 
 def groups_of(names: list[str]) -> dict[str, str]:
