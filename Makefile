@@ -59,7 +59,7 @@ sanitize: .venv/locked
 	$(BIN)/python setup.py -q sanitize --library $(SANITIZED)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	GRISTMILL_TEST_LIBRARY=$(SANITIZED) $(BIN)/python -m pytest -p no:cacheprovider tests/kernels/test_native_kernels.py \
-	tests/kernels/test_packed_kernels.py
+	tests/kernels/test_packed_kernels.py tests/kernels/test_team.py
 
 # Made again when the lock or the package's own settings change; a failed install leaves no stamp.
 .venv/locked: requirements.lock pyproject.toml setup.py $(wildcard src/gristmill/kernels/native/*)

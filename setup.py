@@ -26,8 +26,9 @@ def build(library: Path, folder: Path, extra: str = "") -> None:
     command = [*shlex.split(os.environ.get("CXX") or "g++"), *shlex.split(FLAGS), *shlex.split(extra)]
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
-    objects = [folder / "cpu.o"]
-    subprocess.run([*command, "-c", str(SOURCES / "cpu.cpp"), "-o", str(objects[0])], check=True)
+    objects = [folder / "cpu.o", folder / "team.o"]
+    for made in objects:
+        subprocess.run([*command, "-c", str(SOURCES / made.with_suffix(".cpp").name), "-o", str(made)], check=True)
     for isa, flags in ({"plain": ""} | (X86 if platform.machine() == "x86_64" else {})).items():
         made = folder / f"{isa}.o"
         one = [*command, *shlex.split(flags), f"-DISA={isa}", "-c", str(SOURCES / "kernels.cpp"), "-o", str(made)]

@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -31,19 +32,26 @@ def gristmill(folder: Path, dtype: torch.dtype) -> Step:
     from gristmill.train.optimizer import Optimizer
 
     keep_freed_memory()  # as training does
+    try:
+        from gristmill.train.neighbors import Neighbors
+
+        watched = Neighbors(torch.get_num_threads()).watched
+    except ImportError:  # an earlier version, which neighbors.py compares with
+        watched = nullcontext
     model = assemble(*read_published(folder), dtype).requires_grad_().train()
     optimizer = Optimizer(OptimizerConfig(name="adamw", lr=LR), model)
 
     def step(tokens_BS: Tensor) -> float:
         B, S = tokens_BS.shape
         one_document = torch.zeros(B, S, dtype=torch.long)
-        hidden, _routing = model(tokens_BS, torch.arange(S).expand(B, -1), packed(one_document))
-        nll, _ = cross_entropy(hidden[:, :-1].flatten(0, 1), model.output_weight, tokens_BS[:, 1:].flatten())
-        loss = nll / (B * (S - 1))
-        loss.backward()
-        optimizer.clip()
-        optimizer.step(LR)
-        return float(loss.detach())
+        with watched():
+            hidden, _routing = model(tokens_BS, torch.arange(S).expand(B, -1), packed(one_document))
+            nll, _ = cross_entropy(hidden[:, :-1].flatten(0, 1), model.output_weight, tokens_BS[:, 1:].flatten())
+            loss = nll / (B * (S - 1))
+            loss.backward()
+            optimizer.clip()
+            optimizer.step(LR)
+            return float(loss.detach())
 
     return step
 

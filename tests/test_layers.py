@@ -8,7 +8,7 @@ from pathlib import Path
 import gristmill
 
 LAYERS = [
-    ["errors", "background", "home", "strict_yaml", "artifact", "progress", "session"],
+    ["errors", "background", "cpus", "home", "strict_yaml", "artifact", "progress", "session"],
     ["kernels", "tokenizer", "streaming"],
     ["model", "corpus", "evaluate"],
     ["parallel", "hub"],

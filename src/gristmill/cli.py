@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
+from gristmill.cpus import limit_threads
 from gristmill.errors import Failure, InputError
 
 app = typer.Typer(
@@ -33,6 +34,11 @@ PathArg = Annotated[Path, typer.Argument(metavar="PATH", help="A run folder or a
 ModelArg = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint, or a Hugging Face directory.")
 ]
+
+
+@app.callback()
+def prepare() -> None:
+    limit_threads()  # before any verb imports torch
 
 
 def _run(name: str, out: Path | None, overrides: list[str] | None, until: Any) -> None:

@@ -32,6 +32,25 @@ def hidden_states(model: Transformer, rows: Tensor) -> Tensor:
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{**DBRX, "d_model": 256}, QWEN])
+def test_one_thread_and_several_give_the_same_tokens_and_log_probabilities_bit_for_bit(
+    tiny: Tiny, changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Prompts long enough that PyTorch would share their rows among threads, then decoding in batches."""
+    model = tiny(max_seq_len=512, vocab_size=1000, **changes)
+    model.compute_dtype = dtype
+    made = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        engine, chance = Engine(model, EngineConfig(cache_tokens=8192, token_budget=700)), random.Random(0)
+        prompts = [[chance.randrange(1000) for _ in range(length)] for length in (1, 3, 40, 250, 300)]
+        streams = [engine.submit(Request(prompt=prompt, max_tokens=24, logprobs=3)) for prompt in prompts]
+        made.append([[token for piece in stream for token in piece.tokens] for stream in streams])
+    assert made[0] == made[1] == made[2]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changes", [DBRX, QWEN])
 def test_log_probabilities_of_50_sampled_sequences_are_those_of_trainings_forward_pass_bit_for_bit(
     tiny: Tiny, changes: dict[str, Any], dtype: torch.dtype

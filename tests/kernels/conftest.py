@@ -36,8 +36,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         not_run("no C++ compiler")
     library = tmp_path_factory.mktemp("emulated") / "emulated.so"
     flags = "-std=c++17 -O1 -fPIC -fopenmp -fno-math-errno -Wno-psabi -shared -DEMULATE_AMX -DISA=amx_bf16"
-    source = ROOT / "src/gristmill/kernels/native/kernels.cpp"
-    subprocess.run([str(compiler), *flags.split(), str(source), "-o", str(library)], check=True)
+    sources = [str(ROOT / "src/gristmill/kernels/native" / name) for name in ("kernels.cpp", "team.cpp")]
+    subprocess.run([str(compiler), *flags.split(), *sources, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 

@@ -69,8 +69,10 @@ class NativeLayers:
     def __init__(self, model: Transformer, weights: Weights | None = None, disk_bytes: int | None = None) -> None:
         self.model, self.dtype, self.weights = model, model.compute_dtype, weights
         self.forwards: dict[torch.nn.Module, Callable[..., Any]] = {}
+        self.is_complete = True  # every matrix product of the model is computed here
         for name, module in model.named_modules():
             if "forward" in vars(module):
+                self.is_complete = False
                 continue
             match module:
                 case Linear():

@@ -14,6 +14,7 @@ from gristmill.inference.layers import Layers, NativeLayers, layers_of
 from gristmill.inference.paged import NativePaged, OneEach, paged_attention
 from gristmill.inference.recording import NotRecordable, Recording, Scratch
 from gristmill.inference.scheduler import Part
+from gristmill.kernels import native
 from gristmill.model import Transformer
 
 LOGITS_ROWS = 256  # rows whose logits stand in memory at once
@@ -28,6 +29,7 @@ class Runner:
         self.paged = paged_attention(model, num_blocks, block_tokens)
         self.device, self.threads = model.wte.weight.device, torch.get_num_threads()
         on_packed = isinstance(self.layers, NativeLayers) and isinstance(self.paged, NativePaged)
+        self._own_threads = isinstance(self.layers, NativeLayers) and self.layers.is_complete
         self._can_record = on_packed and getattr(self.layers, "cache", None) is None
         self.scratch, self._decoding = Scratch(), dict[int, Decoding]()  # by the number of sequences
         self._steps: Counter[int] = Counter()
@@ -43,11 +45,12 @@ class Runner:
         if self._can_record and not anew and all(part.end - part.start == 1 for part in parts):
             decoding = self._decoding.get(len(parts)) or self._recorded(parts)
             if decoding is not None:
-                hidden_TD, self._logits_TV = decoding.run(parts)
+                with self._threads():
+                    hidden_TD, self._logits_TV = decoding.run(parts)
                 return hidden_TD
         tokens = torch.tensor([[id for part in parts for id in part.job.ids[part.start : part.end]]])
         positions = torch.tensor([[position for part in parts for position in range(part.start, part.end)]])
-        with torch.inference_mode(), evaluating(self.model), self.layers.seated():
+        with torch.inference_mode(), evaluating(self.model), self.layers.seated(), self._threads():
             hidden, _ = self.model(tokens.to(self.device), positions.to(self.device), self.paged.attend(parts))
         return hidden[0]
 
@@ -57,9 +60,22 @@ class Runner:
             yield from (self._logits_TV[row] for row in rows)
             return
         for first in range(0, len(rows), LOGITS_ROWS):
-            with torch.inference_mode():
+            with torch.inference_mode(), self._threads():
                 logits_TV = self.layers.logits(hidden_TD[list(rows[first : first + LOGITS_ROWS])]).cpu()
             yield from logits_TV
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        """Native layers compute on threads of their own, between which PyTorch's small operations run on one."""
+        if not self._own_threads:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            with native.team(self.threads):
+                yield
+        finally:
+            torch.set_num_threads(self.threads)
 
     def _recorded(self, parts: Sequence[Part]) -> "Decoding | None":
         self._steps[len(parts)] += 1

@@ -70,6 +70,28 @@ def compute_alone() -> None:
         library.compute_alone()
 
 
+@contextmanager
+def team(threads: int) -> Iterator[None]:
+    """Run this thread's kernels on `threads` threads of the library's own instead of OpenMP's: see native/team.cpp."""
+    if (library := _library()) is None:
+        yield
+        return
+    before = library.set_team(threads)
+    try:
+        yield
+    finally:
+        library.set_team(before)
+
+
+def yield_cores(on: bool) -> None:
+    """While on, this process's threads sleep whenever they wait: for machines on which others take the CPUs.
+
+    The bits stay the same. Does nothing without the library.
+    """
+    if (library := _library()) is not None:
+        library.yield_cores(on)
+
+
 def serves(x: Tensor) -> bool:
     """Whether the native kernels take a tensor like x."""
     return x.device.type == "cpu" and x.dtype in TYPES and in_use() != "torch"

@@ -140,7 +140,10 @@ class MoE(nn.Module):
         self.experts = Experts(cfg)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the output [T, D], the mean probabilities [E] and the counts [E]."""
+        """Returns the output [T, D], the experts' mean probabilities [E] and their counts [E].
+
+        Only the balancing loss needs the probabilities, so in evaluation they are 0.
+        """
         cfg, E = self.cfg, self.cfg.moe_num_experts
         routed = upcast(x_TD)
         if self.training and cfg.moe_jitter_eps:
@@ -150,7 +153,8 @@ class MoE(nn.Module):
         )
         counts_E = torch.zeros(E, dtype=torch.long, device=x_TD.device)
         counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())  # bincount would wait for a GPU
-        return self.experts(x_TD, weights_TK, ids_TK), probs_TE.mean(0), counts_E
+        mean_E = probs_TE.mean(0) if self.training else probs_TE.new_zeros(E)
+        return self.experts(x_TD, weights_TK, ids_TK), mean_E, counts_E
 
 
 class DenseGLU(nn.Module):

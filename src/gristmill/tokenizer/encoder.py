@@ -6,8 +6,6 @@ in that one way: inside a piece, what lies between two final borders goes throug
 pair that makes a known token is always the pair that the merge names.
 """
 
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +14,7 @@ import tiktoken
 import tokenizers
 from tokenizers import models
 
+from gristmill.cpus import usable_cpus
 from gristmill.tokenizer.gpt4 import is_table
 from gristmill.tokenizer.layout import BLANKS, LINES_AND_WORDS, SPLIT_PATTERN
 
@@ -57,7 +56,7 @@ def over_threads(
 
     Threads suffice: tiktoken works outside of the interpreter's lock. torch's threads are others.
     """
-    threads = threads or usable_cores()
+    threads = threads or usable_cpus()
     groups: list[list[str]] = [[]]
     chars = 0
     for text in texts:
@@ -70,12 +69,6 @@ def over_threads(
         return encode(texts)
     with ThreadPoolExecutor(min(threads, len(groups)), "encode") as pool:
         return [ids for group in pool.map(encode, groups) for ids in group]
-
-
-def usable_cores() -> int:
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _splits_as_ours(pre_tokenizer: Mapping[str, Any] | None) -> bool:

@@ -51,6 +51,7 @@ from gristmill.train.figures import Figures, Step
 from gristmill.train.gradients import Gradients
 from gristmill.train.guard import Guard
 from gristmill.train.machine import apply_compute, choose_compute, gemm_flops
+from gristmill.train.neighbors import Neighbors
 from gristmill.train.optimizer import Optimizer
 from gristmill.train.remote import fetch_latest
 from gristmill.train.schedule import learning_rate_scale
@@ -128,7 +129,9 @@ def train(
     guard, balance = Guard(cfg.guard), Balance(cfg, model, ranks)
     gradients = Gradients(model, cfg, balance, len(batches.source_names), folder, ranks, mesh)
     done = saved = go_on(resumed, model, optimizer, guard) if resumed else 0
-    with closing(Checkpoints(folder, cfg.checkpoint, identity, model_cfg, tokenizer, start, ranks)) as checkpoints:
+    saving = Checkpoints(folder, cfg.checkpoint, identity, model_cfg, tokenizer, start, ranks)
+    threads = compute["threads"] if compute["device"] == "cpu" else 1
+    with closing(saving) as checkpoints, closing(Neighbors(threads)) as neighbors:
         figures = Figures(cfg, model_cfg, batches, gemm_flops(model.compute_dtype) * ranks.world_size)
         yield Started(done, model, compute, figures.gemm_flops, damage)
         if done and due(cfg, done):
@@ -150,7 +153,8 @@ def train(
         while done < cfg.steps:
             if done not in guard.skipped:
                 torch.manual_seed(jitter_seed(cfg.seed, done, ranks.rank))
-                sums = gradients.of(next(waiting, None), stop)
+                with neighbors.watched():
+                    sums = gradients.of(next(waiting, None), stop)
                 if sums is None:
                     break
                 norm = optimizer.clip()
@@ -172,7 +176,7 @@ def train(
                         continue
                 else:
                     lr, grad_norm = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, done, cfg.steps), norm
-                    with ranks.meeting():
+                    with ranks.meeting(), neighbors.watched():
                         optimizer.step(lr)
                     balance.after(sums.counts_LE)
                     figures.add(done, sums)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gristmill.cpus import usable_cpus
 from gristmill.errors import InputError
 from gristmill.kernels import native
 from gristmill.parallel.config import Layout
@@ -90,7 +91,7 @@ def describe_machine() -> dict[str, Any]:
     flags = _cpu_flags()
     return {
         "cpu": _cpu_name(),
-        "cores": os.cpu_count() or 1,
+        "cores": usable_cpus(),
         "memory_gib": round(memory / 2**30, 1),
         "simd": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -6,6 +6,7 @@
 #pragma once
 #include "gemm.h"
 #include "memory.h"
+#include "team.h"
 
 namespace {
 
@@ -253,11 +254,10 @@ template <class T>
 void attention_forward(const Sizes& z, Heads<const T> q, Heads<const T> k, Heads<const T> v, T* out, float* lse) {
     const int64_t width = z.padded_head(), all = width * z.padded_length();
     const int64_t bytes = 2 * all * sizeof(T) + 64 * 2 + Running<T>::bytes(width);
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t task = 0; task < z.B * z.H; task++) {
+    parallel_for(z.B * z.H, [&](int64_t task) {
         Arena arena(bytes);
         forward_head(z, q, k, v, out, lse, task / z.H, task % z.H, arena);
-    }
+    });
 }
 
 template <class T>
@@ -266,12 +266,11 @@ void attention_backward(const Sizes& z, Heads<const T> q, Heads<const T> k, Head
     const int64_t width = z.padded_head(), all = width * z.padded_length();
     const int64_t bytes = 3 * all * sizeof(T) + 2 * all * 4 + BLOCK * (4 * width + 3 * BLOCK) * sizeof(T) +
                           BLOCK * (width + 2 * BLOCK) * 4 + 64 * 16;
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t task = 0; task < z.B * z.H; task++) {
+    parallel_for(z.B * z.H, [&](int64_t task) {
         Arena arena(bytes);
         const int64_t rows = task * z.S * z.C;
         backward_head(z, q, k, v, out, grad, lse, dq, dk + rows, dv + rows, task / z.H, task % z.H, arena);
-    }
+    });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 // instructions. A sum takes its terms in the order in which it takes them from plain panels: its bits are the same.
 #pragma once
 #include "gemm.h"
+#include "team.h"
 
 namespace {
 
@@ -106,9 +107,9 @@ inline void lay_halves(int64_t N, int64_t K, int64_t row, int64_t column, const 
     const int64_t inputs = (K + 31) / 32 * 32;
     int64_t failed = inputs > MOST_INPUTS;
     if (!failed) {
-#pragma omp parallel for schedule(dynamic) reduction(+ : failed)
-        for (int64_t output = 0; output < N; output += PANEL)
-            failed += !lay_short(source, output, out + output / PANEL * Short::bytes(inputs));
+        parallel_for((N + PANEL - 1) / PANEL, [&](int64_t panel) {
+            if (!lay_short(source, panel * PANEL, out + panel * Short::bytes(inputs))) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        });
     }
     *fits = !failed;
 }

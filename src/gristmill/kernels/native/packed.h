@@ -10,8 +10,6 @@
 #include "halves.h"
 #include "memory.h"
 
-#include <omp.h>
-
 namespace {
 
 const int64_t CHUNK = 48;    // rows whose sums stay in the cache; a multiple of 16, and of 6
@@ -44,19 +42,18 @@ INLINE int64_t tiled(int64_t rows) { return (rows + ROW_TILE - 1) / ROW_TILE * R
 // [count][PANEL][M] -> [count][M][PANEL] of what four bytes, or two, hold: how a panel is made.
 template <class U> void lay_panels(int64_t count, int64_t M, const U* x, U* out) {
     const int64_t strip = 64 / sizeof(U);
-#pragma omp parallel for
-    for (int64_t n = 0; n < count; n++)
+    parallel_for(count, [&](int64_t n) {
         for (int64_t from = 0; from < M; from += strip)
             for (int64_t p = 0; p < PANEL; p++)
                 for (int64_t m = from; m < from + strip && m < M; m++)
                     out[(n * M + m) * PANEL + p] = x[(n * PANEL + p) * M + m];
+    });
 }
 
 // The same of whole numbers in words, from the lowest bits up, counted from -2^(bits-1): words [N][K * bits / 32], scales [N][J].
 inline void lay_quantized(int64_t bits, int64_t N, int64_t J, int64_t group, const uint32_t* words, const bf16* scales, uint8_t* out) {
     const int64_t each = group * bits / 32, panels = (N + PANEL - 1) / PANEL, bytes = PANEL * (2 + group * bits / 8);
-#pragma omp parallel for
-    for (int64_t task = 0; task < panels * J; task++) {
+    parallel_for(panels * J, [&](int64_t task) {
         const int64_t first = task / J * PANEL, j = task % J;
         bf16* scale = (bf16*)(out + task * bytes);
         for (int64_t r = 0; r < PANEL; r++) {
@@ -76,7 +73,7 @@ inline void lay_quantized(int64_t bits, int64_t N, int64_t J, int64_t group, con
                 }
             }
         }
-    }
+    });
 }
 
 // ---- rows as they are ----------------------------------------------------------------------------------
@@ -291,33 +288,24 @@ inline void panel_product(const Whole& x, int64_t first, int64_t count, const Ma
     else panel_whole<4>(x, first, count, panel, C);
 }
 
-// How many panels a thread takes at once: what it fetches ahead is then mostly its own, and the last run is short.
-inline int64_t run_of(int64_t panels) {
-    const int64_t run = panels / (4 * omp_get_num_threads());
-    return run > 1 ? run : 1;
-}
-
 // ---- one matrix ----------------------------------------------------------------------------------------
+
+const int64_t SHORT_COPY = 16384;  // numbers that one thread arranges sooner than another one wakes
 
 template <class Left, class T> void product_with(int64_t rows, const T* x, const Matrix& w, T* out) {
     Left left(rows, w);
-#pragma omp parallel
-    {
-#pragma omp for
-        for (int64_t row = 0; row < rows; row++) left.set(row, x + row * w.K, w.K);
+    parallel_for(rows, SHORT_COPY / w.K, [&](int64_t row) { left.set(row, x + row * w.K, w.K); });
+    parallel_for(w.panels(), [&](int64_t number) {
         float sums[CHUNK * PANEL];
-#pragma omp for schedule(dynamic, run_of(w.panels()))
-        for (int64_t number = 0; number < w.panels(); number++) {
-            const int64_t column = number * PANEL, width = w.N - column < PANEL ? w.N - column : PANEL;
-            for (int64_t first = 0; first < rows; first += CHUNK) {
-                const int64_t count = rows - first < CHUNK ? rows - first : CHUNK;
-                panel_product(left, first, count, w, w.panel(number), sums);
-                for (int64_t r = 0; r < count; r++)
-                    for (int64_t i = 0; i < width; i += W)
-                        store_some(out + (first + r) * w.N + column + i, width - i, load(sums + r * PANEL + i));
-            }
+        const int64_t column = number * PANEL, width = w.N - column < PANEL ? w.N - column : PANEL;
+        for (int64_t first = 0; first < rows; first += CHUNK) {
+            const int64_t count = rows - first < CHUNK ? rows - first : CHUNK;
+            panel_product(left, first, count, w, w.panel(number), sums);
+            for (int64_t r = 0; r < count; r++)
+                for (int64_t i = 0; i < width; i += W)
+                    store_some(out + (first + r) * w.N + column + i, width - i, load(sums + r * PANEL + i));
         }
-    }
+    });
 }
 
 // x [rows, K] -> out [rows, N].
@@ -364,53 +352,48 @@ void experts_with(const Sizes3& z, const T* x, const float* weights, const int64
     Left inner(to.rows, up), hidden(to.rows, down);
     Buffer<T> acts(to.rows * z.F), results(to.rows * z.D);
     Buffer<float> weight(to.rows);
-#pragma omp parallel
-    {
+    parallel_for(z.tokens * z.top_k, SHORT_COPY / z.D, [&](int64_t a) {
+        inner.set(to.row.data[a], x + a / z.top_k * z.D, z.D);
+        weight.data[to.row.data[a]] = weights[a];
+    });
+    parallel_for(to.num_chosen * up.panels(), [&](int64_t task) {
         float gate[CHUNK * PANEL], sums[CHUNK * PANEL];
-#pragma omp for
-        for (int64_t a = 0; a < z.tokens * z.top_k; a++) {
-            inner.set(to.row.data[a], x + a / z.top_k * z.D, z.D);
-            weight.data[to.row.data[a]] = weights[a];
+        const int64_t e = to.chosen.data[task / up.panels()], number = task % up.panels(), column = number * PANEL;
+        const int64_t width = z.F - column < PANEL ? z.F - column : PANEL, end = to.first.data[e] + to.count.data[e];
+        for (int64_t first = to.first.data[e]; first < end; first += CHUNK) {
+            const int64_t count = end - first < CHUNK ? end - first : CHUNK;
+            panel_product(inner, first, count, up, places[e] + 2 * number * up.panel_bytes(), gate);
+            panel_product(inner, first, count, up, places[e] + (2 * number + 1) * up.panel_bytes(), sums);
+            for (int64_t r = 0; r < count; r++)
+                for (int64_t i = 0; i < width; i += W) {
+                    vf g = rounded<T>(load(gate + r * PANEL + i)), u = rounded<T>(load(sums + r * PANEL + i));
+                    store_some(acts.data + (first + r) * z.F + column + i, width - i, g * sigmoid(g) * u * weight.data[first + r]);
+                }
         }
-#pragma omp for schedule(dynamic, run_of(to.num_chosen * up.panels()))
-        for (int64_t task = 0; task < to.num_chosen * up.panels(); task++) {
-            const int64_t e = to.chosen.data[task / up.panels()], number = task % up.panels(), column = number * PANEL;
-            const int64_t width = z.F - column < PANEL ? z.F - column : PANEL, end = to.first.data[e] + to.count.data[e];
-            for (int64_t first = to.first.data[e]; first < end; first += CHUNK) {
-                const int64_t count = end - first < CHUNK ? end - first : CHUNK;
-                panel_product(inner, first, count, up, places[e] + 2 * number * up.panel_bytes(), gate);
-                panel_product(inner, first, count, up, places[e] + (2 * number + 1) * up.panel_bytes(), sums);
-                for (int64_t r = 0; r < count; r++)
-                    for (int64_t i = 0; i < width; i += W) {
-                        vf g = rounded<T>(load(gate + r * PANEL + i)), u = rounded<T>(load(sums + r * PANEL + i));
-                        store_some(acts.data + (first + r) * z.F + column + i, width - i, g * sigmoid(g) * u * weight.data[first + r]);
-                    }
-            }
+    });
+    parallel_for(z.tokens * z.top_k, SHORT_COPY / z.F, [&](int64_t a) {
+        hidden.set(to.row.data[a], acts.data + to.row.data[a] * z.F, z.F);
+    });
+    parallel_for(to.num_chosen * down.panels(), [&](int64_t task) {
+        float sums[CHUNK * PANEL];
+        const int64_t e = to.chosen.data[task / down.panels()], number = task % down.panels(), column = number * PANEL;
+        const int64_t width = z.D - column < PANEL ? z.D - column : PANEL, end = to.first.data[e] + to.count.data[e];
+        for (int64_t first = to.first.data[e]; first < end; first += CHUNK) {
+            const int64_t count = end - first < CHUNK ? end - first : CHUNK;
+            panel_product(hidden, first, count, down, places[e] + 2 * up.bytes() + number * down.panel_bytes(), sums);
+            for (int64_t r = 0; r < count; r++)
+                for (int64_t i = 0; i < width; i += W)
+                    store_some(results.data + (first + r) * z.D + column + i, width - i, load(sums + r * PANEL + i));
         }
-#pragma omp for
-        for (int64_t a = 0; a < z.tokens * z.top_k; a++)
-            hidden.set(to.row.data[a], acts.data + to.row.data[a] * z.F, z.F);
-#pragma omp for schedule(dynamic, run_of(to.num_chosen * down.panels()))
-        for (int64_t task = 0; task < to.num_chosen * down.panels(); task++) {
-            const int64_t e = to.chosen.data[task / down.panels()], number = task % down.panels(), column = number * PANEL;
-            const int64_t width = z.D - column < PANEL ? z.D - column : PANEL, end = to.first.data[e] + to.count.data[e];
-            for (int64_t first = to.first.data[e]; first < end; first += CHUNK) {
-                const int64_t count = end - first < CHUNK ? end - first : CHUNK;
-                panel_product(hidden, first, count, down, places[e] + 2 * up.bytes() + number * down.panel_bytes(), sums);
-                for (int64_t r = 0; r < count; r++)
-                    for (int64_t i = 0; i < width; i += W)
-                        store_some(results.data + (first + r) * z.D + column + i, width - i, load(sums + r * PANEL + i));
-            }
+    });
+    parallel_for(z.tokens, SHORT_COPY / (z.top_k * z.D), [&](int64_t t) {
+        for (int64_t i = 0; i < z.D; i += W) {
+            vf sum = {};
+            for (int64_t k = 0; k < z.top_k; k++)
+                sum += load_some(results.data + to.row.data[t * z.top_k + k] * z.D + i, z.D - i, 0);
+            store_some(out + t * z.D + i, z.D - i, sum);
         }
-#pragma omp for
-        for (int64_t t = 0; t < z.tokens; t++)
-            for (int64_t i = 0; i < z.D; i += W) {
-                vf sum = {};
-                for (int64_t k = 0; k < z.top_k; k++)
-                    sum += load_some(results.data + to.row.data[t * z.top_k + k] * z.D + i, z.D - i, 0);
-                store_some(out + t * z.D + i, z.D - i, sum);
-            }
-    }
+    });
 }
 
 template <class T>

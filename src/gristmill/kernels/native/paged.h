@@ -88,20 +88,13 @@ void paged_attention(const PagedSizes& z, Heads<const T> q, Heads<const T> k, He
     for (int64_t p = 0, n = 0; p < z.parts; p++)
         for (int64_t t = 0; t < z.part[4 * p + 1]; t += tile, n++) owner.data[n] = p, first.data[n] = t;
     const bool one_each = z.parts == z.T;  // whose keys nobody else waits for
-#pragma omp parallel
-    {
-        if (!one_each) {
-#pragma omp for
-            for (int64_t i = 0; i < z.T * z.G; i++) keep(z, k, v, keys, values, i / z.G, i % z.G);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < tasks * z.G; task++) {
-            const int64_t n = task / z.G, *part = z.part + 4 * owner.data[n], left = part[1] - first.data[n];
-            if (one_each) keep(z, k, v, keys, values, part[0], task % z.G);
-            Arena arena(2 * BLOCK * width * sizeof(T) + 64 * 2 + Running<T>::bytes(width));
-            attend_tile(z, part, task % z.G, first.data[n], left < tile ? left : tile, q, keys, values, out, arena);
-        }
-    }
+    if (!one_each) parallel_for(z.T * z.G, 4, [&](int64_t i) { keep(z, k, v, keys, values, i / z.G, i % z.G); });
+    parallel_for(tasks * z.G, [&](int64_t task) {
+        const int64_t n = task / z.G, *part = z.part + 4 * owner.data[n], left = part[1] - first.data[n];
+        if (one_each) keep(z, k, v, keys, values, part[0], task % z.G);
+        Arena arena(2 * BLOCK * width * sizeof(T) + 64 * 2 + Running<T>::bytes(width));
+        attend_tile(z, part, task % z.G, first.data[n], left < tile ? left : tile, q, keys, values, out, arena);
+    });
 }
 
 }  // namespace

@@ -1,26 +1,24 @@
 // What is done row by row: the experts' GLU, the loss, routing, rotary embedding, RMS normalisation. Sums are in fp32.
 #pragma once
-#include "simd.h"
+#include "team.h"
 
 namespace {
 
 // h = [gate, up] of F each: weight * silu(gate) * up.
 template <class T> void glu_forward(int64_t P, int64_t F, const T* h, const float* weight, T* act) {
-#pragma omp parallel for
-    for (int64_t p = 0; p < P; p++) {
+    parallel_for(P, [&](int64_t p) {
         const T *gate = h + p * 2 * F, *up = gate + F;
         for (int64_t i = 0; i < F; i += W) {
             vf g = load_some(gate + i, F - i, 0), u = load_some(up + i, F - i, 0);
             store_some(act + p * F + i, F - i, g * sigmoid(g) * u * weight[p]);
         }
-    }
+    });
 }
 
 // From the gradient of act: act again, the gradients of h and of the weight. dh may be h.
 template <class T>
 void glu_backward(int64_t P, int64_t F, const T* h, const float* weight, const T* grad, T* act, T* dh, float* dweight) {
-#pragma omp parallel for
-    for (int64_t p = 0; p < P; p++) {
+    parallel_for(P, [&](int64_t p) {
         const T *gate = h + p * 2 * F, *up = gate + F;
         vf total = {};
         for (int64_t i = 0; i < F; i += W) {
@@ -32,13 +30,12 @@ void glu_backward(int64_t P, int64_t F, const T* h, const float* weight, const T
             store_some(dh + p * 2 * F + F + i, F - i, dact * silu);
         }
         dweight[p] = sum(total);
-    }
+    });
 }
 
 // logits [T, V] become their gradient; nll [T] the negative log-likelihoods.
 template <class T> void cross_entropy(int64_t rows, int64_t V, T* logits, const int64_t* targets, float* nll) {
-#pragma omp parallel for
-    for (int64_t t = 0; t < rows; t++) {
+    parallel_for(rows, [&](int64_t t) {
         T* row = logits + t * V;
         vf most = splat(-__builtin_inff());
         for (int64_t i = 0; i < V; i += W) most = larger(most, load_some(row + i, V - i, -__builtin_inff()));
@@ -49,27 +46,27 @@ template <class T> void cross_entropy(int64_t rows, int64_t V, T* logits, const 
         for (int64_t i = 0; i < V; i += W) store_some(row + i, V - i, exp(load_some(row + i, V - i, 0) - highest) * inverse);
         nll[t] = __builtin_logf(all) + highest - hit;
         assign(row[targets[t]], __builtin_expf(hit - highest) * inverse - 1.0f);
-    }
+    });
 }
 
 const int64_t FEW = 4;  // rows that are not worth waking another thread for
 
 template <class T> void add(int64_t N, const T* a, const T* b, T* out) {
-#pragma omp parallel for if (N > FEW * 4096)
-    for (int64_t i = 0; i < N; i += W) store_some(out + i, N - i, load_some(a + i, N - i, 0) + load_some(b + i, N - i, 0));
+    parallel_for((N + W - 1) / W, FEW * 4096 / W, [&](int64_t v) {
+        const int64_t i = v * W;
+        store_some(out + i, N - i, load_some(a + i, N - i, 0) + load_some(b + i, N - i, 0));
+    });
 }
 
 template <class T> void widen(int64_t N, const T* x, float* out) {
-#pragma omp parallel for if (N > FEW * 4096)
-    for (int64_t i = 0; i < N; i += W) store_some(out + i, N - i, load_some(x + i, N - i, 0));
+    parallel_for((N + W - 1) / W, FEW * 4096 / W, [&](int64_t v) { store_some(out + v * W, N - v * W, load_some(x + v * W, N - v * W, 0)); });
 }
 
 // logits [rows, E] -> their softmax, and of each row the K experts of the largest probability plus bias, the first of equal ones first:
 // their probabilities, divided by their norm of the given power; 0 is for none, and no bias may be null.
 template <class T>
 void route(int64_t rows, int64_t E, int64_t K, float power, const T* logits, const float* bias, float* probs, float* weights, int64_t* ids) {
-#pragma omp parallel for if (rows > FEW)
-    for (int64_t t = 0; t < rows; t++) {
+    parallel_for(rows, FEW, [&](int64_t t) {
         const T* x = logits + t * E;
         float* p = probs + t * E;
         vf most = splat(-__builtin_inff()), total = {};
@@ -101,7 +98,7 @@ void route(int64_t rows, int64_t E, int64_t K, float power, const T* logits, con
             if (power != 1) norm = __builtin_powf(norm, 1.0f / power);
             for (int64_t k = 0; k < K; k++) weights[t * K + k] /= norm;
         }
-    }
+    });
 }
 
 // C numbers, each pair (c, c + C/2) turned by the angle; what lies beyond ±clip is clipped first.
@@ -143,10 +140,10 @@ template <class T>
 void rotate(int64_t tokens, int64_t N, int64_t C, int64_t turned, const T* x, int64_t stride, const float* cos, const float* sin,
             float clip, T* out) {
     const int64_t half = C / 2;
-#pragma omp parallel for if (tokens > FEW)
-    for (int64_t t = 0; t < tokens; t++)
+    parallel_for(tokens, FEW, [&](int64_t t) {
         for (int64_t n = 0; n < N; n++)
             turn(C, n < turned, x + t * stride + n * C, cos + t * half, sin + t * half, clip, out + (t * N + n) * C);
+    });
 }
 
 // The same where the first `queries` heads and the `keys` after them are normed first, each by weights [C] of its kind.
@@ -154,14 +151,14 @@ template <class T>
 void rotate_normed(int64_t tokens, int64_t N, int64_t C, int64_t queries, int64_t keys, const T* x, int64_t stride, const float* q_weight,
                    const float* k_weight, float eps, const float* cos, const float* sin, T* out) {
     const int64_t half = C / 2;
-#pragma omp parallel for if (tokens > FEW)
-    for (int64_t t = 0; t < tokens; t++)
+    parallel_for(tokens, FEW, [&](int64_t t) {
         for (int64_t n = 0; n < N; n++) {
             const T* from = x + t * stride + n * C;
             T* to = out + (t * N + n) * C;
             if (n < queries + keys) normed(C, from, n < queries ? q_weight : k_weight, eps, to);
             turn(C, n < queries + keys, n < queries + keys ? to : from, cos + t * half, sin + t * half, __builtin_inff(), to);
         }
+    });
 }
 
 // The gradient of `rotate`: turned back, and 0 where x was clipped.
@@ -169,8 +166,7 @@ template <class T>
 void rotate_backward(int64_t tokens, int64_t N, int64_t C, int64_t turned, const T* x, int64_t stride, const float* cos,
                      const float* sin, float clip, const T* grad, T* dx) {
     const int64_t half = C / 2;
-#pragma omp parallel for
-    for (int64_t t = 0; t < tokens; t++)
+    parallel_for(tokens, [&](int64_t t) {
         for (int64_t n = 0; n < N; n++) {
             const T *from = x + t * stride + n * C, *g = grad + (t * N + n) * C;
             T* to = dx + (t * N + n) * C;
@@ -187,21 +183,20 @@ void rotate_backward(int64_t tokens, int64_t N, int64_t C, int64_t turned, const
                 store_some(to + half + i, half - i, select((high > clip) | (high < -clip), vf{}, b));
             }
         }
+    });
 }
 
 // x [N, D]: x * inverse * weight, where inverse [N] = 1 / sqrt(mean(x²) + eps) is kept.
 template <class T>
 void rms_norm(int64_t N, int64_t D, const T* x, const float* weight, float eps, T* out, float* inverse) {
-#pragma omp parallel for if (N > FEW)
-    for (int64_t n = 0; n < N; n++) inverse[n] = normed(D, x + n * D, weight, eps, out + n * D);
+    parallel_for(N, FEW, [&](int64_t n) { inverse[n] = normed(D, x + n * D, weight, eps, out + n * D); });
 }
 
 // dweight [parts, D] has a sum for each part of the rows, so that the order of summing does not follow the threads.
 template <class T>
 void rms_norm_backward(int64_t N, int64_t D, int64_t parts, const T* x, const float* weight, const float* inverse,
                        const T* grad, T* dx, float* dweight) {
-#pragma omp parallel for
-    for (int64_t part = 0; part < parts; part++) {
+    parallel_for(parts, [&](int64_t part) {
         float* sums = dweight + part * D;
         __builtin_memset(sums, 0, D * sizeof(float));
         for (int64_t n = N * part / parts; n < N * (part + 1) / parts; n++) {
@@ -218,7 +213,7 @@ void rms_norm_backward(int64_t N, int64_t D, int64_t parts, const T* x, const fl
                 store_some(dx + n * D + i, D - i, (g * w - value * along) * inverse[n]);
             }
         }
-    }
+    });
 }
 
 }  // namespace
