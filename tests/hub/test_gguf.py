@@ -229,7 +229,7 @@ def test_the_vocabulary_names_every_row_of_the_embedding(tiny: Tiny, tokenizer_d
     assert found["tokenizer.ggml.bos_token_id"] == found["tokenizer.ggml.eos_token_id"] == tokenizer.eot_id
     assert found["tokenizer.ggml.padding_token_id"] == tokenizer.pad_id
     assert found["tokenizer.ggml.eot_token_id"] == tokenizer.im_end_id
-    assert found["tokenizer.ggml.add_bos_token"] is False
+    assert found["tokenizer.ggml.add_bos_token"] is True
     assert found["tokenizer.chat_template"] == CHAT_TEMPLATE
 
 
@@ -569,7 +569,7 @@ def test_llama_cpp_knows_what_ends_a_text_and_a_turn(
         ends = [id for id in range(loaded.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, id)]
         assert ends == [tokenizer.eot_id, tokenizer.im_end_id]
         assert loaded.token_bos() == loaded.token_eos() == tokenizer.eot_id
-        assert not llama_cpp.llama_vocab_get_add_bos(vocab)
+        assert llama_cpp.llama_vocab_get_add_bos(vocab)
         assert loaded.tokenize(b"<|im_end|>", special=False) == tokenizer.encode("<|im_end|>")
         template = loaded.metadata["tokenizer.chat_template"]
         chat = import_module("llama_cpp.llama_chat_format").Jinja2ChatFormatter(template, eos_token="", bos_token="")

@@ -25,7 +25,7 @@ FINE = {"moe_num_experts": 16, "moe_top_k": 4, "d_model": 64, "n_heads": 8, "kv_
 class Letters:
     """Every id is a text of its own: of the first ones a letter each, of the others two."""
 
-    eot_id = 299
+    eot_id = start_id = 299
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return b"".join(bytes([97 + id % 26]) + (b"" if id < 26 else bytes([97 + id // 26])) for id in ids)

@@ -145,9 +145,9 @@ def test_log_probabilities_of_completions_are_the_engines(client: openai.OpenAI,
         check_offsets(text, told)
 
 
-def check_offsets(text: str, told: Any) -> None:
-    """Tokens that are whole characters stand where they say."""
-    for token, offset in zip(told.tokens, told.text_offset, strict=True):
+def check_offsets(text: str, told: Any, start: int = 0) -> None:
+    """Tokens that are whole characters are at their offsets, from token number `start` on."""
+    for token, offset in zip(told.tokens[start:], told.text_offset[start:], strict=True):
         if not token.startswith("bytes:"):
             assert text[offset : offset + len(token)] == token
     assert any(not token.startswith("bytes:") for token in told.tokens)
@@ -164,19 +164,20 @@ def test_echoed_prompts_come_first_with_their_log_probabilities(
     plain = client.completions.create(prompt=PROMPT, **settings)
     assert texts(plain) == [text]
     assert text.startswith(PROMPT)
-    # As a text: <|endoftext|>, which the server has put before it, is not told of, so each token has a probability.
-    told = client.completions.create(prompt=PROMPT, logprobs=2, **settings).choices[0].logprobs
-    assert told is not None
-    assert told.token_logprobs == [token.logprob for token in tokens[1:]]
-    check_offsets(text, told)
-    # As ids: one entry for each.
-    told = client.completions.create(prompt=ids, logprobs=2, **settings).choices[0].logprobs
-    assert told is not None
-    assert told.token_logprobs == [token.logprob for token in tokens]
-    assert told.top_logprobs is not None
-    assert (told.token_logprobs[0], told.top_logprobs[0]) == (None, None)  # type: ignore[index]
-    assert told.text_offset is not None
-    assert told.text_offset[:2] == [0, 0]
+    # As a text and as ids: one entry for each token of the prompt, the start token first.
+    for prompt in (PROMPT, ids):
+        answer = client.completions.create(prompt=prompt, logprobs=2, **settings)
+        told = answer.choices[0].logprobs
+        assert told is not None
+        assert told.tokens is not None
+        assert told.text_offset is not None
+        assert told.top_logprobs is not None
+        assert told.token_logprobs == [token.logprob for token in tokens]
+        assert (told.tokens[0], told.token_logprobs[0], told.top_logprobs[0]) == ("<|endoftext|>", None, None)  # type: ignore[index]
+        assert told.text_offset[:2] == [0, 0]  # the text begins after the start token
+        check_offsets(text, told, start=1)
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == len(ids)
 
 
 def test_log_probabilities_of_chats_are_the_engines(client: openai.OpenAI, direct: Direct) -> None:

@@ -69,7 +69,8 @@ def test_any_unicode_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
 
 @given(text=texts)
 def test_ids_equal_those_of_auto_tokenizer(tokenizer: Tokenizer, auto: Any, text: str) -> None:
-    assert tokenizer.encode(text) == auto(text)["input_ids"] == auto.encode(text)
+    assert tokenizer.encode_prompt(text) == auto(text)["input_ids"] == auto.encode(text)
+    assert tokenizer.encode(text) == auto(text, add_special_tokens=False)["input_ids"]
 
 
 @given(batch=st.lists(texts, max_size=5))

@@ -74,6 +74,8 @@ def choose(documents: Sequence[Document], tokenizer: "Tokenizer", cfg: EvaluateC
             prompts += sorted(functions.values(), key=lambda f: not f.is_documented)[: cfg.functions]
         else:
             starts = [_start(document, tokenizer, cfg) for document in drawn]
+            if tokenizer.start_id is None:  # nothing would come before the first token
+                starts = [start for start in starts if start.prompt]
             prompts += list({start.prompt: start for start in starts if start.truth}.values())[: cfg.samples]
     return prompts
 
@@ -82,7 +84,7 @@ def _complete(
     prompts: Sequence[Prompt], scorer: Scorer, tokenizer: "Tokenizer", cfg: EvaluateConfig, *, temperature: float
 ) -> list[str]:
     # A prompt that was cut inside a character has more tokens as text than it was cut to.
-    ids = [[tokenizer.eot_id, *tokenizer.encode(prompt.prompt)[: cfg.prompt_tokens]] for prompt in prompts]
+    ids = [tokenizer.encode_prompt(prompt.prompt)[: cfg.prompt_tokens + 1] for prompt in prompts]
     made = scorer.generate(
         ids,
         max_tokens=cfg.sample_tokens,

@@ -11,6 +11,7 @@ from gristmill.hub.folder import ModelFolder
 from gristmill.hub.published import model_type_of
 from gristmill.model import ModelConfig
 from gristmill.model.counts import count_params
+from gristmill.tokenizer import Tokenizer
 
 BASELINES = {"trigram": "token trigram", "xz": "xz -9e, all of it", "xz_document": "xz -9e, each document alone"}
 
@@ -43,7 +44,7 @@ def model_card(
         parts.append(f"## Quantization\n\n{quantized[0].upper()}{quantized[1:]}.\n")
     if model.tokenizer:
         usage = _QUANTIZED_USAGE[model_type_of(cfg)] if quantized else _USAGE
-        parts.append(f"## Use\n\n{usage}{_BEGINNING if read else ''}\n")
+        parts.append(f"## Use\n\n{usage}{_beginning(Tokenizer.load(model.tokenizer), bool(read))}\n")
     if evaluation:
         parts.append(f"## Figures\n\n{_figures(evaluation)}\n")
     if started_from or not read:
@@ -131,13 +132,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this directory
 tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype="float32")
-ids = tokenizer("<|endoftext|>def fibonacci(", return_tensors="pt")
+ids = tokenizer("def fibonacci(", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=64, do_sample=False)[0], skip_special_tokens=True))
 ```
 
-`gristmill generate . 'def fibonacci(' --max-tokens 64 --temperature 0` prints the same: it computes in
-float32 and puts `<|endoftext|>` before a text. Without `dtype`, transformers computes in the precision in which the
-weights are stored."""
+`gristmill generate . 'def fibonacci(' --max-tokens 64 --temperature 0` prints the same: it computes in float32.
+Without `dtype`, transformers computes in the precision in which the weights are stored."""
 
 _QUANTIZED_USAGE = {
     "qwen3_moe": "`gristmill generate . 'def fibonacci('`. The tensors are in the layout of compressed-tensors: "
@@ -147,7 +147,18 @@ _QUANTIZED_USAGE = {
     "no form for DBRX's stacked experts: for other programs, `gristmill export` makes plain tensors or GGUF of them.",
 }
 
-_BEGINNING = " In training every document followed `<|endoftext|>`: begin a text with it, not a conversation."
+
+def _beginning(tokenizer: Tokenizer, was_trained: bool) -> str:
+    """A sentence on the start token, or nothing."""
+    if tokenizer.start_id is not None:
+        token = tokenizer.decode([tokenizer.start_id])
+        return f" The tokenizer puts `{token}` before a text, and counts it; a conversation does not begin with it."
+    if was_trained:
+        return (
+            " The tokenizer adds nothing to a text, as published. In training here every document followed "
+            "`<|endoftext|>`."
+        )
+    return ""
 
 
 def _figures(evaluation: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from gristmill.tokenizer import Tokenizer
 
 MAX_CHECKED_TOKENS = 256  # of each held-out sequence
 ORIGINAL_CARD = "ORIGINAL_README.md"  # the card of the model that this one descends from
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def build_export(cfg: ExportConfig, checkpoint: Path, evaluation: Path, out: Pat
     tokenizer = Tokenizer.load(model.tokenizer)
     compare_tokenizers(out, tokenizer, texts)
     limit = min(MAX_CHECKED_TOKENS, model.cfg.max_seq_len)
-    sequences = [[tokenizer.eot_id, *tokenizer.encode(text)][:limit] for text in texts]
+    sequences = [tokenizer.encode_prompt(text)[:limit] for text in texts]
     ours = assemble(model.cfg, {name: weight.to(dtype) for name, weight in model.weights.items()})
     agreement = compare(out, ours, sequences, cfg.checked_greedy)
     return Built(metrics={f"export_{name}": value for name, value in asdict(agreement).items()})

@@ -25,6 +25,7 @@ from gristmill.hub.tensors import Weight, Weights, check_names
 from gristmill.model import ModelConfig
 from gristmill.progress import bar
 from gristmill.tokenizer.layout import EOT, IM_END, SPLIT_PATTERN, byte_of_symbol
+from gristmill.tokenizer.start import find_start_id
 
 MAX_LAYERS = 512  # llama.cpp's tables have this size, and a larger model ends the process that loads it
 MAX_EXPERTS = 1024
@@ -250,13 +251,16 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, num_rows: int) -> None
         writer.add_tokenizer_pre(_pre_tokenizer(file, parsed))
         vocab = _add_vocabulary(writer, file, parsed, num_rows)
         # What is not named would be 11 in llama.cpp, whatever that token is here.
-        writer.add_bos_token_id(_named(folder, "bos_token", config.get("bos_token") or EOT, vocab))
+        start = find_start_id(folder, parsed, config)
+        writer.add_bos_token_id(
+            _named(folder, "bos_token", config.get("bos_token") or EOT, vocab) if start is None else start
+        )
         writer.add_eos_token_id(_named(folder, "eos_token", config.get("eos_token") or EOT, vocab))
         if config.get("pad_token"):
             writer.add_pad_token_id(_named(folder, "pad_token", config["pad_token"], vocab))
         if IM_END in vocab:
             writer.add_eot_token_id(vocab[IM_END])
-        writer.add_add_bos_token(False)
+        writer.add_add_bos_token(start is not None)
         if template := chat_template(folder) or config.get("chat_template"):
             _require_text([template] if isinstance(template, str) else [choice["template"] for choice in template])
             writer.add_chat_template(template)

@@ -33,6 +33,7 @@ from gristmill.progress import bar, console
 from gristmill.tokenizer import Tokenizer
 from gristmill.tokenizer.chat import published_system_prompt
 from gristmill.tokenizer.gpt4 import write_gpt4
+from gristmill.tokenizer.start import upgrade
 
 FORMAT = 1
 DBRX_VOCAB_SIZE = 100_352  # GPT-4's table and DBRX's special tokens, rounded up
@@ -204,6 +205,7 @@ def copy_tokenizer(src: Path, cfg: ModelConfig, out: Path) -> None:
     out.mkdir(exist_ok=True)
     shutil.copyfile(src / "tokenizer.json", out / "tokenizer.json")
     (out / "tokenizer_config.json").write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+    upgrade(src, out)
 
 
 def chat_template(src: Path) -> str | None:

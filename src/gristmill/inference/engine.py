@@ -145,7 +145,7 @@ class Engine:
         vocab_size, prompt = self.model.wte.num_embeddings, request.prompt
         context = self.model.cfg.max_seq_len
         if not prompt:
-            raise InputError("the prompt has no token; give text, or begin with <|endoftext|>")
+            raise InputError("the prompt has no token, and the tokenizer adds no start token; give some text")
         if len(prompt) >= context:
             raise InputError(f"the prompt has {len(prompt)} tokens; with max_seq_len={context} it must be shorter")
         if min(prompt) < 0 or max(prompt) >= vocab_size:
@@ -232,10 +232,11 @@ class Engine:
         choice.stream.put(Piece(choice.number, text, tokens, finish))
 
     def _prompt_text(self, prompt: Sequence[int]) -> str:
-        """Without the <|endoftext|> that begins a text."""
+        """The text of a prompt, without the start token or `<|endoftext|>` at its beginning."""
         if self.tokenizer is None:
             return ""
-        return self.tokenizer.decode(prompt[1:] if prompt[0] == self.tokenizer.eot_id else prompt)
+        begins = prompt[0] in (self.tokenizer.start_id, self.tokenizer.eot_id)
+        return self.tokenizer.decode(prompt[1:] if begins else prompt)
 
 
 def _token(id: int, logits_V: Tensor, logprobs: int | None, experts: tuple[Chosen, ...]) -> Token:

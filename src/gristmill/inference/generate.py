@@ -53,10 +53,11 @@ def stream(
     """
     tokenizer = engine.tokenizer
     assert tokenizer is not None
-    if isinstance(prompt, str):
-        ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
-    else:
-        ids = tokenizer.chat(prompt, generation_prompt=True)
+    match prompt:
+        case str():
+            ids = tokenizer.encode_prompt(prompt)
+        case _:
+            ids = tokenizer.chat(prompt, generation_prompt=True)
     stops = stop_ids | {tokenizer.eot_id, tokenizer.im_end_id}
     max_tokens = max(0, min(max_tokens, engine.model.cfg.max_seq_len - len(ids)))
     request = Request(prompt=ids, max_tokens=max_tokens, sampling=sampling, stop_ids=stops, grammar=grammar)

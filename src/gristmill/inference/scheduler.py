@@ -136,7 +136,7 @@ class Scheduler:
         capacity = self.cfg.num_blocks * self.cfg.block_tokens
         for job in jobs:
             if not job.prompt:
-                raise InputError("the prompt has no token; give text, or begin with <|endoftext|>")
+                raise InputError("the prompt has no token, and the tokenizer adds no start token; give some text")
             if len(job.prompt) + job.max_tokens > capacity:
                 raise InputError(
                     f"a prompt of {len(job.prompt)} tokens and {job.max_tokens} new ones exceed the cache of "

@@ -62,13 +62,10 @@ class Shape:
 
 
 class Completion(Shape):
-    """hidden: of the tokens that come first in echoed answers, those that the server has added itself."""
-
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool, hidden: int) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool) -> None:
         super().__init__(model, tokenizer, has_logprobs, has_experts)
-        self.hidden = hidden
         self._places: dict[int, Place] = {}
 
     def deltas(self, index: int, piece: Piece) -> list[Json]:
@@ -76,8 +73,8 @@ class Completion(Shape):
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
         text = "".join(piece.text for piece in pieces)
-        place = self._places.setdefault(index, Place(self.tokenizer, self.hidden))
-        tokens = [token for piece in pieces for token in place.shown(piece.tokens)]
+        place = self._places.setdefault(index, Place(self.tokenizer))
+        tokens = [token for piece in pieces for token in piece.tokens]
         logprobs = self._logprobs(tokens, place) if self.has_logprobs else None
         told = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
         return told | self.experts(tokens)
@@ -107,18 +104,14 @@ class Completion(Shape):
 class Place:
     """Where in its text an answer's next token begins: a number of characters."""
 
-    def __init__(self, tokenizer: Tokenizer, hidden: int) -> None:
-        self._eot_id, self._hidden, self._offset, self._is_first = tokenizer.eot_id, hidden, 0, True
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._starts = (tokenizer.start_id, tokenizer.eot_id)
+        self._offset, self._is_first = 0, True
         self._decoder: StreamDecoder = tokenizer.stream_decoder()
-
-    def shown(self, tokens: Sequence[Token]) -> Sequence[Token]:
-        shown = tokens[self._hidden :]
-        self._hidden -= len(tokens) - len(shown)
-        return shown
 
     def pass_by(self, id: int) -> int:
         offset = self._offset
-        if not (self._is_first and id == self._eot_id):  # the one that begins an echoed text is not part of it
+        if not (self._is_first and id in self._starts):  # the start token of an echoed prompt is not part of its text
             self._offset += len(self._decoder.feed(id))
         self._is_first = False
         return offset

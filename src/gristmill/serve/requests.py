@@ -14,14 +14,6 @@ COMPLETION_TOKENS = 16  # OpenAI's default
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """hidden: how many of its first ids the server has added."""
-
-    ids: Sequence[int]
-    hidden: int = 0
-
-
-@dataclass(frozen=True)
 class Limits:
     """Who asks, and for how much: answers of one request, and tokens of all of them where the request says nothing."""
 
@@ -30,31 +22,37 @@ class Limits:
     most_tokens: int | None
 
 
-def completion_prompts(body: CompletionBody, served: Served) -> list[Prompt]:
+def completion_prompts(body: CompletionBody, served: Served) -> list[Sequence[int]]:
+    """The ids of each prompt. A text gets the tokenizer's start token, if it has one; ids are taken as they are."""
     given = body.prompt
     if isinstance(given, str):
         return [text_prompt(given, served)]
     if isinstance(given[0], int):
-        return [Prompt(given)]
-    return [text_prompt(one, served) if isinstance(one, str) else Prompt(one) for one in given]
+        return [given]
+    return [text_prompt(one, served) if isinstance(one, str) else one for one in given]
 
 
-def text_prompt(text: str, served: Served) -> Prompt:
-    """As a document begins in training. What looks like a control token in it is text."""
-    return Prompt([served.tokenizer.eot_id, *served.tokenizer.encode(text)], hidden=1)
+def text_prompt(text: str, served: Served) -> Sequence[int]:
+    """Raises ApiError for an empty text where the tokenizer has no start token."""
+    ids = served.tokenizer.encode_prompt(text)
+    if not ids:
+        raise ApiError(
+            400, "the prompt is empty, and this model's tokenizer adds no start token; give some text", param="prompt"
+        )
+    return ids
 
 
-def chat_prompt(body: ChatBody | TokenizeBody, served: Served) -> Prompt:
+def chat_prompt(body: ChatBody | TokenizeBody, served: Served) -> Sequence[int]:
     """Raises ApiError when the model holds no conversations."""
     if served.no_chat is not None:
         raise ApiError(400, served.no_chat, param="messages", code="no_chat_template")
     roles = {"developer": "system"}  # OpenAI's newer name of it
     turns = [{"role": roles.get(m.role, m.role), "content": m.text} for m in body.messages or ()]
-    return Prompt(served.tokenizer.chat(turns, generation_prompt=True))
+    return served.tokenizer.chat(turns, generation_prompt=True)
 
 
 def engine_requests(
-    body: CompletionBody | ChatBody, prompts: Sequence[Prompt], served: Served, limits: "Limits"
+    body: CompletionBody | ChatBody, prompts: Sequence[Sequence[int]], served: Served, limits: "Limits"
 ) -> list[Request]:
     """One for each prompt. Raises ApiError for what does not fit, InputError for what the engine's checks refuse."""
     n = body.n or 1
@@ -79,8 +77,8 @@ def engine_requests(
     most = served.context if limits.most_tokens is None else max(1, limits.most_tokens // (len(prompts) * n))
     return [
         Request(
-            prompt=prompt.ids,
-            max_tokens=room(prompt.ids, max_tokens, param, served, most),
+            prompt=prompt,
+            max_tokens=room(prompt, max_tokens, param, served, most),
             sampling=sampling,
             n=n,
             stop_ids=served.published.stop_ids | {served.tokenizer.eot_id, served.tokenizer.im_end_id},

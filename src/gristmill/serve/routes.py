@@ -100,8 +100,7 @@ async def completions(request: Request) -> Response:
     body = await read(request, CompletionBody)
     prompts = await beside(request, requests.completion_prompts, body, at.served)
     asked = requests.engine_requests(body, prompts, at.served, limits(request))
-    hidden = prompts[0].hidden if body.echo else 0
-    shape = Completion(at.cfg.name, at.served.tokenizer, body.logprobs is not None, bool(body.return_experts), hidden)
+    shape = Completion(at.cfg.name, at.served.tokenizer, body.logprobs is not None, bool(body.return_experts))
     return await ask(request, body, asked, shape)
 
 
@@ -134,10 +133,10 @@ async def tokenize(request: Request) -> Response:
     served = endpoint(request).served
     body = await read(request, TokenizeBody)
     if body.prompt is None:
-        ids = (await beside(request, requests.chat_prompt, body, served)).ids
+        ids = await beside(request, requests.chat_prompt, body, served)
     else:
-        prompt = await beside(request, requests.text_prompt, body.prompt, served)
-        ids = prompt.ids[prompt.hidden if body.add_special_tokens is False else 0 :]
+        encode = served.tokenizer.encode if body.add_special_tokens is False else served.tokenizer.encode_prompt
+        ids = await beside(request, encode, body.prompt)
     texts = [served.tokenizer.decode([id]) for id in ids] if body.return_token_strs else None
     told = {"count": len(ids), "max_model_len": served.context, "tokens": ids, "token_strs": texts}
     return JSONResponse(told)

@@ -125,7 +125,7 @@ class Sampled(Body):
 
 
 class CompletionBody(Sampled):
-    """`prompt`: texts begin with <|endoftext|>, as documents did in training; ids are taken as they are."""
+    """`prompt`: a text gets the tokenizer's start token, if it has one; ids are taken as they are."""
 
     prompt: str | Texts | Ids | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="Default: 16.")
@@ -197,7 +197,9 @@ class TokenizeBody(Body):
     model: str
     prompt: str | None = None
     messages: Messages | None = None
-    add_special_tokens: bool | None = Field(None, description="For prompt: begin with <|endoftext|>. Default: true.")
+    add_special_tokens: bool | None = Field(
+        None, description="For prompt: add the tokenizer's start token. Default: true."
+    )
     return_token_strs: bool | None = Field(None, description="Whether each token's text is told too.")
 
     @model_validator(mode="after")

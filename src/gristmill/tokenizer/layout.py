@@ -53,7 +53,8 @@ DEFAULT_PROMPT_TEMPLATE = (
 
 
 def hugging_face_config(default_system_prompt: str | None = None) -> dict[str, Any]:
-    """What `AutoTokenizer` needs beside tokenizer.json. As in DBRX nothing is added before or after a text.
+    """The settings that `AutoTokenizer` needs besides tokenizer.json. As in DBRX, nothing is added to a text; a
+    tokenizer that Gristmill trains gets its start token from `add_start_token`.
 
     default_system_prompt: opens conversations that bring no system turn, here and in the chat template.
     """

@@ -20,6 +20,7 @@ from gristmill.tokenizer.layout import (
     ROLES,
     byte_of_symbol,
 )
+from gristmill.tokenizer.start import find_start_id
 
 MAX_VOCAB_SIZE = 1 << 24  # more is a damaged file
 NO_TEXT = "\N{REPLACEMENT CHARACTER}".encode()  # an id that no token has: a model may have spare rows
@@ -28,23 +29,26 @@ NO_TEXT = "\N{REPLACEMENT CHARACTER}".encode()  # an id that no token has: a mod
 class Tokenizer:
     """A byte-level BPE of the Hugging Face form (`tokenizer.json`): our own, GPT-4's, or another published one.
 
-    `encode` gives the ids that `AutoTokenizer` gives, except where text contains the name of an added token (special
-    or not): that stays text here. Special ids are put into sequences by code alone (`eot_id`, `chat`).
+    `encode_prompt` gives the ids that `AutoTokenizer` gives for a text, `encode` those that it gives with
+    `add_special_tokens=False`, except where the text contains the name of an added token (special or not): that stays
+    text here. Only code puts special ids into sequences (`start_id`, `eot_id`, `chat`).
     """
 
-    def __init__(self, description: str, default_system_prompt: str | None = None) -> None:
-        """`description`: the text of a tokenizer.json. `default_system_prompt`: see `chat`.
+    def __init__(self, description: str, default_system_prompt: str | None = None, start_id: int | None = None) -> None:
+        """`description`: the text of a tokenizer.json. `default_system_prompt`: see `chat`. `start_id`: the id that
+        begins each text that is to be continued; None if there is none.
 
         Raises ValueError, KeyError or TypeError if it is not a byte-level BPE with ChatML's tokens. Without `<|pad|>`
         the end of text pads.
         """
         self._description = description
         self.default_system_prompt = default_system_prompt
+        self.start_id = start_id
         parsed, added = _without_added_tokens(description)
         symbols = byte_of_symbol()
         ranks = {bytes(symbols[c] for c in token): id for token, id in parsed["model"]["vocab"].items()}
         pieces = {id: token for token, id in ranks.items()} | {id: name.encode() for name, id in added.items()}
-        self.vocab_size = max(pieces) + 1
+        self.vocab_size = max(*pieces, -1 if start_id is None else start_id) + 1
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(f"an id is {self.vocab_size - 1}")
         self._bytes = [pieces.get(i, NO_TEXT) for i in range(self.vocab_size)]
@@ -58,17 +62,22 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read a tokenizer directory; a default system prompt is read from its tokenizer_config.json.
+        """Read a tokenizer directory, with the start token and the default system prompt that its settings name.
 
         Raises InputError when there is none at `path`, Failure when it cannot be understood.
         """
         file, config = path / "tokenizer.json", path / "tokenizer_config.json"
         try:
-            prompt = _default_system_prompt(config.read_text(encoding="utf-8")) if config.exists() else None
+            settings = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+            settings = settings if isinstance(settings, dict) else {}
+            prompt = _default_system_prompt(settings)
         except ValueError as problem:
             raise Failure(f"{config} is damaged: {problem}") from None
         try:
-            return cls(file.read_text(encoding="utf-8"), prompt)
+            description = file.read_text(encoding="utf-8")
+            return cls(description, prompt, find_start_id(path, json.loads(description), settings))
+        except InputError:
+            raise
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{path} is not a tokenizer: it has no tokenizer.json") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
@@ -77,6 +86,11 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text; nothing is added, nothing in it is a control token."""
         return self._encode([text])[0]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model is to continue: the start token, if the tokenizer has one, then `encode`."""
+        start = [] if self.start_id is None else [self.start_id]
+        return start + self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores.
@@ -193,9 +207,8 @@ def _without_added_tokens(description: str) -> tuple[dict[str, Any], dict[str, i
     return parsed | {"added_tokens": [], "truncation": None, "padding": None, "model": model}, added
 
 
-def _default_system_prompt(config: str) -> str | None:
-    parsed = json.loads(config)
-    prompt = parsed.get(DEFAULT_SYSTEM_PROMPT) if isinstance(parsed, dict) else None
+def _default_system_prompt(settings: Mapping[str, Any]) -> str | None:
+    prompt = settings.get(DEFAULT_SYSTEM_PROMPT)
     if prompt is not None and not isinstance(prompt, str):
         raise ValueError(f"{DEFAULT_SYSTEM_PROMPT} must be a text")
     return prompt

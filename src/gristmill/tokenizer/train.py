@@ -20,6 +20,7 @@ from gristmill.artifact import Built
 from gristmill.errors import InputError
 from gristmill.tokenizer.gpt4 import write_gpt4
 from gristmill.tokenizer.layout import GPT4_VOCAB_SIZE, SPECIAL_TOKENS, SPLIT_PATTERN, write_tokenizer
+from gristmill.tokenizer.start import add_start_token, upgrade
 from gristmill.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_VOCAB_SIZE = 4096
@@ -86,12 +87,15 @@ def build_tokenizer(cfg: TokenizerConfig, corpus: Path, out: Path, start: Path |
             if not chosen:
                 raise InputError(f"{train} has no documents to learn a tokenizer from; give the corpus some text")
             write_tokenizer(out, learn(cfg.num_ids or DEFAULT_VOCAB_SIZE, train, chosen).to_str(pretty=True))
+            add_start_token(out)
         case "gpt4":
             write_gpt4(out, cfg.table)
+            add_start_token(out)
         case "start":
             if start is None or not start.is_dir():
                 raise InputError("the model to go on from has no tokenizer; put the one there that it was trained with")
             shutil.copytree(start, out, dirs_exist_ok=True)
+            upgrade(start, out)
     tokenizer = Tokenizer.load(out)
     held_back = corpus / "documents-validation.parquet"
     if not choose(held_back, MEASURED_BYTES):
