@@ -1,7 +1,10 @@
 """Shared by all tests: eager kernels on one thread (quick to start, the same everywhere), and a tiny run to look at."""
 
+import os
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -81,3 +84,13 @@ def tiny_run(tiny_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPa
 
     torch.set_num_threads(1)
     return run(tiny_recipe(), tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> ModuleType:
+    try:
+        return import_module("llama_cpp")
+    except ImportError as problem:
+        if "llama.cpp" in os.environ.get("GRISTMILL_REQUIRE", ""):
+            pytest.fail(f"GRISTMILL_REQUIRE names llama.cpp, and llama-cpp-python cannot be imported: {problem}")
+        pytest.skip("not run: llama-cpp-python is not installed")

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 
 from gristmill import artifact
 from gristmill.errors import Failure, InputError
@@ -26,6 +28,7 @@ from gristmill.hub.settings import SpecialIds
 from gristmill.hub.tensors import INDEX, SINGLE, Weights
 from gristmill.inference.scorer import causal
 from gristmill.model import ModelConfig, Transformer
+from gristmill.tokenizer import Tokenizer
 
 Tiny = Callable[..., Transformer]
 IDS = SpecialIds(eot_id=292, pad_id=297, im_end_id=299)
@@ -250,3 +253,29 @@ def test_an_export_of_a_bare_checkpoint_goes_out_again(tiny: Tiny, tokenizer_dir
     export_model(bare, once)
     assert ModelCard.load(export_model(once, tmp_path / "twice").path / "README.md").data.license == "other"
     export_gguf(once, tmp_path / "twice.gguf")
+
+
+def test_a_model_that_an_earlier_version_trained_leaves_with_its_start_token(
+    checkpoint: Callable[..., Path], evaluation: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer's files say that nothing is added to a text; generation and training put the token there."""
+    path = checkpoint()
+    for name, changes in (
+        ("tokenizer.json", {"post_processor": None}),
+        ("tokenizer_config.json", {"add_bos_token": False}),
+    ):
+        file = path / "tokenizer" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    (path / "manifest.json").unlink()
+    artifact.commit(path, kind="checkpoint", key="k", config={}, inputs={}, built=artifact.Built())
+    build_export(ExportConfig(), path, evaluation, artifact.prepare(tmp_path / "stage"))
+    for out in (tmp_path / "stage", export_model(path, tmp_path / "out").path):
+        tokenizer, theirs = (
+            Tokenizer.load(path / "tokenizer"),
+            AutoTokenizer.from_pretrained(out, local_files_only=True),
+        )
+        assert theirs("The mill")["input_ids"] == [tokenizer.eot_id, *tokenizer.encode("The mill")]
+        assert tokenizer.encode_prompt("The mill") == Tokenizer.load(out).encode_prompt("The mill")
+        assert json.loads((out / "tokenizer_config.json").read_text())["add_bos_token"] is True
+    found = gguf.GGUFReader(export_gguf(path, tmp_path / "out.gguf")).fields
+    assert found["tokenizer.ggml.add_bos_token"].contents() is True

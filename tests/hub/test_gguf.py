@@ -1,7 +1,6 @@
 """The file is read back by the `gguf` package, tensor by tensor; llama.cpp, where it is installed, runs it."""
 
 import json
-import os
 import unicodedata
 import weakref
 from collections.abc import Callable, Iterator
@@ -438,16 +437,6 @@ def test_an_added_token_that_is_not_special_is_text_to_llama_cpp_too(
 
 
 # ---- run by llama.cpp ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def llama_cpp() -> ModuleType:
-    try:
-        return import_module("llama_cpp")
-    except ImportError as problem:
-        if "llama.cpp" in os.environ.get("GRISTMILL_REQUIRE", ""):
-            pytest.fail(f"GRISTMILL_REQUIRE names llama.cpp, and llama-cpp-python cannot be imported: {problem}")
-        pytest.skip("not run: llama-cpp-python is not installed")
 
 
 def running(llama_cpp: ModuleType, file: Path, vocab_only: bool = False) -> AbstractContextManager[Any]:

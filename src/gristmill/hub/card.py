@@ -151,8 +151,8 @@ _QUANTIZED_USAGE = {
 def _beginning(tokenizer: Tokenizer, was_trained: bool) -> str:
     """A sentence on the start token, or nothing."""
     if tokenizer.start_id is not None:
-        token = tokenizer.decode([tokenizer.start_id])
-        return f" The tokenizer puts `{token}` before a text, and counts it; a conversation does not begin with it."
+        also = "" if tokenizer.chat_start_id is not None else ", but not before a conversation"
+        return f" The tokenizer puts `{tokenizer.decode([tokenizer.start_id])}` before a text{also}."
     if was_trained:
         return (
             " The tokenizer adds nothing to a text, as published. In training here every document followed "

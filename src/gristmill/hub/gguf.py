@@ -251,10 +251,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, num_rows: int) -> None
         writer.add_tokenizer_pre(_pre_tokenizer(file, parsed))
         vocab = _add_vocabulary(writer, file, parsed, num_rows)
         # What is not named would be 11 in llama.cpp, whatever that token is here.
-        start = find_start_id(folder, parsed, config)
-        writer.add_bos_token_id(
-            _named(folder, "bos_token", config.get("bos_token") or EOT, vocab) if start is None else start
-        )
+        start, bos = find_start_id(folder, parsed, config), config.get("bos_token") or EOT
+        named = _named(folder, "bos_token", bos, vocab)
+        writer.add_bos_token_id(named if start is None else start)
         writer.add_eos_token_id(_named(folder, "eos_token", config.get("eos_token") or EOT, vocab))
         if config.get("pad_token"):
             writer.add_pad_token_id(_named(folder, "pad_token", config["pad_token"], vocab))

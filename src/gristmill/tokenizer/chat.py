@@ -33,6 +33,23 @@ def published_system_prompt(template: str) -> str | None:
     return None
 
 
+def writes_bos(template: str) -> bool:
+    """Whether a Jinja chat template writes `bos_token`, which those that name it do before the first turn.
+
+    The template is parsed, never rendered.
+    """
+    if "bos_token" not in template:
+        return False
+    import jinja2
+    from jinja2 import nodes
+
+    try:
+        tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        return any(name.name == "bos_token" for name in tree.find_all(nodes.Name))
+    except (jinja2.TemplateError, RecursionError):
+        return False
+
+
 def _text(node: "nodes.Node") -> str | None:
     """The text of an expression that is a string, or strings joined by `+` or `~`."""
     from jinja2 import nodes

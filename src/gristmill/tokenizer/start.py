@@ -13,11 +13,14 @@ import tokenizers
 
 from gristmill.artifact import MANIFEST
 from gristmill.errors import InputError
+from gristmill.tokenizer.chat import writes_bos
 from gristmill.tokenizer.layout import EOT, hugging_face_config
 
 
 def find_start_id(folder: Path, description: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
     """The id that `AutoTokenizer` puts before a text; None if it adds nothing.
+
+    The post-processor of tokenizer.json decides. transformers 5 ignores `add_bos_token` beside a tokenizer.json.
 
     Args:
         folder: the tokenizer directory.
@@ -28,17 +31,24 @@ def find_start_id(folder: Path, description: Mapping[str, Any], config: Mapping[
     """
     if _predates_start_tokens(folder, config):
         return _ids(description)[EOT]
-    # As in transformers 5, either setting replaces the post-processor of tokenizer.json.
-    if "add_bos_token" in config or "add_eos_token" in config:
-        before, after = (_named(folder, kind, description, config) for kind in ("bos", "eos"))
-    else:
-        before, after = _added_by(description.get("post_processor"))
+    before, after = _added_by(description.get("post_processor"))
     if len(before) > 1 or after:
         raise InputError(
             f"{folder}: the tokenizer puts the ids {before} before and {after} after each text; Gristmill supports one "
-            "start token and nothing after a text. Set add_bos_token and add_eos_token in tokenizer_config.json"
+            "start token and nothing after a text. Change post_processor in tokenizer.json"
         )
     return before[0] if before else None
+
+
+def find_chat_start_id(folder: Path, description: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+    """The id that the chat template writes before the first turn; None if it writes none. Arguments as above."""
+    file = folder / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else config.get("chat_template")
+    token = config.get("bos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    if not (isinstance(template, str) and isinstance(content, str) and writes_bos(template)):
+        return None
+    return _ids(description).get(content)
 
 
 def add_start_token(folder: Path) -> None:
@@ -92,20 +102,6 @@ def _predates_start_tokens(folder: Path, config: Mapping[str, Any]) -> bool:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return False
-
-
-def _named(folder: Path, kind: str, description: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
-    """The id that the setting `add_bos_token` or `add_eos_token` adds."""
-    token = config.get(f"{kind}_token")
-    if not config.get(f"add_{kind}_token") or token is None:  # transformers adds nothing where no token is named
-        return []
-    content = token["content"] if isinstance(token, dict) else token
-    if content not in (ids := _ids(description)):
-        raise InputError(
-            f"{folder}: add_{kind}_token is set, and {kind}_token={content!r} is not in the vocabulary; name one that "
-            "is, or unset it"
-        )
-    return [ids[content]]
 
 
 def _added_by(post_processor: Mapping[str, Any] | None) -> tuple[list[int], list[int]]:

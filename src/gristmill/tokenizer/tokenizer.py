@@ -20,7 +20,7 @@ from gristmill.tokenizer.layout import (
     ROLES,
     byte_of_symbol,
 )
-from gristmill.tokenizer.start import find_start_id
+from gristmill.tokenizer.start import find_chat_start_id, find_start_id
 
 MAX_VOCAB_SIZE = 1 << 24  # more is a damaged file
 NO_TEXT = "\N{REPLACEMENT CHARACTER}".encode()  # an id that no token has: a model may have spare rows
@@ -34,16 +34,22 @@ class Tokenizer:
     text here. Only code puts special ids into sequences (`start_id`, `eot_id`, `chat`).
     """
 
-    def __init__(self, description: str, default_system_prompt: str | None = None, start_id: int | None = None) -> None:
-        """`description`: the text of a tokenizer.json. `default_system_prompt`: see `chat`. `start_id`: the id that
-        begins each text that is to be continued; None if there is none.
+    def __init__(
+        self,
+        description: str,
+        default_system_prompt: str | None = None,
+        start_id: int | None = None,
+        chat_start_id: int | None = None,
+    ) -> None:
+        """`description`: the text of a tokenizer.json. `default_system_prompt`: see `chat`. `start_id`: the id before
+        each text that is to be continued, `chat_start_id`: the id before each conversation; None if there is none.
 
         Raises ValueError, KeyError or TypeError if it is not a byte-level BPE with ChatML's tokens. Without `<|pad|>`
         the end of text pads.
         """
         self._description = description
         self.default_system_prompt = default_system_prompt
-        self.start_id = start_id
+        self.start_id, self.chat_start_id = start_id, chat_start_id
         parsed, added = _without_added_tokens(description)
         symbols = byte_of_symbol()
         ranks = {bytes(symbols[c] for c in token): id for token, id in parsed["model"]["vocab"].items()}
@@ -75,7 +81,8 @@ class Tokenizer:
             raise Failure(f"{config} is damaged: {problem}") from None
         try:
             description = file.read_text(encoding="utf-8")
-            return cls(description, prompt, find_start_id(path, json.loads(description), settings))
+            found = (path, json.loads(description), settings)
+            return cls(description, prompt, find_start_id(*found), find_chat_start_id(*found))
         except InputError:
             raise
         except (FileNotFoundError, NotADirectoryError):
@@ -151,7 +158,8 @@ class Tokenizer:
         """Ids of a conversation in ChatML, as `apply_chat_template` gives them for contents without special tokens.
 
         messages: {"role": "system" | "user" | "assistant", "content": text} in order. Where the first is not a system
-        turn, the tokenizer's default system prompt goes before it, if it has one.
+        turn, the tokenizer's default system prompt goes before it, if it has one. There is no start token before the
+        first turn unless the chat template writes one.
         generation_prompt: end with the opening of the assistant's next turn.
         Contents are data: whatever they contain, only this function writes control tokens.
         """
@@ -159,7 +167,7 @@ class Tokenizer:
         if self.default_system_prompt is not None and (not turns or turns[0][0] != "system"):
             turns.insert(0, ("system", self.default_system_prompt))
         newline = self.encode("\n")
-        ids: list[int] = []
+        ids = [] if self.chat_start_id is None else [self.chat_start_id]
         for index, (role, content) in enumerate(turns):
             ids += newline if index else []
             ids += [self.im_start_id, *self.encode(f"{role}\n{content}"), self.im_end_id]
