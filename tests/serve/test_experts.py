@@ -18,13 +18,13 @@ USER = {"role": "user", "content": "Grüße, 世界!"}
 def test_experts_are_the_engines_and_told_to_those_who_ask(server: Running, direct: Direct) -> None:
     chat = {"model": "tiny", "messages": [USER], "temperature": 0, "max_tokens": 6}
     texts = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "max_tokens": 6, "echo": True}
-    for path, body, ids, skipped in (
-        ("/v1/chat/completions", chat, direct.chat_ids(USER), 0),
-        ("/v1/completions", texts, direct.text_ids(PROMPT), 1),  # the server's own token is not told
+    for path, body, ids in (
+        ("/v1/chat/completions", chat, direct.chat_ids(USER)),
+        ("/v1/completions", texts, direct.text_ids(PROMPT)),
     ):
         [(_, tokens, _)] = direct.ask(ids, max_tokens=6, echo="echo" in body, experts=True)
         wanted = [[[[e for e, _ in layer] for layer in t.experts], [[w for _, w in layer] for layer in t.experts]]
-                  for t in tokens[skipped:]]  # fmt: skip
+                  for t in tokens]  # fmt: skip
         whole = server.post(path, {**body, "return_experts": True}).json()["choices"][0]["experts"]
         assert [[told["ids"], told["weights"]] for told in whole] == wanted
         events = server.post(path, {**body, "return_experts": True, "stream": True}).content.split(b"\n\n")[:-2]
