@@ -559,8 +559,9 @@ def test_llama_cpp_knows_what_ends_a_text_and_a_turn(
         assert ends == [tokenizer.eot_id, tokenizer.im_end_id]
         assert loaded.token_bos() == loaded.token_eos() == tokenizer.eot_id
         assert llama_cpp.llama_vocab_get_add_bos(vocab)
-        assert loaded.tokenize(b"<|im_end|>", special=False) == tokenizer.encode("<|im_end|>")
+        assert loaded.tokenize(b"<|im_end|>", special=False) == tokenizer.encode_prompt("<|im_end|>")
         template = loaded.metadata["tokenizer.chat_template"]
         chat = import_module("llama_cpp.llama_chat_format").Jinja2ChatFormatter(template, eos_token="", bos_token="")
         prompt = chat(messages=messages).prompt
-        assert loaded.tokenize(prompt.encode(), special=True) == tokenizer.chat(messages, generation_prompt=True)
+        ids = loaded.tokenize(prompt.encode(), add_bos=False, special=True)
+        assert ids == tokenizer.chat(messages, generation_prompt=True)
