@@ -296,9 +296,9 @@ WRONG = {
         "model_type='llama'; the known layouts are dbrx, qwen3_moe",
     ),
     "lacks a key": (
-        lambda f: edit(f / "config.json", lambda c: c["attn_config"].pop("kv_n_heads")),
+        lambda f: edit(f / "config.json", lambda c: (c["attn_config"].pop("rope_theta"), c.pop("rope_parameters"))),
         InputError,
-        "lacks 'kv_n_heads'",
+        "lacks 'rope_theta'",
     ),
     "scaled rotation": (
         lambda f: edit(f / "config.json", lambda c: c.update(rope_scaling={"rope_type": "linear", "factor": 8})),
@@ -308,7 +308,7 @@ WRONG = {
     "scaled rotation, older": (
         lambda f: edit(f / "config.json", lambda c: c.update(rope_parameters={"type": "linear", "factor": 8})),
         InputError,
-        "type='linear'",
+        r"rope_parameters=\{'type': 'linear', 'factor': 8\}",
     ),
     "a list for a section": (
         lambda f: edit(f / "config.json", lambda c: c.update(attn_config=[1])),

@@ -1,19 +1,27 @@
 """The published DBRX layout: tensor names and `config.json`, both ways. Reads and writes no file."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from gristmill.errors import InputError
 from gristmill.hub.layout import Layout, Piece
-from gristmill.hub.settings import SpecialIds, describe, require, require_plain_rotation
+from gristmill.hub.settings import (
+    DEFAULT_THETA,
+    SpecialIds,
+    describe,
+    number,
+    require,
+    require_plain,
+    rotary_bases,
+    section,
+    two_bases,
+    whole,
+)
 from gristmill.model import ModelConfig
 
 NO_CLIP = 1e30  # transformers and vLLM want a number; no finite activation of a working model comes near this one
-SILENT_THETA = (
-    10000.0  # what transformers 5 rotates by, and saves, when a configuration names its base only in attn_config
-)
 
 
 def layout(cfg: ModelConfig) -> Layout:
@@ -78,47 +86,49 @@ def to_json(cfg: ModelConfig, ids: SpecialIds | None, dtype: torch.dtype) -> dic
 
 
 def from_json(config: Mapping[str, Any]) -> ModelConfig:
-    """Our configuration for a published `config.json`; keys that it leaves out have the published defaults.
+    """Our configuration for a published `config.json`; an absent key has the default that transformers gives it.
 
-    Raises InputError when it asks for what this model does not have.
+    Raises InputError when it asks for something that this model does not have.
     """
     with describe("dbrx"):
-        attn, ffn = config.get("attn_config") or {}, config.get("ffn_config") or {}
+        attn, ffn = section(config, "attn_config"), section(config, "ffn_config")
         require(config, "tie_word_embeddings", False)
-        require(ffn.get("ffn_act_fn") or {}, "name", "silu")
-        for name, dropout in (("resid_pdrop", config), ("emb_pdrop", config), ("attn_pdrop", attn)):
-            require(dropout, name, 0)
-        require_plain_rotation(config)
-        clip = attn.get("clip_qkv")
-        norm = ffn.get("moe_normalize_expert_weights", 1.0)
+        require(section(ffn, "ffn_act_fn"), "name", "silu", "swish")
+        require(ffn, "uniform_expert_assignment", False)
+        require_plain(config)
+        d_model = whole(config, "d_model", "hidden_size", default=2048)
+        n_heads = whole(config, "n_heads", "num_attention_heads", default=16)
+        require(config, "head_dim", d_model // max(n_heads, 1))
+        clip = math.inf if attn.get("clip_qkv") in (None, math.inf) else number(attn, "clip_qkv", math.inf)
+        is_normalized = ffn.get("moe_normalize_expert_weights", 1.0) is not None
+        has_jitter = ffn.get("moe_jitter_eps") is not None
         return ModelConfig(
-            d_model=config["d_model"],
-            n_layers=config["n_layers"],
-            n_heads=config["n_heads"],
-            kv_n_heads=attn["kv_n_heads"],
-            max_seq_len=config["max_seq_len"],
-            vocab_size=config["vocab_size"],
-            rope_theta=_theta(attn, config.get("rope_parameters") or {}),
-            clip_qkv=None if clip is None or clip >= NO_CLIP else float(clip),
-            ffn_hidden_size=ffn["ffn_hidden_size"],
-            moe_num_experts=ffn["moe_num_experts"],
-            moe_top_k=ffn["moe_top_k"],
-            moe_loss_weight=float(ffn.get("moe_loss_weight", 0.01)),
-            moe_jitter_eps=float(ffn.get("moe_jitter_eps") or 0.0),
-            moe_normalize_expert_weights=None if norm is None else float(norm),
-            initializer_range=float(config.get("initializer_range", 0.02)),
+            d_model=d_model,
+            n_layers=whole(config, "n_layers", "num_hidden_layers", default=24),
+            n_heads=n_heads,
+            kv_n_heads=whole(attn, "kv_n_heads", default=1),
+            max_seq_len=whole(config, "max_seq_len", "max_position_embeddings", default=2048),
+            vocab_size=whole(config, "vocab_size", default=32000),
+            rope_theta=_theta(config, attn),
+            clip_qkv=None if clip >= NO_CLIP else clip,
+            ffn_hidden_size=whole(ffn, "ffn_hidden_size", default=3584),
+            moe_num_experts=whole(ffn, "moe_num_experts", default=4),
+            moe_top_k=whole(ffn, "moe_top_k", default=1),
+            moe_loss_weight=number(ffn, "moe_loss_weight", 0.01),
+            moe_jitter_eps=number(ffn, "moe_jitter_eps", 0.0) if has_jitter else 0.0,
+            moe_normalize_expert_weights=number(ffn, "moe_normalize_expert_weights", 1.0) if is_normalized else None,
+            initializer_range=number(config, "initializer_range", 0.02),
         )
 
 
-def _theta(attn: Mapping[str, Any], rope: Mapping[str, Any]) -> float:
-    """The rotary base. Where the two places differ, one of them is the 10000 that transformers 5 fills in by itself."""
-    given = {float(place["rope_theta"]) for place in (attn, rope) if "rope_theta" in place}
-    meant = given - {SILENT_THETA} or given
+def _theta(config: Mapping[str, Any], attn: Mapping[str, Any]) -> float:
+    """The rotary base. Where places differ, one of the two is the 10000 that transformers 5 fills in by itself."""
+    given = rotary_bases(config)
+    if attn.get("rope_theta") is not None:
+        given["attn_config.rope_theta"] = number(attn, "rope_theta", DEFAULT_THETA)
+    meant = {*given.values()} - {DEFAULT_THETA} or {*given.values()}
     if not meant:
         raise KeyError("rope_theta")
     if len(meant) > 1:
-        raise InputError(
-            f"config.json gives two rotary bases, attn_config.rope_theta={attn['rope_theta']} and "
-            f"rope_parameters.rope_theta={rope['rope_theta']}; make both the one that the model was trained with"
-        )
+        raise two_bases(given)
     return meant.pop()

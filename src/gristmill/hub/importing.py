@@ -26,7 +26,7 @@ from gristmill.errors import Failure, InputError
 from gristmill.hub.checkpoint import CONFIG, TOKENIZER
 from gristmill.hub.folder import CARD, DOCUMENTS, GENERATION, PULLED, papers
 from gristmill.hub.published import CONFIG_JSON, GENERATION_JSON, model_type_of, read_published
-from gristmill.hub.settings import read_json
+from gristmill.hub.settings import dropouts, read_json
 from gristmill.hub.tensors import INDEX, Weight, Weights, write_weights
 from gristmill.model import ModelConfig
 from gristmill.progress import bar, console
@@ -57,6 +57,8 @@ def import_model(src: Path, out: Path) -> Artifact:
         if known:
             check_files(src, known)  # a damaged file says more than what its damage looks like
         raise
+    for name, dropout in dropouts(read_json(src / CONFIG_JSON) or {}).items():
+        console.print(f"  {name}={dropout} is left out: it applies to training only, and training here has no dropout")
     num_bytes = sum(weight.nbytes for weight in weights.values())
     with artifact.building(out, num_bytes) as folder:
         (folder / CONFIG).write_bytes(artifact.canonical(asdict(cfg)))

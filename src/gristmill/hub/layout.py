@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from gristmill.errors import InputError
 from gristmill.hub.tensors import Weight, Weights, check_names
 from gristmill.model import ModelConfig, Transformer
 
@@ -36,9 +37,15 @@ Layout: TypeAlias = Mapping[str, Sequence[Piece]]  # our name -> its pieces
 
 
 def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our names and shapes, in the model's order."""
-    with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in Transformer(cfg).state_dict().items()}
+    """Our names and shapes, in the model's order. Raises InputError when a tensor would be too large for any memory."""
+    try:
+        with torch.device("meta"):
+            return {name: tuple(parameter.shape) for name, parameter in Transformer(cfg).state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError) as problem:  # torch counts elements in 64 bits
+        said = str(problem).splitlines()[0]
+        raise InputError(
+            f"the configuration asks for a tensor that no memory holds ({said}); correct its sizes"
+        ) from None
 
 
 def from_published(cfg: ModelConfig, layout: Layout, published: Weights) -> Weights:

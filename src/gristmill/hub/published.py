@@ -1,6 +1,7 @@
 """Hugging Face directories of the layouts that this model can be: `dbrx` and `qwen3_moe`."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -44,11 +45,42 @@ def read_published(folder: Path) -> tuple[ModelConfig, Weights]:
         raise InputError(
             f"config.json says {cfg.n_layers:,} layers, and the weights are {len(published):,} tensors in all"
         )
+    if model_type == "qwen3_moe" and cfg.n_layers * cfg.moe_num_experts > len(published):
+        raise InputError(
+            f"config.json says {cfg.n_layers:,} layers of {cfg.moe_num_experts:,} experts, and the weights are "
+            f"{len(published):,} tensors in all"
+        )
+    published = _without_frequencies(cfg, published)
     if cfg.tie_word_embeddings:
         published = _without_copy_of_embedding(published)
     if kinds:
         return cfg, from_quantized(cfg, layout_of(cfg), published, kinds)
     return cfg, from_published(cfg, layout_of(cfg), published)
+
+
+def _without_frequencies(cfg: ModelConfig, published: Weights) -> Weights:
+    """Older programs store the rotary frequencies, which follow from the base.
+
+    Raises InputError for frequencies of another base: the model was trained with those.
+    """
+    kept = {}
+    for name, weight in published.items():
+        if not re.fullmatch(r"(.*\.)?rotary_emb\.(original_)?inv_freq", name):
+            kept[name] = weight
+            continue
+        wanted = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
+        rounding = torch.finfo(weight.dtype)
+        if weight.shape != wanted.shape or not torch.allclose(
+            weight.load().double(),
+            wanted.to(weight.dtype).double(),
+            rtol=max(1e-5, 2 * rounding.eps),
+            atol=rounding.smallest_normal * rounding.eps,
+        ):
+            raise InputError(
+                f"{name} holds other rotary frequencies than those of rope_theta={cfg.rope_theta} and a head size of "
+                f"{cfg.head_dim}; correct config.json to say what the model was trained with"
+            )
+    return kept
 
 
 def _without_copy_of_embedding(published: Weights) -> Weights:

@@ -10,7 +10,18 @@ import torch
 
 from gristmill.errors import InputError
 from gristmill.hub.layout import Layout, Piece
-from gristmill.hub.settings import SpecialIds, describe, require, require_plain_rotation
+from gristmill.hub.settings import (
+    DEFAULT_THETA,
+    SpecialIds,
+    describe,
+    number,
+    require,
+    require_plain,
+    rotary_bases,
+    switch,
+    two_bases,
+    whole,
+)
 from gristmill.model import ModelConfig
 
 
@@ -87,36 +98,69 @@ def to_json(cfg: ModelConfig, ids: SpecialIds | None, dtype: torch.dtype) -> dic
 
 
 def from_json(config: Mapping[str, Any]) -> ModelConfig:
-    """Our configuration for a published `config.json`. Raises InputError when it asks for what this model lacks."""
+    """Our configuration for a published `config.json`; an absent key has the default that transformers gives it.
+
+    Raises InputError when it asks for something that this model does not have.
+    """
     with describe("qwen3_moe"):
-        require(config, "hidden_act", "silu")
+        require(config, "hidden_act", "silu", "swish")
         require(config, "attention_bias", False)
-        require(config, "attention_dropout", 0)
-        require(config, "use_sliding_window", False)
-        require(config, "decoder_sparse_step", 1)
-        require(config, "mlp_only_layers", [])
-        require_plain_rotation(config)
-        rope = config.get("rope_parameters") or {}
-        head_dim, heads = config.get("head_dim"), config["num_attention_heads"]
+        require_plain(config)
+        d_model = whole(config, "hidden_size", default=2048)
+        n_layers = whole(config, "num_hidden_layers", default=24)
+        n_heads = whole(config, "num_attention_heads", default=32)
+        context = whole(config, "max_position_embeddings", default=32768)
+        _require_whole_context(config, context)
+        _require_experts_everywhere(config, n_layers)
+        head_dim = None if config.get("head_dim") is None else whole(config, "head_dim", default=0)
         return ModelConfig(
-            d_model=config["hidden_size"],
-            n_layers=config["num_hidden_layers"],
-            n_heads=heads,
-            kv_n_heads=config["num_key_value_heads"],
-            head_size=None if head_dim is None or head_dim * heads == config["hidden_size"] else head_dim,
-            max_seq_len=config["max_position_embeddings"],
-            vocab_size=config["vocab_size"],
-            rope_theta=float(rope["rope_theta"] if "rope_theta" in rope else config["rope_theta"]),
+            d_model=d_model,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            kv_n_heads=whole(config, "num_key_value_heads", default=4),
+            head_size=None if head_dim is None or head_dim * n_heads == d_model else head_dim,
+            max_seq_len=context,
+            vocab_size=whole(config, "vocab_size", default=151936),
+            rope_theta=_theta(config),
             clip_qkv=None,
             norm="rms_norm",
-            norm_eps=float(config["rms_norm_eps"]),
+            norm_eps=number(config, "rms_norm_eps", 1e-6),
             qk_norm=True,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            ffn_hidden_size=config["moe_intermediate_size"],
+            tie_word_embeddings=switch(config, "tie_word_embeddings"),
+            ffn_hidden_size=whole(config, "moe_intermediate_size", default=768),
             # transformers 5 saves the number under a name of its own
-            moe_num_experts=config["num_local_experts"] if "num_local_experts" in config else config["num_experts"],
-            moe_top_k=config["num_experts_per_tok"],
-            moe_loss_weight=float(config.get("router_aux_loss_coef", 0.001)),
-            moe_normalize_expert_weights=1.0 if config.get("norm_topk_prob") else None,
-            initializer_range=float(config.get("initializer_range", 0.02)),
+            moe_num_experts=whole(config, "num_experts", "num_local_experts", default=128),
+            moe_top_k=whole(config, "num_experts_per_tok", default=8),
+            moe_loss_weight=number(config, "router_aux_loss_coef", 0.001),
+            moe_normalize_expert_weights=1.0 if switch(config, "norm_topk_prob") else None,
+            initializer_range=number(config, "initializer_range", 0.02),
         )
+
+
+def _require_whole_context(config: Mapping[str, Any], context: int) -> None:
+    """Raises InputError when the layers would attend to a part of the context only."""
+    if not switch(config, "use_sliding_window") or config.get("sliding_window", 0) is None:
+        return
+    window = whole(config, "sliding_window", default=4096)
+    if window < context:
+        raise InputError(f"config.json says sliding_window={window}; only attention to the whole context is supported")
+
+
+def _require_experts_everywhere(config: Mapping[str, Any], n_layers: int) -> None:
+    """Raises InputError when some of the layers would have no experts."""
+    step, dense = whole(config, "decoder_sparse_step", default=1), config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        raise ValueError(f"mlp_only_layers={dense!r:.80} must be a list of whole numbers")
+    if step != 1 or any(0 <= layer < n_layers for layer in dense):
+        given = f"decoder_sparse_step={step} and mlp_only_layers={dense!r:.80}"
+        raise InputError(f"config.json says {given}; each layer must have experts")
+
+
+def _theta(config: Mapping[str, Any]) -> float:
+    """The rotary base. Raises InputError where transformers would rotate by another one than a place says."""
+    given = rotary_bases(config)
+    seen = [base for place, base in given.items() if not (config.get("rope_scaling") and place.startswith("rope_par"))]
+    rotated = next(iter(seen), DEFAULT_THETA)  # transformers does not look into rope_parameters when there is a scaling
+    if any(base != rotated for base in given.values()):
+        raise two_bases(given)
+    return rotated

@@ -60,6 +60,8 @@ class ModelConfig:
             raise ValueError(f"moe_top_k={self.moe_top_k} must be from 1 to moe_num_experts={self.moe_num_experts}")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size={self.vocab_size} must be at least 1")
+        if (power := self.moe_normalize_expert_weights) is not None and not 0 < power < float("inf"):
+            raise ValueError(f"moe_normalize_expert_weights={power} must be positive and finite, or null for none")
         if self.clip_qkv is not None and not 0 < self.clip_qkv < float("inf"):
             raise ValueError(f"clip_qkv={self.clip_qkv} must be positive and finite, or null for no clipping")
         for name in ("rope_theta", "norm_eps", "initializer_range"):
