@@ -96,29 +96,34 @@ def theirs_in_rows(model: Any, documents: list[list[int]]) -> Tensor:
 
 @dataclass(frozen=True)
 class Choices:
-    """For each layer what decided: probabilities [T, E], and q, k and v before the clamp [T, ...]."""
+    """For each layer what decided: the router's input [T, D] and probabilities [T, E]; q, k and v before the clamp."""
 
+    inputs: list[Tensor]
     probs: list[Tensor]
     qkv: list[Tensor]
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    """Of ours or of theirs, DBRX or Qwen3-MoE, layer by layer."""
+    return [module for name, module in model.named_modules() if name.endswith(("ffn.router", "mlp.gate"))]
 
 
 @contextmanager
 def recorded(model: nn.Module, keep: Tensor) -> Iterator[Choices]:
     """Of ours or of theirs, DBRX or Qwen3-MoE. keep: mask of the tokens that count, flattened."""
-    choices = Choices([], [])
+    choices = Choices([], [], [])
 
     def routed(module: nn.Module, given: Any, out: Any) -> None:
         logits = out[0] if isinstance(out, tuple) else out
+        choices.inputs.append(given[0].detach().flatten(0, -2)[keep])
         choices.probs.append(logits.detach().flatten(0, -2)[keep].float().softmax(-1))
 
     def projected(module: nn.Module, given: Any, out: Tensor) -> None:
         choices.qkv.append(out.detach().flatten(0, -2)[keep])
 
-    hooks = []
+    hooks = [module.register_forward_hook(routed) for module in routers(model)]
     for name, module in model.named_modules():
-        if name.endswith(("ffn.router", "mlp.gate")):
-            hooks.append(module.register_forward_hook(routed))
-        elif name.endswith("attn.Wqkv"):
+        if name.endswith("attn.Wqkv"):
             hooks.append(module.register_forward_hook(projected))
     try:
         yield choices

@@ -331,12 +331,12 @@ def test_a_near_tie_is_told_from_a_wrong_choice() -> None:
     probs = torch.tensor([[0.4, 0.3, 0.3 - 1e-6, 0.0], [0.4, 0.3, 0.2, 0.1]])
     near, wrong = probs[:, [0, 2, 1, 3]].clone(), probs[:, [0, 1, 3, 2]].clone()
     near[1] = probs[1]
-    assert routing_gap(Choices([probs], []), Choices([probs], []), 2) is None
-    assert routing_gap(Choices([near], []), Choices([probs], []), 2) == pytest.approx(1e-6, rel=0.1)
-    assert routing_gap(Choices([wrong], []), Choices([probs], []), 3) == pytest.approx(0.3, rel=0.1)
+    assert routing_gap(Choices([], [probs], []), Choices([], [probs], []), 2) is None
+    assert routing_gap(Choices([], [near], []), Choices([], [probs], []), 2) == pytest.approx(1e-6, rel=0.1)
+    assert routing_gap(Choices([], [wrong], []), Choices([], [probs], []), 3) == pytest.approx(0.3, rel=0.1)
     qkv = torch.tensor([[0.7 - 1e-4, 0.5]])
-    assert clip_gap(Choices([], [qkv + 2e-4]), Choices([], [qkv]), 0.7) == pytest.approx(1e-4 / 0.7, rel=0.01)
-    assert clip_gap(Choices([], [qkv + 0.3]), Choices([], [qkv]), 0.7) == pytest.approx(0.2 / 0.7)
+    assert clip_gap(Choices([], [], [qkv + 2e-4]), Choices([], [], [qkv]), 0.7) == pytest.approx(1e-4 / 0.7, rel=0.01)
+    assert clip_gap(Choices([], [], [qkv + 0.3]), Choices([], [], [qkv]), 0.7) == pytest.approx(0.2 / 0.7)
 
 
 def test_tokens_at_a_near_tie_are_drawn_again_and_counted_and_wrong_choices_are_errors(
