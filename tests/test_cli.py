@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from forked import gristmill
+from safetensors.torch import load_file
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CXX": "none", "COLUMNS": "200"}
 
@@ -106,6 +107,17 @@ def test_count_prints_the_published_numbers() -> None:
     said = gristmill("count", "dbrx-132b").stdout
     assert "131.60B" in said
     assert "36.47B" in said
+
+
+def test_count_of_a_directory_adds_the_bytes_of_its_weights_as_they_are_stored(tiny_run: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    made = gristmill("quantize", tiny_run, small, "--bits", "4", "--group", "32")
+    assert made.returncode == 0, made.stderr
+    said = gristmill("count", small).stdout
+    stored = sum(tensor.nbytes for tensor in load_file(small / "model.safetensors").values())
+    _, _, last = said.partition("Stored here\n")
+    assert "4-bit codes and scales" in last
+    assert f"total  {stored:,}" in re.sub(" +", "  ", last)
 
 
 def test_verify_names_the_damaged_file_and_exits_with_1(tiny_run: Path, tmp_path: Path) -> None:

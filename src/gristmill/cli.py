@@ -391,8 +391,8 @@ def count(
     from gristmill.report.shape import shape_text
 
     if Path(name).is_dir() and not set:
-        cfg = open_model(find_model(Path(name))).cfg
-        print(shape_text(Path(name).name, cfg, cfg.max_seq_len))
+        model = open_model(find_model(Path(name)))
+        print(shape_text(Path(name).resolve().name, model.cfg, model.cfg.max_seq_len, model.stored_bytes))
     else:
         shape = load_shape(name, set or ())
         print(shape_text(shape.name, shape.model, shape.context))

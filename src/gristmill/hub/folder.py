@@ -1,6 +1,7 @@
 """A model wherever it stands: a checkpoint, an imported model, or a Hugging Face directory of a known layout."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,15 @@ class ModelFolder:
     tokenizer: Path | None
     generation: Mapping[str, Any]
     papers: Sequence[Path]
+
+    @property
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of its weights by the form in which they are stored, the largest first."""
+        sizes = Counter[str]()
+        for weight in self.weights.values():
+            form, num_bytes = weight.stored
+            sizes[form] += num_bytes
+        return dict(sizes.most_common())
 
 
 def open_model(path: Path) -> ModelFolder:

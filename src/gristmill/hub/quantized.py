@@ -36,11 +36,18 @@ FOREIGN = ("_zero_point", "_g_idx", "_global_scale")  # what other ways to quant
 class QuantizedWeight(Weight):
     """A matrix, or a stack of them, that is stored as codes. `load` gives the numbers that they stand for, in fp32.
 
-    codes: reads matrices of the stack from one number to another, [n, N, K]; a matrix alone is a stack of one.
+    codes: reads matrices of the stack from one number to another, [n, N, K]; a single matrix is a stack of one.
+    stored_bytes: of the codes, scales and shapes.
     """
 
     codes: Callable[[int, int], Quantized] = field(kw_only=True)
     stacked: bool = field(kw_only=True)
+    bits: int = field(kw_only=True)
+    stored_bytes: int = field(kw_only=True)
+
+    @property
+    def stored(self) -> tuple[str, int]:
+        return f"{self.bits}-bit codes and scales", self.stored_bytes
 
     def quantized(self) -> Quantized:
         """All of it, K being the inputs: Wqkv [N, K]; w1 and v1 [E, F, D] as they are; w2 [E, F, D] as [E, D, F]."""
@@ -60,6 +67,10 @@ class Packed:
     scale: Weight
     bits: int
     group: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scale.nbytes + 16  # the shape: two int64
 
     def read(self, start: int, stop: int) -> Quantized:
         return Quantized(self.packed.read(start, stop), self.scale.read(start, stop), self.bits)
@@ -182,7 +193,16 @@ def _together(name: str, shape: tuple[int, ...], parts: Sequence[Packed]) -> Qua
     def load() -> Tensor:
         return rows(0, shape[0]) if len(shape) == 3 else read_codes(0, 1).dense()[0]
 
-    return QuantizedWeight(shape, torch.float32, load, rows, codes=read_codes, stacked=len(shape) == 3)
+    return QuantizedWeight(
+        shape,
+        torch.float32,
+        load,
+        rows,
+        codes=read_codes,
+        stacked=len(shape) == 3,
+        bits=bits,
+        stored_bytes=sum(part.nbytes for part in parts),
+    )
 
 
 def _no_tensor(name: str) -> Tensor:

@@ -51,6 +51,11 @@ class Weight:
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    @property
+    def stored(self) -> tuple[str, int]:
+        """The form in which it is stored, and its bytes."""
+        return str(self.dtype).removeprefix("torch."), self.nbytes
+
     def to(self, dtype: torch.dtype) -> "Weight":
         """Raises InputError, when it is loaded, for values that a narrower type cannot hold."""
         if dtype == self.dtype:

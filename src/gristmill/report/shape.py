@@ -1,6 +1,6 @@
 """`gristmill count`: what a shape holds, what a token costs and what there is to store, as aligned text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from gristmill.model import ModelConfig
 from gristmill.model.counts import (
@@ -14,8 +14,11 @@ from gristmill.model.counts import (
 )
 
 
-def shape_text(name: str, cfg: ModelConfig, context: int) -> str:
-    """Exact integers, each with its rounded form beside it. context: tokens of a sequence."""
+def shape_text(name: str, cfg: ModelConfig, context: int, stored_bytes: Mapping[str, int] | None = None) -> str:
+    """Show exact integers, each with its rounded form.
+
+    context: tokens of a sequence. stored_bytes: of a directory's weights, by the form in which they are stored.
+    """
     counts, parts = count_params(cfg), count_parts(cfg, context)
     total = counts.total_params
     forward = sum(part.forward_flops for part in parts)
@@ -37,6 +40,9 @@ def shape_text(name: str, cfg: ModelConfig, context: int) -> str:
         [f"A sequence of {context:,}", *aligned(sequence)],
         ["A checkpoint", *aligned(checkpoint)],
     ]
+    if stored_bytes:
+        stored = [[form, *_both(size, "B")] for form, size in stored_bytes.items()]
+        blocks.append(["Stored here", *aligned([*stored, ["total", *_both(sum(stored_bytes.values()), "B")]])])
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
