@@ -18,6 +18,7 @@ from gristmill import artifact
 from gristmill.errors import Failure, InputError
 from gristmill.hub import assemble, in_memory, open_weights, read_published, write_published
 from gristmill.hub.export import export_model
+from gristmill.hub.folder import open_model
 from gristmill.hub.layout import as_one_expert
 from gristmill.hub.quantized import QuantizeConfig, QuantizedWeight
 from gristmill.hub.tensors import SINGLE
@@ -216,7 +217,8 @@ def test_the_loss_is_that_of_the_written_model_and_stands_in_manifest_and_card(
 ) -> None:
     src = checkpoint(**WIDE)
     made = quantize_model(src, tmp_path / "small", HOW, documents)
-    loss = made.metrics["test_bits_per_byte"]
+    loss = made.metrics["documents_bits_per_byte"]
+    assert "test_bits_per_byte" not in made.metrics  # it is for the test documents of the model's own corpus
     for path, figure in ((src, "before"), (made.path, "after")):
         model, tokenizer = load_model(path)
         nats = num_bytes = 0.0
@@ -232,7 +234,8 @@ def test_the_loss_is_that_of_the_written_model_and_stands_in_manifest_and_card(
     assert loss["loss"] == pytest.approx(loss["after"] / loss["before"] - 1)
     assert loss["documents"] == 2
     card = (made.path / "README.md").read_text()
-    assert f"test bits per byte {loss['before']:.3f} -> {loss['after']:.3f} ({loss['loss']:+.2%})" in card
+    figures = f"{loss['before']:.3f} -> {loss['after']:.3f} ({loss['loss']:+.2%})"
+    assert f"bits per byte of the given documents {figures}" in card
 
 
 def test_documents_are_read_as_those_of_a_corpus(
@@ -247,9 +250,27 @@ def test_documents_are_read_as_those_of_a_corpus(
     losses = []
     for number, name in enumerate(("held-out.jsonl", "held-out.jsonl.zst", "held-out.parquet")):
         made = quantize_model(src, tmp_path / f"small {number}", HOW, tmp_path / name)
-        losses.append(made.metrics["test_bits_per_byte"])
+        losses.append(made.metrics["documents_bits_per_byte"])
     assert losses[0] == losses[1] == losses[2]
     assert "not_utf8: 1, e.g. held-out.parquet#2" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("changes", [WIDE, QWEN])
+def test_the_stored_bytes_of_a_quantized_directory_are_those_of_its_tensors(
+    tiny: Tiny, tmp_path: Path, bits: int, changes: dict[str, Any]
+) -> None:
+    (tmp_path / "src").mkdir()
+    write_published(tmp_path / "src", (model := tiny(**changes)).cfg, in_memory(model.state_dict()), None)
+    made = quantize_model(tmp_path / "src", tmp_path / "small", QuantizeConfig(bits=bits, group=32))
+    for folder in (tmp_path / "src", made.path):
+        tensors = load_file(folder / SINGLE)
+        stored = open_model(folder).stored_bytes
+        assert sum(stored.values()) == sum(tensor.nbytes for tensor in tensors.values())
+        codes = [tensor for name, tensor in tensors.items() if name.endswith(("_packed", "_scale", "_shape"))]
+        in_codes = sum(size for form, size in stored.items() if form.endswith("-bit codes and scales"))
+        assert in_codes == sum(tensor.nbytes for tensor in codes)
+        assert bool(codes) == (f"{bits}-bit codes and scales" in stored)
 
 
 def test_the_lineage_names_the_model_and_its_data(checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -33,12 +33,14 @@ def quantize_model(src: Path, out: Path, how: QuantizeConfig, documents: Path | 
     """Write the model in `src` (a run folder, or whatever `open_model` takes) as the new directory `out`.
 
     documents: a file of texts to measure the loss on; without it they are a run's test documents, and where there are
-    none, nothing is measured. Metrics: weight_bytes; test_bits_per_byte with before, after, loss (a share), documents,
-    bytes and window, or null. One tensor is in memory at a time, except while the loss is measured: then the model is.
+    none, nothing is measured. Metrics: weight_bytes; documents_bits_per_byte (of that file) or test_bits_per_byte with
+    before, after, loss (a share), documents, bytes and window, or null. One tensor is in memory at a time, except while
+    the loss is measured: then the model is.
 
     Raises InputError for what cannot be quantized, or when `out` holds something.
     """
     texts = read_texts(documents) if documents else test_documents(src)
+    metric = "documents_bits_per_byte" if documents else "test_bits_per_byte"
     path = find_model(src)
     model = open_model(path)
     if any(isinstance(weight, QuantizedWeight) for weight in model.weights.values()):
@@ -54,7 +56,7 @@ def quantize_model(src: Path, out: Path, how: QuantizeConfig, documents: Path | 
         with bar("quantizing", num_bytes) as advance:
             write_directory(folder, replace(model, weights=finite(model.weights)), None, MAX_SHARD_BYTES, advance, how)
         loss = measure(model, open_model(folder), texts) if texts else None
-        said = describe(how, loss)
+        said = describe(how, loss, "the given documents" if documents else "the test documents")
         card = model_card(out.resolve().name, license_of(path, origin), model, ours, origin, None, said)
         (folder / "README.md").write_text(card, encoding="utf-8")
         console.print(f"  {said}", markup=False)
@@ -67,21 +69,21 @@ def quantize_model(src: Path, out: Path, how: QuantizeConfig, documents: Path | 
             config=config,
             inputs={"model": ours} if ours else {},
             built=Built(
-                metrics={"weight_bytes": num_bytes, "test_bits_per_byte": loss},
+                metrics={"weight_bytes": num_bytes, metric: loss},
                 sources={} if ours else {source["name"]: source},
             ),
         )
     return artifact.load(out)
 
 
-def describe(how: QuantizeConfig, loss: dict[str, Any] | None) -> str:
-    """One paragraph, for the console and for the card."""
+def describe(how: QuantizeConfig, loss: dict[str, Any] | None, texts: str) -> str:
+    """One paragraph, for the console and for the card. texts: what the loss was measured on."""
     output = "" if how.bits == HEAD_BITS else f" (an output matrix of its own has {HEAD_BITS})"
     matrices = f"matrices of {how.bits} bits{output}, a scale for each {how.group} inputs; "
     if loss is None:
         return matrices + "what that costs was not measured (give --documents)"
     before, after = loss["before"], loss["after"]
-    return matrices + f"test bits per byte {before:.3f} -> {after:.3f} ({loss['loss']:+.2%})"
+    return matrices + f"bits per byte of {texts} {before:.3f} -> {after:.3f} ({loss['loss']:+.2%})"
 
 
 def measure(before: ModelFolder, after: ModelFolder, texts: Sequence[Document]) -> dict[str, Any]:
