@@ -60,6 +60,41 @@ def test_generate_streams_the_same_text_for_the_same_seed(tiny_run: Path) -> Non
     assert first.stdout.startswith("kam")
 
 
+def test_generate_asked_for_a_billion_tokens_gives_what_the_context_has_room_for(tiny_run: Path) -> None:
+    stop = ("--seed", "1", "--temperature", "0")
+    most = gristmill("generate", tiny_run, "kam", "--max-tokens", "1000000000", *stop)
+    assert most.returncode == 0, most.stderr
+    assert most.stdout == gristmill("generate", tiny_run, "kam", "--max-tokens", "100000", *stop).stdout
+    assert most.stdout.startswith(gristmill("generate", tiny_run, "kam", "--max-tokens", "9", *stop).stdout[:-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("kam\udcff",), "PROMPT is not UTF-8: 'kam\\udcff' has the byte 0xff at 3"),
+        (("kam", "--chat", "--system", "\udcc3("), "--system is not UTF-8"),
+        (("kam", "--system", "mill"), "--system only applies to chat"),
+        (("kam", "--top-p", "0"), "top_p=0.0 must be above 0 and at most 1"),
+        (("kam", "--top-p", "1.01"), "top_p=1.01 must be above 0 and at most 1"),
+        (("kam", "--top-p", "nan"), "top_p=nan must be above 0 and at most 1"),
+        (("kam", "--min-p", "-0.1"), "min_p=-0.1 must be from 0"),
+        (("kam", "--temperature", "1e-9"), "temperature=1e-09 must be 0"),
+        (("kam", "--temperature", "-1"), "temperature=-1.0 must be 0"),
+        (("kam", "--top-k", "-1"), "--top-k"),
+        (("kam", "--seed", "-1"), "seed=-1 must be from 0"),
+        (("kam " * 300,), "max_seq_len=128"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_do_with_one_message_and_prints_no_text(
+    tiny_run: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    result = gristmill("generate", tiny_run, *arguments)
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not result.stdout
+
+
 def test_generate_keeps_to_a_schema(tiny_run: Path, tmp_path: Path) -> None:
     schema = tmp_path / "schema.json"
     schema.write_text(

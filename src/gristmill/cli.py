@@ -125,16 +125,17 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; with --chat the user's message to answer.")],
     chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt as a message in a conversation.")] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="With --chat: the system prompt.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="At most so many new tokens, and no more than the context has room for.")
+    ] = 128,
+    # `Sampling` has the bounds of the settings that follow, and checks them before the model is loaded.
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0 is greedy. [default: as published with the model, else 0.8]")
+        float | None, typer.Option(help="0 is greedy. [default: as published with the model, else 0.8]")
     ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Keep the most probable tokens up to this mass. [default: as published, else 0.95]",
+            help="Keep the most probable tokens up to this mass, above 0 up to 1. [default: as published, else 0.95]"
         ),
     ] = None,
     top_k: Annotated[
@@ -143,13 +144,15 @@ def generate(
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Keep tokens this times as probable as the first. [default: as published]"),
+        typer.Option(help="Keep tokens this times as probable as the first, from 0 to 1. [default: as published]"),
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(help="Above 1 makes what was said less probable. [default: as published, else 1: none]"),
+        typer.Option(
+            help="Values above 1 discourage repeated tokens; from 0.01 to 100. [default: as published, else 1: none]"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     json_schema: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Answer with JSON that is valid for this schema.")
     ] = None,
@@ -159,11 +162,13 @@ def generate(
     ] = None,
 ) -> None:
     """Continue a text, or answer it, streaming. The prompt is text only: control tokens in it stay characters."""
-    from gristmill.inference import EngineConfig, find_model, load_engine, parse_bytes, read_schema, stream
+    from gristmill.inference import find_model, load_for_answer, parse_bytes, read_schema, stream
     from gristmill.inference.settings import published_sampling
 
     if system is not None and not chat:
-        raise InputError("--system speaks to a conversation; add --chat")
+        raise InputError("--system only applies to chat; add --chat")
+    _require_utf8("PROMPT", prompt)
+    _require_utf8("--system", system or "")
     grammar = read_schema(json_schema) if json_schema is not None else None
     published = published_sampling(find_model(model))
     for setting in published.not_applied:
@@ -176,17 +181,27 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    most = len((system or "").encode()) + len(prompt.encode()) + max_tokens + 64  # a token is at least a byte
-    memory_bytes = None if memory is None else parse_bytes(memory)
-    engine = load_engine(model, EngineConfig(cache_tokens=most), memory_bytes=memory_bytes)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
-    sys.stdout.write("" if chat else prompt)
     asked = messages if chat else prompt
-    for text in stream(engine, asked, sampling, max_tokens, published.stop_ids, grammar):
+    engine = load_for_answer(model, asked, max_tokens, None if memory is None else parse_bytes(memory))
+    answer = stream(engine, asked, sampling, max_tokens, published.stop_ids, grammar)
+    sys.stdout.write("" if chat else prompt)
+    for text in answer:
         sys.stdout.write(text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _require_utf8(name: str, text: str) -> None:
+    """Raises InputError for lone surrogates: Python decodes other bytes of a command line to them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        raise InputError(
+            f"{name} is not UTF-8: {text!r:.80} has the byte {ord(text[problem.start]) & 0xFF:#04x} at "
+            f"{problem.start}; give the text in UTF-8"
+        ) from None
 
 
 @app.command()

@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,16 @@ from gristmill.artifact import Artifact, Built
 from gristmill.errors import Failure, InputError
 from gristmill.hub import in_memory, write_published, write_weights
 from gristmill.hub.settings import SpecialIds
-from gristmill.inference import Engine, Sampling, generate, load_model, stream
+from gristmill.inference import (
+    Engine,
+    EngineConfig,
+    Request,
+    Sampling,
+    generate,
+    load_for_answer,
+    load_model,
+    stream,
+)
 from gristmill.model import Transformer
 from gristmill.tokenizer import Tokenizer
 
@@ -101,6 +111,46 @@ def test_a_conversation_is_answered_after_its_chat_ids_and_stops_at_the_publishe
         stop = made[4]
         told = "".join(stream(Engine(model, tokenizer=tokenizer), messages, sampling, 20, frozenset({stop})))
         assert told == tokenizer.decode(made[: made.index(stop)])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 20, 10**9, 10**30])
+@pytest.mark.parametrize("prompt", ["", "The mill", [{"role": "user", "content": "river"}]])
+def test_the_cache_for_an_answer_has_room_for_it_and_at_most_for_the_context(
+    tiny: Tiny, tokenizer_dir: Path, tmp_path: Path, prompt: str | list[dict[str, str]], max_tokens: int
+) -> None:
+    context = tiny().cfg.max_seq_len
+    path = save_step(tmp_path / "step-00000001", tiny(), tokenizer_dir).path
+    engine = load_for_answer(path, prompt, max_tokens)
+    assert engine.cfg.cache_tokens <= context
+    greedy = Sampling(temperature=0.0)
+    whole = "".join(stream(Engine(tiny(), tokenizer=engine.tokenizer), prompt, greedy, max_tokens))
+    assert "".join(stream(engine, prompt, greedy, max_tokens)) == whole
+
+
+@pytest.mark.parametrize("context", [64, 2**50])
+def test_only_as_many_tokens_as_the_cache_has_room_for_cost_memory(tiny: Tiny, context: int) -> None:
+    engine = Engine(tiny(max_seq_len=context), EngineConfig(cache_tokens=64))
+    request = Request(prompt=[1, 2, 3], max_tokens=8, sampling=Sampling(temperature=0.0))
+    assert sum(len(piece.tokens) for piece in engine.submit(request)) == 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports how much memory is available")
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.float64])  # native kernels, torch's attention
+def test_a_cache_that_exceeds_the_memory_is_a_failure_before_any_of_it_is_taken(
+    tiny: Tiny, compute_dtype: torch.dtype
+) -> None:
+    model = Transformer(tiny().cfg, compute_dtype)
+    with pytest.raises(Failure, match=r"key/value cache needs .* GiB, and .* GiB of memory are available"):
+        Engine(model, EngineConfig(cache_tokens=2**50))
+
+
+def test_a_prompt_that_is_refused_is_refused_before_the_first_piece(
+    tiny: Tiny, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    path = save_step(tmp_path / "step-00000001", tiny(), tokenizer_dir).path
+    prompt = "river " * 100
+    with pytest.raises(InputError, match="max_seq_len=64"):
+        stream(load_for_answer(path, prompt, 5), prompt, Sampling(), 5)
 
 
 def test_a_place_without_a_model_is_an_input_error_that_says_what_may_stand_there(tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ class Engine:
         layers: Layers | None = None,
     ) -> None:
         self.model, self.cfg, self.tokenizer = model, cfg or EngineConfig(), tokenizer
+        self.runner = Runner(model, self.cfg.num_blocks, self.cfg.block_tokens, layers)  # first: it checks the memory
         self.scheduler = Scheduler(self.cfg)
-        self.runner = Runner(model, self.cfg.num_blocks, self.cfg.block_tokens, layers)
         self.grammars = Grammars(tokenizer, model.wte.num_embeddings) if tokenizer else None
         self._choices: dict[Job, Choice] = {}
 

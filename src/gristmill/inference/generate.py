@@ -61,9 +61,8 @@ def stream(
     stops = stop_ids | {tokenizer.eot_id, tokenizer.im_end_id}
     max_tokens = max(0, min(max_tokens, engine.model.cfg.max_seq_len - len(ids)))
     request = Request(prompt=ids, max_tokens=max_tokens, sampling=sampling, stop_ids=stops, grammar=grammar)
-    for piece in engine.submit(request):
-        if piece.text:
-            yield piece.text
+    answer = engine.submit(request)  # now, not in a generator: an error must come before the caller prints anything
+    return (piece.text for piece in answer if piece.text)
 
 
 def _submit(

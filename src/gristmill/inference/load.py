@@ -1,6 +1,7 @@
 """Finds and loads a model wherever it stands: a run folder, a checkpoint, a Hugging Face directory."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -47,8 +48,36 @@ def load_engine(
     disk. The system may keep more of the files in memory that it has to spare. Raises as `load_model`, and InputError
     when too little is left.
     """
+    return _engine(*_open(path), cfg or EngineConfig(), compute_dtype, memory_bytes)
+
+
+def load_for_answer(
+    path: Path, prompt: str | Sequence[Mapping[str, str]], max_tokens: int, memory_bytes: int | None = None
+) -> Engine:
+    """Load an engine whose cache holds this prompt and an answer of `max_tokens`, or of as many as the context allows.
+
+    Args:
+        prompt: see `stream`.
+
+    Raises as `load_engine`.
+    """
     found, tokenizer = _open(path)
-    cfg, compute_dtype = cfg or EngineConfig(), compute_dtype or _stored_dtype(found.weights)
+    if isinstance(prompt, str):
+        length = 1 + len(tokenizer.encode(prompt))  # a start token may come first
+    else:
+        length = len(tokenizer.chat(prompt, generation_prompt=True))
+    tokens, block = min(length + max_tokens, found.cfg.max_seq_len), EngineConfig.block_tokens
+    return _engine(found, tokenizer, EngineConfig(cache_tokens=-(-tokens // block) * block), None, memory_bytes)
+
+
+def _engine(
+    found: ModelFolder,
+    tokenizer: Tokenizer,
+    cfg: EngineConfig,
+    compute_dtype: torch.dtype | None,
+    memory_bytes: int | None,
+) -> Engine:
+    compute_dtype = compute_dtype or _stored_dtype(found.weights)
     if not native.serves(torch.empty(0, dtype=compute_dtype)):
         if memory_bytes is not None:
             raise InputError("a memory bound needs the native kernels, which are not built here; leave it out")

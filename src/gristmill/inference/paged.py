@@ -4,6 +4,7 @@ Shapes: T tokens of the step's row, H query heads, G key/value heads, R = H / G,
 tokens of a block; in a group of tiles: S sequences, M tiles of each, Q queries of a tile, K keys.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gristmill.errors import Failure
 from gristmill.inference.scheduler import Part
 from gristmill.kernels import native
+from gristmill.kernels.memory import available_bytes
 from gristmill.model import Transformer
 from gristmill.model.transformer import Attend
 
@@ -41,13 +44,24 @@ def paged_attention(model: Transformer, num_blocks: int, block_tokens: int) -> P
     return TorchPaged(model, num_blocks, block_tokens)
 
 
+def _cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate zeros for keys and values. Raises Failure, before it takes any memory, when they do not fit."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or num_bytes <= (free := available_bytes()):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raise Failure(
+        f"the key/value cache needs {num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of memory are available; "
+        "lower --max-tokens or cache_tokens, or use a machine with more memory"
+    )
+
+
 class NativePaged:
     """native/paged.h: bit for bit what training's attention computes."""
 
     def __init__(self, model: Transformer, num_blocks: int, block_tokens: int) -> None:
         cfg, self.block_tokens = model.cfg, block_tokens
         shape = (2, cfg.n_layers, num_blocks, cfg.kv_n_heads, -(-cfg.head_dim // 32) * 32 * block_tokens)
-        self.keys_LNGB, self.values_LNGB = torch.zeros(shape, dtype=model.compute_dtype)
+        self.keys_LNGB, self.values_LNGB = _cache(shape, model.compute_dtype, torch.device("cpu"))
 
     @property
     def nbytes(self) -> int:
@@ -124,7 +138,7 @@ class TorchPaged:
         self.repeats = cfg.n_heads // cfg.kv_n_heads
         self.tile = max(q for q in (1, 2, 4, 8, 16) if q == 1 or q * self.repeats <= TILE_ROWS)
         shape = (2, cfg.n_layers, num_blocks, block_tokens, cfg.kv_n_heads, cfg.head_dim)
-        self.keys_LNBGC, self.values_LNBGC = torch.zeros(shape, dtype=model.compute_dtype, device=self.device)
+        self.keys_LNBGC, self.values_LNBGC = _cache(shape, model.compute_dtype, self.device)
 
     @property
     def nbytes(self) -> int:

@@ -27,6 +27,7 @@ class Runner:
     def __init__(self, model: Transformer, num_blocks: int, block_tokens: int, layers: Layers | None = None) -> None:
         self.model, self.layers = model, layers or layers_of(model)
         self.paged = paged_attention(model, num_blocks, block_tokens)
+        self.longest = min(model.cfg.max_seq_len, num_blocks * block_tokens)  # sequence, in tokens
         self.device, self.threads = model.wte.weight.device, torch.get_num_threads()
         on_packed = isinstance(self.layers, NativeLayers) and isinstance(self.paged, NativePaged)
         self._own_threads = isinstance(self.layers, NativeLayers) and self.layers.is_complete
@@ -96,7 +97,7 @@ class Decoding:
     def __init__(self, runner: Runner, parts: Sequence[Part]) -> None:
         assert isinstance(runner.paged, NativePaged)
         model, layers, count = runner.model, runner.layers, len(parts)
-        self.where = OneEach(count, model.cfg.max_seq_len, runner.paged.block_tokens)
+        self.where = OneEach(count, runner.longest, runner.paged.block_tokens)
         self.where.fill(parts)
         tokens, positions, *places = self.where.tensors
         attend = runner.paged.attend_at(*places)

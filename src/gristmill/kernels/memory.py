@@ -5,7 +5,10 @@ activation pays for page faults again: up to half of a training step on a CPU.
 """
 
 import ctypes
+import math
+import re
 import sys
+from pathlib import Path
 
 from torch import Tensor
 
@@ -33,3 +36,13 @@ def use_huge_pages(memory: Tensor) -> None:
     length = (memory.data_ptr() + memory.nbytes - start) // HUGE_PAGE * HUGE_PAGE
     if sys.platform == "linux" and length > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+
+
+def available_bytes() -> float:
+    """Return the memory and swap space that a process can still take; infinity where the system does not report it."""
+    try:
+        lines = Path("/proc/meminfo").read_text()
+    except OSError:
+        return math.inf
+    found = re.findall(r"^(?:MemAvailable|SwapFree): +(\d+) kB$", lines, re.MULTILINE)
+    return sum(int(kibibytes) * 1024 for kibibytes in found) if found else math.inf
