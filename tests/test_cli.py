@@ -71,8 +71,8 @@ def test_generate_asked_for_a_billion_tokens_gives_what_the_context_has_room_for
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("kam\udcff",), "PROMPT is not UTF-8: 'kam\\udcff' has the byte 0xff at 3"),
-        (("kam", "--chat", "--system", "\udcc3("), "--system is not UTF-8"),
+        (("kam\udcff",), "PROMPT='kam\\udcff' is not UTF-8"),
+        (("kam", "--chat", "--system", "\udcc3("), "--system='\\udcc3(' is not UTF-8"),
         (("kam", "--system", "mill"), "--system only applies to chat"),
         (("kam", "--top-p", "0"), "top_p=0.0 must be above 0 and at most 1"),
         (("kam", "--top-p", "1.01"), "top_p=1.01 must be above 0 and at most 1"),

@@ -75,8 +75,12 @@ class Artifact:
 
 
 def canonical(value: Any) -> bytes:
-    """The one JSON spelling of a value: sorted keys, two-space indent, final newline."""
-    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """The one JSON spelling of a value: sorted keys, two-space indent, final newline.
+
+    A lone surrogate, Python's form of a path's byte that is not UTF-8, becomes JSON's escape for it.
+    """
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def sha256_file(path: Path, advance: Callable[[float], None] = lambda num_bytes: None) -> str:

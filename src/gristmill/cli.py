@@ -167,8 +167,7 @@ def generate(
 
     if system is not None and not chat:
         raise InputError("--system only applies to chat; add --chat")
-    _require_utf8("PROMPT", prompt)
-    _require_utf8("--system", system or "")
+    prompt, system = _utf8("PROMPT", prompt), system and _utf8("--system", system)
     grammar = read_schema(json_schema) if json_schema is not None else None
     published = published_sampling(find_model(model))
     for setting in published.not_applied:
@@ -193,15 +192,17 @@ def generate(
     sys.stdout.write("\n")
 
 
-def _require_utf8(name: str, text: str) -> None:
-    """Raises InputError for lone surrogates: Python decodes other bytes of a command line to them."""
+def _utf8(name: str, given: str) -> str:
+    """Return an argument as text. Python gives lone surrogates for bytes that the locale's encoding does not have."""
     try:
-        text.encode()
-    except UnicodeEncodeError as problem:
-        raise InputError(
-            f"{name} is not UTF-8: {text!r:.80} has the byte {ord(text[problem.start]) & 0xFF:#04x} at "
-            f"{problem.start}; give the text in UTF-8"
-        ) from None
+        given.encode()
+        return given
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(given).decode()
+    except UnicodeError:
+        raise InputError(f"{name}={given!r:.80} is not UTF-8; convert it to UTF-8") from None
 
 
 @app.command()

@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,8 +26,11 @@ from gristmill.hub import (
 from gristmill.hub import export as export_module
 from gristmill.hub.dbrx import from_json, to_json
 from gristmill.hub.export import ExportConfig, build_export, export_gguf, export_model
+from gristmill.hub.importing import import_model
+from gristmill.hub.quantized import QuantizeConfig
 from gristmill.hub.settings import SpecialIds
 from gristmill.hub.tensors import INDEX, SINGLE, Weights
+from gristmill.inference.quantizing import quantize_model
 from gristmill.inference.scorer import causal
 from gristmill.model import ModelConfig, Transformer
 from gristmill.tokenizer import Tokenizer
@@ -122,7 +127,7 @@ def test_configuration_survives_the_published_form_and_the_published_file_is_rea
     [
         ({"model_type": "llama"}, "model_type='llama'"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, r"rope_parameters=\{'rope_type': 'yarn'"),
         ({"ffn_config": {"ffn_act_fn": {"name": "gelu"}}}, "name='gelu'"),
         ({"d_model": 30}, "d_model=30"),
         ({"attn_config": {"kv_n_heads": 8}, "rope_parameters": None}, "rope_theta"),
@@ -241,6 +246,21 @@ def test_an_export_that_computes_something_else_fails(
 def test_an_evaluation_that_is_none_is_an_input_error(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"evaluation.json"):
         build_export(ExportConfig(), checkpoint(), tmp_path / "nothing", artifact.prepare(tmp_path / "export"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems accept only UTF-8 as a file's name")
+def test_a_model_goes_in_and_out_of_folders_whose_names_are_not_utf8(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    src = checkpoint(ffn_hidden_size=32)
+    name = os.fsdecode(b"M\xfchle")
+    out = export_model(src, tmp_path / name).path
+    assert "# M\ufffdhle\n" in (out / "README.md").read_text()
+    ours = import_model(out, tmp_path / f"{name} again").path
+    small = quantize_model(ours, tmp_path / f"{name} small", QuantizeConfig(group=32)).path
+    assert "# M\ufffdhle small\n" in (small / "README.md").read_text()
+    file = export_gguf(src, tmp_path / f"{name}.gguf")
+    assert b"M\xef\xbf\xbdhle" in file.read_bytes()
 
 
 def test_an_export_of_a_bare_checkpoint_goes_out_again(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -346,6 +346,16 @@ WRONG = {
         Failure,
         r"manifest.json is damaged",
     ),
+    "a record of a pull that is not text": (
+        lambda f: (f / "pulled.json").write_text('{"commit": NaN}'),
+        Failure,
+        r"pulled.json is damaged: commit=nan must be one line of text",
+    ),
+    "half a character in the record": (
+        lambda f: (f / "pulled.json").write_text('{"repository": "mill/\\udc80"}'),
+        Failure,
+        r"pulled.json is damaged: repository=",
+    ),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), Failure, r"tokenizer.json is not"),
 }
 

@@ -19,6 +19,7 @@ from gristmill.inference import (
     generate,
     load_for_answer,
     load_model,
+    parse_bytes,
     stream,
 )
 from gristmill.model import Transformer
@@ -163,6 +164,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny: Tiny, tokenizer_dir:
     save_step(tmp_path / "step-00000001", tiny(vocab_size=200), tokenizer_dir)
     with pytest.raises(InputError, match="the tokenizer has 270 ids, the model 200"):
         load_model(tmp_path / "step-00000001")
+
+
+@pytest.mark.parametrize("text", ["16", "-1GiB", "nanGB", "1e3GB", "9" * 400 + "TB", "\udcff", ""])
+def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="is no amount of memory; write it like 16GiB"):
+        parse_bytes(text)
+    assert parse_bytes("1.5TiB") == 3 * 2**39
 
 
 def test_a_damaged_description_is_named(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:

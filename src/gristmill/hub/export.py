@@ -16,7 +16,7 @@ from gristmill.artifact import Artifact, Built, Origin
 from gristmill.errors import Failure, InputError
 from gristmill.hub.agreement import compare, compare_tokenizers
 from gristmill.hub.card import model_card
-from gristmill.hub.folder import CARD, ModelFolder, open_model
+from gristmill.hub.folder import CARD, ModelFolder, name_of, open_model
 from gristmill.hub.importing import card_license, check_files, copy_tokenizer, known_hashes
 from gristmill.hub.published import model_type_of, write_published
 from gristmill.hub.quantized import QuantizeConfig
@@ -105,7 +105,7 @@ def export_model(
     with artifact.building(out, num_bytes) as folder:
         with bar("exporting", num_bytes) as advance:
             write_directory(folder, model, dtype, MAX_SHARD_BYTES, advance)
-        card = model_card(out.resolve().name, license_of(src, origin), model, ours, origin, None)
+        card = model_card(name_of(out), license_of(src, origin), model, ours, origin, None)
         (folder / "README.md").write_text(card, encoding="utf-8")
         config = {"dtype": str(dtype or "as stored")}
         inputs = {} if ours is None else {"model": ours}
@@ -145,7 +145,9 @@ def export_gguf(src: Path, out: Path, dtype: torch.dtype | str | None = None) ->
     artifact.require_room(out, num_bytes)
     licensed = license_of(src, artifact.lineage(src) if artifact.load_ours(src) else None)
     license = licensed.get("license_name", licensed["license"])
-    write_gguf(out, model.cfg, model.weights, model.tokenizer, name=out.stem, license=license, dtype=dtype)
+    write_gguf(
+        out, model.cfg, model.weights, model.tokenizer, name=Path(name_of(out)).stem, license=license, dtype=dtype
+    )
     return out
 
 

@@ -1,5 +1,6 @@
 """A model wherever it stands: a checkpoint, an imported model, or a Hugging Face directory of a known layout."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -66,6 +67,11 @@ def open_model(path: Path) -> ModelFolder:
         read_json(generation) or {},
         papers(documents),
     )
+
+
+def name_of(path: Path) -> str:
+    """Return the last part of a path as text; bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(path.resolve().name).decode(errors="replace")
 
 
 def papers(folder: Path) -> list[Path]:

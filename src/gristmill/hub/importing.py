@@ -24,7 +24,7 @@ from gristmill import artifact
 from gristmill.artifact import Artifact, Built
 from gristmill.errors import Failure, InputError
 from gristmill.hub.checkpoint import CONFIG, TOKENIZER
-from gristmill.hub.folder import CARD, DOCUMENTS, GENERATION, PULLED, papers
+from gristmill.hub.folder import CARD, DOCUMENTS, GENERATION, PULLED, name_of, papers
 from gristmill.hub.published import CONFIG_JSON, GENERATION_JSON, model_type_of, read_published
 from gristmill.hub.settings import dropouts, read_json
 from gristmill.hub.tensors import INDEX, Weight, Weights, write_weights
@@ -109,12 +109,18 @@ def check_files(src: Path, known: Mapping[str, str]) -> dict[str, str]:
 
 
 def describe_source(src: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """What the manifest says of where the model came from."""
+    """What the manifest says of where the model came from. Raises Failure when the record of `pull` is damaged."""
     pulled = read_json(src / PULLED) or {}
+    for key in ("repository", "commit", "license"):
+        value = pulled.get(key)
+        if value is not None and not (isinstance(value, str) and value.isprintable()):
+            raise Failure(
+                f"{src / PULLED} is damaged: {key}={value!r:.80} must be one line of text; pull the model again"
+            )
     return {
-        "name": str(pulled.get("repository") or src.resolve().name),
+        "name": pulled.get("repository") or name_of(src),
         "revision": pulled.get("commit"),
-        **(card_license(src) or {"license": str(pulled.get("license") or "unknown")}),
+        **(card_license(src) or {"license": pulled.get("license") or "unknown"}),
         "licenses": {},
         "fingerprint": artifact.content_hash({name: {"sha256": digest} for name, digest in hashes.items()}),
     }

@@ -100,7 +100,7 @@ def _engine(
 
 def parse_bytes(text: str) -> int:
     """ "16GiB", "900 MB": raises InputError for another form."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text.strip())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT])(i?)B", text.strip())
     if found is None:
         raise InputError(f"{text!r:.40} is no amount of memory; write it like 16GiB, 900MiB or 1.5TB")
     number, unit, binary = found.groups()

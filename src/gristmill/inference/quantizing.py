@@ -13,7 +13,7 @@ from gristmill.evaluate import Document, bits_per_byte, read_documents
 from gristmill.hub import assemble
 from gristmill.hub.card import model_card
 from gristmill.hub.export import license_of, write_directory
-from gristmill.hub.folder import ModelFolder, open_model
+from gristmill.hub.folder import ModelFolder, name_of, open_model
 from gristmill.hub.importing import check_files, describe_source, finite, known_hashes
 from gristmill.hub.layout import as_one_expert
 from gristmill.hub.published import model_type_of
@@ -57,7 +57,7 @@ def quantize_model(src: Path, out: Path, how: QuantizeConfig, documents: Path | 
             write_directory(folder, replace(model, weights=finite(model.weights)), None, MAX_SHARD_BYTES, advance, how)
         loss = measure(model, open_model(folder), texts) if texts else None
         said = describe(how, loss, "the given documents" if documents else "the test documents")
-        card = model_card(out.resolve().name, license_of(path, origin), model, ours, origin, None, said)
+        card = model_card(name_of(out), license_of(path, origin), model, ours, origin, None, said)
         (folder / "README.md").write_text(card, encoding="utf-8")
         console.print(f"  {said}", markup=False)
         config = {"bits": how.bits, "group": how.group}
