@@ -9,6 +9,7 @@ from gristmill.inference.requests import Request
 from gristmill.inference.sampler import Sampling
 from gristmill.inference.scheduler import EngineConfig
 from gristmill.model import Transformer
+from gristmill.tokenizer import Tokenizer
 
 CACHE_TOKENS = 65536  # at most; sequences that need more together take turns
 
@@ -53,16 +54,19 @@ def stream(
     """
     tokenizer = engine.tokenizer
     assert tokenizer is not None
-    match prompt:
-        case str():
-            ids = tokenizer.encode_prompt(prompt)
-        case _:
-            ids = tokenizer.chat(prompt, generation_prompt=True)
+    ids = prompt_ids(tokenizer, prompt)
     stops = stop_ids | {tokenizer.eot_id, tokenizer.im_end_id}
     max_tokens = max(0, min(max_tokens, engine.model.cfg.max_seq_len - len(ids)))
     request = Request(prompt=ids, max_tokens=max_tokens, sampling=sampling, stop_ids=stops, grammar=grammar)
     answer = engine.submit(request)  # now, not in a generator: an error must come before the caller prints anything
     return (piece.text for piece in answer if piece.text)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    """The ids of a text to continue, or of a conversation up to the assistant's next turn."""
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(prompt)
+    return tokenizer.chat(prompt, generation_prompt=True)
 
 
 def _submit(

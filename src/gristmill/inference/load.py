@@ -15,6 +15,7 @@ from gristmill.hub.published import CONFIG_JSON, main_dtype
 from gristmill.hub.tensors import check_names
 from gristmill.inference.disk import AT_ONCE, READERS
 from gristmill.inference.engine import Engine
+from gristmill.inference.generate import prompt_ids
 from gristmill.inference.layers import NativeLayers
 from gristmill.inference.runner import LOGITS_ROWS
 from gristmill.inference.scheduler import EngineConfig
@@ -62,11 +63,8 @@ def load_for_answer(
     Raises as `load_engine`.
     """
     found, tokenizer = _open(path)
-    if isinstance(prompt, str):
-        length = 1 + len(tokenizer.encode(prompt))  # a start token may come first
-    else:
-        length = len(tokenizer.chat(prompt, generation_prompt=True))
-    tokens, block = min(length + max_tokens, found.cfg.max_seq_len), EngineConfig.block_tokens
+    tokens = min(len(prompt_ids(tokenizer, prompt)) + max_tokens, found.cfg.max_seq_len)
+    block = EngineConfig.block_tokens
     return _engine(found, tokenizer, EngineConfig(cache_tokens=-(-tokens // block) * block), None, memory_bytes)
 
 
