@@ -58,17 +58,31 @@ def test_the_text_ends_before_the_first_stop_string_and_no_part_of_one_is_ever_o
         tokens += its
         assert wanted.startswith(given_text)
         length = len(b"".join(pieces[token.id] for token in tokens))
-        assert length <= len(given_text.encode())  # no token before its text
+        assert is_stopped or length <= len(given_text.encode())  # no token before its text
         assert is_stopped <= stopped
     assert given_text == wanted
     assert is_stopped == stopped
-    if not stopped:
-        assert [token.id for token in tokens] == list(range(len(pieces)))
+    assert [token.id for token in tokens] == list(range(len(tokens)))
+    assert b"".join(pieces[: len(tokens)]) == (seen if stopped else text.encode())  # all that were made, which cover it
 
 
 def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     told = [text for text, _, _ in pour([b"x", b"a", b"b", b"a", b"c", b"a"], ("abc", "zz"))]
     assert told == ["x", "", "", "ab", "ac", "", "a"]
+
+
+def test_the_token_in_which_a_stop_string_begins_comes_with_its_text() -> None:
+    for stop in ("lo", "lo wor", "o"):
+        told = list(pour([b"hel", b"lo", b" wo", b"rld", b"!"] if stop != "o" else [b"he", b"llo", b"!"], (stop,)))
+        text, tokens = "".join(text for text, _, _ in told), [token.id for _, its, _ in told for token in its]
+        assert (text, told[-1][2]) == ("hel" if stop != "o" else "hell", True)
+        assert tokens == {"lo": [0, 1], "lo wor": [0, 1, 2, 3], "o": [0, 1]}[stop]
+
+
+def test_a_stop_string_within_a_character_that_is_not_whole_yet_releases_its_tokens_too() -> None:
+    mill = "\N{WATERMELON}".encode()
+    told = list(pour([b"ab", b"c" + mill[:2], mill[2:]], ("c",)))
+    assert [("".join(t for t, _, _ in told)), [token.id for _, its, _ in told for token in its]] == ["ab", [0, 1]]
 
 
 def test_without_a_tokenizer_tokens_go_out_at_once() -> None:

@@ -33,8 +33,8 @@ class Letters:
     def decode(self, ids: list[int]) -> str:
         return self.decode_bytes(ids).decode()
 
-    def stream_decoder(self) -> StreamDecoder:
-        return StreamDecoder(self)  # type: ignore[arg-type]
+    def stream_decoder(self, skip_control: bool = False) -> StreamDecoder:
+        return StreamDecoder(self, frozenset({299}) if skip_control else frozenset())  # type: ignore[arg-type]
 
 
 def engine(model: Transformer, tokenizer: Any = None, **changes: Any) -> Engine:
@@ -156,18 +156,36 @@ def test_a_stop_string_over_tokens_ends_the_answer_before_it_and_no_part_of_it_i
         told = "".join(piece.text for piece in pieces)
         assert told == whole[: whole.find(stop)]
         assert pieces[-1].finish == "stop"
-        assert told.startswith(letters.decode([token.id for piece in pieces for token in piece.tokens]))
+        made = [token for piece in pieces for token in piece.tokens]  # also those of the stop string
+        assert letters.decode([token.id for token in made]).startswith(told + stop)
+        assert not letters.decode([token.id for token in made[:-1]]).startswith(told + stop)
+        assert all(token.logprob is not None for token in made)
     late = list(engine(model, letters).submit(replace(request, stop=(whole + "!", whole[-1] + "!"))))
     assert "".join(piece.text for piece in late) == whole  # what was held back comes at the end
     assert late[-1].finish == "length"
 
 
-def test_a_stop_id_is_not_part_of_the_answer(tiny: Tiny) -> None:
+def test_a_stop_id_has_its_log_probability_and_is_not_part_of_the_text(tiny: Tiny) -> None:
     request = Request(prompt=[5, 6, 7], max_tokens=40, sampling=Sampling(temperature=0.0))
     free = [token.id for token in tokens(engine(tiny()).submit(request))]
-    *_, last = pieces = list(engine(tiny()).submit(replace(request, stop_ids=frozenset({free[6]}))))
-    assert [token.id for piece in pieces for token in piece.tokens] == free[: free.index(free[6])]
+    stopping = replace(request, stop_ids=frozenset({free[6]}), logprobs=0)
+    *_, last = pieces = list(engine(tiny(), Letters()).submit(stopping))
+    made, end = [token for piece in pieces for token in piece.tokens], free.index(free[6])
+    assert [token.id for token in made] == free[: end + 1]
+    assert "".join(piece.text for piece in pieces) == Letters().decode(free[:end])
     assert last.finish == "stop"
+    whole = tokens(engine(tiny()).submit(replace(request, logprobs=0)))
+    assert made == whole[: end + 1]
+
+
+def test_control_tokens_are_in_texts_only_where_they_are_asked_for(tiny: Tiny) -> None:
+    request = Request(
+        prompt=[3, 299, 4], max_tokens=12, sampling=Sampling(seed=1, logit_bias={299: 6.0, 7: 6.0}), echo=True
+    )
+    made = [token.id for token in tokens(engine(tiny(), Letters()).submit(request))]
+    assert made[3:].count(299) > 1
+    assert text(engine(tiny(), Letters()).submit(request)) == Letters().decode([id for id in made if id != 299])
+    assert text(engine(tiny(), Letters()).submit(replace(request, skip_control=False))) == Letters().decode(made)
 
 
 @torch.no_grad()

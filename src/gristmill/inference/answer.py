@@ -1,4 +1,4 @@
-"""An answer's text as it grows, up to a stop string, no part of which is ever given away."""
+"""An answer's text as it grows, up to a stop string, no part of which ever comes out; and the tokens of that text."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -19,7 +19,11 @@ class Answer:
         self._waiting: deque[tuple[int, Token]] = deque()  # where a token's text ends, and the token
 
     def feed(self, token: Token) -> tuple[str, list[Token]]:
-        """What may be given away now."""
+        """Add a token. Returns the text that can no longer change, and the tokens whose text is out.
+
+        The token that completes a stop string releases all tokens: the one that the stop string begins in is part of
+        the text, and each token that was made has its place in the log-probabilities.
+        """
         if self._decoder is None:
             return "", [token]
         self._held += self._decoder.feed(token.id)
@@ -41,13 +45,15 @@ class Answer:
         self._unfinished = []
 
     def _give(self, length: int) -> tuple[str, list[Token]]:
-        """The first characters that are held, but not beyond a stop string."""
+        """Release the first `length` held characters, or those before the first stop string."""
         found = [at for text in self._stop if (at := self._held.find(text)) >= 0]
         self.is_stopped = bool(found)
         text = self._held[: min(found, default=length)]
         self._held, self._given = self._held[len(text) :], self._given + len(text)
+        if self.is_stopped:
+            self._place()
         tokens = []
-        while self._waiting and self._waiting[0][0] <= self._given:
+        while self._waiting and (self.is_stopped or self._waiting[0][0] <= self._given):
             tokens.append(self._waiting.popleft()[1])
         return text, tokens
 

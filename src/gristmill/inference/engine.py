@@ -7,7 +7,7 @@ An engine belongs to one thread: who has more sends them through a queue.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -107,7 +107,8 @@ class Engine:
                 salt=request.tenant,
                 reuse=not request.scores_prompt,  # which needs the logits of all of it
             )
-            answer = Answer(self.tokenizer.stream_decoder() if self.tokenizer else None, request.stop)
+            decoder = self.tokenizer.stream_decoder(request.skip_control) if self.tokenizer else None
+            answer = Answer(decoder, request.stop)
             constraint = None
             if request.grammar is not None and self.grammars is not None:
                 constraint = self.grammars.start(request.grammar, stop_ids)
@@ -121,7 +122,7 @@ class Engine:
         for choice in stream.choices:
             if choice.job.finish is None:
                 self.scheduler.finish(choice.job, "cancelled")
-                self._close(choice, "", [])
+                self._close(choice, "", [], None)
 
     def step(self) -> bool:
         """Whether there was anything to do."""
@@ -205,9 +206,10 @@ class Engine:
         job, text = choice.job, ""
         tokens: list[Token] = []
         if choice.echoed and job.num_computed >= len(job.prompt):
-            self._push(choice, self._prompt_text(job.prompt), choice.echoed, None)
+            self._push(choice, self._prompt_text(choice.stream.request), choice.echoed, None)
             choice.echoed = []
-        if token is not None and not (job.finish == "stop" and token.id in job.stop_ids):
+        stop_token = token if token is not None and job.finish == "stop" and token.id in job.stop_ids else None
+        if token is not None and stop_token is None:
             if choice.history is not None:
                 choice.history.add(token.id)
             if choice.constraint is not None:
@@ -216,12 +218,14 @@ class Engine:
             if choice.answer.is_stopped:
                 self.scheduler.finish(job, "stop")
         if job.finish is not None:
-            self._close(choice, text, tokens)
+            self._close(choice, text, tokens, stop_token)
         elif text or tokens:
             self._push(choice, text, tokens, None)
 
-    def _close(self, choice: Choice, text: str, tokens: list[Token]) -> None:
+    def _close(self, choice: Choice, text: str, tokens: list[Token], stop_token: Token | None) -> None:
         rest, last = choice.answer.end()
+        if stop_token is not None:
+            last.append(stop_token)
         finish = "stop" if choice.answer.is_stopped else choice.job.finish  # also where it was the last token anyway
         if choice.is_broken:
             finish = "error"
@@ -231,12 +235,12 @@ class Engine:
     def _push(self, choice: Choice, text: str, tokens: list[Token], finish: Finish | None) -> None:
         choice.stream.put(Piece(choice.number, text, tokens, finish))
 
-    def _prompt_text(self, prompt: Sequence[int]) -> str:
-        """The text of a prompt, without the start token or `<|endoftext|>` at its beginning."""
+    def _prompt_text(self, request: Request) -> str:
+        """The echoed prompt, decoded as its answer is."""
         if self.tokenizer is None:
             return ""
-        begins = prompt[0] in (self.tokenizer.start_id, self.tokenizer.eot_id)
-        return self.tokenizer.decode(prompt[1:] if begins else prompt)
+        decoder = self.tokenizer.stream_decoder(request.skip_control)
+        return "".join(map(decoder.feed, request.prompt)) + decoder.flush()
 
 
 def _token(id: int, logits_V: Tensor, logprobs: int | None, experts: tuple[Chosen, ...]) -> Token:

@@ -24,7 +24,7 @@ def generate(
     """New ids one by one: until `max_tokens`, an id of `stop_ids` (not yielded), or the model's context is full."""
     [stream] = _submit(model, [prompt_ids], sampling, max_tokens, stop_ids)
     for piece in stream:
-        yield from (token.id for token in piece.tokens)
+        yield from (token.id for token in piece.tokens if token.id not in stop_ids)
 
 
 def complete(
@@ -36,7 +36,7 @@ def complete(
 ) -> list[list[int]]:
     """The same for many prompts together. Number i draws with the seed `sampling.seed` + i."""
     streams = _submit(model, prompts, sampling, max_tokens, stop_ids)
-    return [[token.id for piece in stream for token in piece.tokens] for stream in streams]
+    return [[t.id for piece in stream for t in piece.tokens if t.id not in stop_ids] for stream in streams]
 
 
 def stream(

@@ -17,7 +17,9 @@ MAX_TOP = 20  # of the most probable tokens that may be asked for beside each
 class Request:
     """prompt: ids. max_tokens: None is as many as there is room for. n: answers, which differ by chance alone.
 
-    stop_ids end an answer, as does a text of `stop` in it; neither becomes part of it. grammar: the form that an answer
+    stop_ids end an answer, as does a text of `stop` in it; neither becomes part of its text. skip_control: control
+    tokens add nothing to texts, as with `decode(ids, skip_special_tokens=True)` in transformers; else their names
+    appear. grammar: the form that an answer
     has which ends by itself; one that ends with "length" or at something of `stop` is the beginning of such a text.
     logprobs: None, or how many of the most probable tokens are told beside each one's own log-probability, which is of
     the model's distribution, before bias, penalties and temperature. echo: the prompt comes first, as the beginning of
@@ -31,6 +33,7 @@ class Request:
     n: int = 1
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
+    skip_control: bool = True
     grammar: Grammar | None = None
     logprobs: int | None = None
     echo: bool = False
@@ -70,8 +73,12 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """More of answer number `choice`. `finish` stands on its last piece; "error" is a grammar's limit of work for
-    one step, passed in the middle of an answer. A token comes when its text has come."""
+    """More of answer number `choice`. Only its last piece has `finish`; "error" means that a grammar exceeded the limit
+    of work for one step in the middle of an answer.
+
+    The pieces together have every token that was made, also a stop id and the tokens of a stop string, which add
+    nothing to the text. A token comes with the piece that completes its text, or with the last piece.
+    """
 
     choice: int
     text: str

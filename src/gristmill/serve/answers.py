@@ -24,8 +24,11 @@ class Shape:
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool) -> None:
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool, skip_control: bool
+    ) -> None:
         self.tokenizer, self.has_logprobs, self.has_experts = tokenizer, has_logprobs, has_experts
+        self.skip_control = skip_control
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def chunk(self, choices: Sequence[Json], usage: Json | None, tells_usage: bool) -> Json:
@@ -44,7 +47,8 @@ class Shape:
         raise NotImplementedError
 
     def token_text(self, id: int) -> str:
-        return self.tokenizer.decode([id])
+        """A token as text. Bytes that are not a whole character are written as OpenAI does: "bytes:\\xe4\\xb8"."""
+        return token_text(self.tokenizer, id)
 
     def experts(self, tokens: Sequence[Token]) -> Json:
         """To be joined to a choice: nothing where nobody asked."""
@@ -64,8 +68,10 @@ class Shape:
 class Completion(Shape):
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool) -> None:
-        super().__init__(model, tokenizer, has_logprobs, has_experts)
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool, skip_control: bool
+    ) -> None:
+        super().__init__(model, tokenizer, has_logprobs, has_experts, skip_control)
         self._places: dict[int, Place] = {}
 
     def deltas(self, index: int, piece: Piece) -> list[Json]:
@@ -73,7 +79,7 @@ class Completion(Shape):
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> Json:
         text = "".join(piece.text for piece in pieces)
-        place = self._places.setdefault(index, Place(self.tokenizer))
+        place = self._places.setdefault(index, Place(self.tokenizer.stream_decoder(self.skip_control)))
         tokens = [token for piece in pieces for token in piece.tokens]
         logprobs = self._logprobs(tokens, place) if self.has_logprobs else None
         told = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
@@ -92,36 +98,27 @@ class Completion(Shape):
                 told["top_logprobs"].append(dict(reversed(top.items())) | {self.token_text(token.id): token.logprob})
         return told
 
-    def token_text(self, id: int) -> str:
-        """Bytes that are no character alone as OpenAI writes them: "bytes:\\xe4\\xb8"."""
-        piece = self.tokenizer.decode_bytes([id])
-        try:
-            return piece.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
-
 
 class Place:
-    """Where in its text an answer's next token begins: a number of characters."""
+    """Where in its text an answer's next token begins: a number of characters. decoder: as that of the text."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._starts = (tokenizer.start_id, tokenizer.eot_id)
-        self._offset, self._is_first = 0, True
-        self._decoder: StreamDecoder = tokenizer.stream_decoder()
+    def __init__(self, decoder: StreamDecoder) -> None:
+        self._decoder, self._offset = decoder, 0
 
     def pass_by(self, id: int) -> int:
         offset = self._offset
-        if not (self._is_first and id in self._starts):  # the start token of an echoed prompt is not part of its text
-            self._offset += len(self._decoder.feed(id))
-        self._is_first = False
+        self._offset += len(self._decoder.feed(id))
         return offset
 
 
 class Chat(Shape):
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool) -> None:
-        super().__init__(model, tokenizer, has_logprobs, has_experts)
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool, skip_control: bool
+    ) -> None:
+        super().__init__(model, tokenizer, has_logprobs, has_experts, skip_control)
+        self._control = tokenizer.control_ids if skip_control else frozenset()
         self._begun: set[int] = set()
 
     def deltas(self, index: int, piece: Piece) -> list[Json]:
@@ -129,7 +126,7 @@ class Chat(Shape):
         if index not in self._begun:
             self._begun.add(index)
             made.append(_delta(index, {"role": "assistant", "content": "", "refusal": None}))
-        if piece.text or piece.tokens:
+        if piece.text or (piece.tokens and (self.has_logprobs or self.has_experts)):
             made.append(
                 _delta(index, {"content": piece.text}, self._logprobs(piece.tokens)) | self.experts(piece.tokens)
             )
@@ -158,7 +155,16 @@ class Chat(Shape):
         return {"content": content, "refusal": None}
 
     def _one(self, id: int, logprob: float | None) -> Json:
-        return {"token": self.token_text(id), "logprob": logprob, "bytes": list(self.tokenizer.decode_bytes([id]))}
+        piece = None if id in self._control else list(self.tokenizer.decode_bytes([id]))
+        return {"token": self.token_text(id), "logprob": logprob, "bytes": piece}
+
+
+def token_text(tokenizer: Tokenizer, id: int) -> str:
+    piece = tokenizer.decode_bytes([id])
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def _delta(index: int, delta: Json, logprobs: Json | None = None, finish: str | None = None) -> Json:
@@ -200,6 +206,12 @@ class TokenExperts(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
+    """An entry for each token: those of an echoed prompt, then all that were made, as many as `completion_tokens`.
+
+    Also of the token that ended the answer and those of a stop text, whose offsets are at or after the text's end.
+    Joined, the tokens begin with the text, control tokens left out; "bytes:\\xe4\\xb8" is a part of a character.
+    """
+
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
@@ -226,9 +238,9 @@ class CompletionAnswer(BaseModel):
 
 
 class ChatToken(BaseModel):
-    token: str
+    token: str = Field(description='The text; "bytes:\\xe4\\xb8" for bytes that are not a whole character.')
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None = Field(description="null: a control token, which adds nothing to the text.")
 
 
 class ChatTokenWithTop(ChatToken):
@@ -236,6 +248,8 @@ class ChatTokenWithTop(ChatToken):
 
 
 class ChatLogprobs(BaseModel):
+    """An entry for each token that was made, also for the one that ended the answer and those of a stop text."""
+
     content: list[ChatTokenWithTop]
     refusal: None
 

@@ -73,7 +73,7 @@ def engine_requests(
         logprobs = body.logprobs
     if body.return_experts and served.experts is None:
         raise ApiError(400, "this model is dense: it has no experts", param="return_experts", code="no_experts")
-    sampling = sampling_of(body, served)
+    sampling, stop = sampling_of(body, served), stops(body.stop)
     most = served.context if limits.most_tokens is None else max(1, limits.most_tokens // (len(prompts) * n))
     return [
         Request(
@@ -81,8 +81,9 @@ def engine_requests(
             max_tokens=room(prompt, max_tokens, param, served, most),
             sampling=sampling,
             n=n,
-            stop_ids=served.published.stop_ids | {served.tokenizer.eot_id, served.tokenizer.im_end_id},
-            stop=stops(body.stop),
+            stop_ids=stop_ids(body, served, stop),
+            stop=stop,
+            skip_control=body.skip_special_tokens is not False,
             grammar=grammar,
             logprobs=logprobs,
             echo=echo,
@@ -91,6 +92,13 @@ def engine_requests(
         )
         for prompt in prompts
     ]
+
+
+def stop_ids(body: Sampled, served: Served, stop: Sequence[str]) -> frozenset[int]:
+    """Ids that end an answer: the model's own unless the request ignores them, and control tokens named in `stop`."""
+    ends = served.published.stop_ids | {served.tokenizer.eot_id, served.tokenizer.im_end_id}
+    named = {id for name, id in served.tokenizer.control_tokens.items() if name in stop}
+    return frozenset(named if body.ignore_eos else named | ends)
 
 
 def room(ids: Sequence[int], max_tokens: int | None, param: str, served: Served, most: int) -> int:

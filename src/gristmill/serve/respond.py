@@ -21,16 +21,22 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is known of a request that was accepted. deadline: on the event loop's clock; limit_s: what it was."""
+    """What is known of a request that was accepted.
+
+    num_echoed: tokens of the prompt that come before each answer's own. tells_usage: in a last chunk of a stream;
+    tells_usage_so_far: in each chunk. deadline: on the event loop's clock; limit_s: the time limit behind it.
+    """
 
     feed: Feed
     shape: Shape
     admission: Admission
     n: int
     num_answers: int
+    num_echoed: Sequence[int]
     prompt_tokens: int
     is_stream: bool
     tells_usage: bool
+    tells_usage_so_far: bool
     deadline: float
     limit_s: float
 
@@ -77,18 +83,21 @@ class Answer(Response):
         asked, shape = self.asked, self.asked.shape
         await send({"type": "http.response.start", "status": 200, "headers": self._raw()})
         self._is_started = True
-        left = asked.num_answers
+        left, sent = asked.num_answers, [-length for length in asked.num_echoed]
         while left:
-            choices: list[Json] = []
+            body = b""
             for number, piece in await asked.feed.take():
                 _check(piece)
                 left -= piece.finish is not None
-                choices += shape.deltas(number * asked.n + piece.choice, piece)
-            body = b"".join(_event(shape.chunk([choice], None, asked.tells_usage)) for choice in choices)
+                index = number * asked.n + piece.choice
+                sent[index] += len(piece.tokens)
+                so_far = self._usage(sum(max(0, count) for count in sent)) if asked.tells_usage_so_far else None
+                for choice in shape.deltas(index, piece):
+                    body += _event(shape.chunk([choice], so_far, asked.tells_usage or asked.tells_usage_so_far))
             if not left:
                 await self._finish()
                 if asked.tells_usage:
-                    body += _event(shape.chunk([], self._usage(), True))
+                    body += _event(shape.chunk([], self._usage(asked.feed.num_made), True))
                 body += DONE
             await send({"type": "http.response.body", "body": body, "more_body": bool(left)})
 
@@ -103,7 +112,7 @@ class Answer(Response):
                 pieces[number * asked.n + piece.choice].append(piece)
         await self._finish()
         choices = [shape.choice(index, its) for index, its in enumerate(pieces)]
-        body = shape.whole(choices, self._usage())
+        body = shape.whole(choices, self._usage(asked.feed.num_made))
         self._is_started = True
         await JSONResponse(body, headers=dict(self._extra))(scope, receive, send)
 
@@ -125,8 +134,8 @@ class Answer(Response):
         await self.asked.feed.end()
         await self.asked.admission.finish(self.asked.prompt_tokens, self.asked.feed.num_made)
 
-    def _usage(self) -> Json:
-        return usage(self.asked.prompt_tokens, self.asked.feed.cached_tokens, self.asked.feed.num_made)
+    def _usage(self, num_made: int) -> Json:
+        return usage(self.asked.prompt_tokens, self.asked.feed.cached_tokens, num_made)
 
     def _raw(self) -> Sequence[tuple[bytes, bytes]]:
         told = {

@@ -100,7 +100,8 @@ async def completions(request: Request) -> Response:
     body = await read(request, CompletionBody)
     prompts = await beside(request, requests.completion_prompts, body, at.served)
     asked = requests.engine_requests(body, prompts, at.served, limits(request))
-    shape = Completion(at.cfg.name, at.served.tokenizer, body.logprobs is not None, bool(body.return_experts))
+    told = body.logprobs is not None, bool(body.return_experts), asked[0].skip_control
+    shape = Completion(at.cfg.name, at.served.tokenizer, *told)
     return await ask(request, body, asked, shape)
 
 
@@ -118,7 +119,8 @@ async def chat_completions(request: Request) -> Response:
     asked = requests.engine_requests(body, [prompt], at.served, limits(request))
     if (grammar := asked[0].grammar) is not None:
         await compiled(grammar, at)
-    shape = Chat(at.cfg.name, at.served.tokenizer, bool(body.logprobs), bool(body.return_experts))
+    told = bool(body.logprobs), bool(body.return_experts), asked[0].skip_control
+    shape = Chat(at.cfg.name, at.served.tokenizer, *told)
     return await ask(request, body, asked, shape)
 
 
@@ -137,7 +139,7 @@ async def tokenize(request: Request) -> Response:
     else:
         encode = served.tokenizer.encode if body.add_special_tokens is False else served.tokenizer.encode_prompt
         ids = await beside(request, encode, body.prompt)
-    texts = [served.tokenizer.decode([id]) for id in ids] if body.return_token_strs else None
+    texts = [answers.token_text(served.tokenizer, id) for id in ids] if body.return_token_strs else None
     told = {"count": len(ids), "max_model_len": served.context, "tokens": ids, "token_strs": texts}
     return JSONResponse(told)
 
@@ -312,9 +314,11 @@ async def ask(request: Request, body: Sampled, asked: Sequence[EngineRequest], s
             admission=admission,
             n=asked[0].n,
             num_answers=sum(one.n for one in asked),
+            num_echoed=[len(one.prompt) if one.echo else 0 for one in asked for _ in range(one.n)],
             prompt_tokens=prompt_tokens,
             is_stream=bool(body.stream),
             tells_usage=options is not None and bool(options.include_usage),
+            tells_usage_so_far=options is not None and bool(options.continuous_usage_stats),
             deadline=deadline,
             limit_s=at.cfg.request_s,
         ),

@@ -21,7 +21,6 @@ TEXT_ONLY = "the model reads and writes text alone"
 # Parameter: (values that change nothing, why others are refused).
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), TEXT_ONLY),
-    "best_of": ((1,), "ask for n answers with logprobs and choose among them"),
     "function_call": (("none",), NO_TOOLS),
     "functions": (([],), NO_TOOLS),
     "metadata": (({},), NO_STORE),
@@ -76,6 +75,9 @@ Label = Annotated[str, Field(max_length=256)]
 
 class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="Whether a last chunk tells the usage.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="Whether each chunk tells the usage so far, of all answers together."
+    )
     include_obfuscation: Literal[False] | None = Field(None, description="Nothing is padded here.")
 
 
@@ -103,10 +105,17 @@ class Sampled(Body):
         None, description="What is added to the logits of token ids."
     )
     n: Annotated[int, Field(ge=1, le=128)] | None = None
+    best_of: int | None = Field(None, description="As many as n: the server does not choose among answers.")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
         None, description="The same seed gives the same answer."
     )
     stop: Stops | None = None
+    ignore_eos: bool | None = Field(
+        None, description="Whether to go on to max_tokens (or a stop text) where the model would end its answer."
+    )
+    skip_special_tokens: bool | None = Field(
+        None, description="Whether to leave control tokens out of texts. Default: true."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_experts: bool | None = Field(
@@ -118,6 +127,12 @@ class Sampled(Body):
     def _agree(self) -> "Sampled":
         if self.stream_options is not None and not self.stream:
             raise Misfit("stream_options", "stream_options is for streams; set stream to true or leave it out")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise Misfit(
+                "best_of",
+                f"best_of={self.best_of} must equal n={self.n or 1}: the server does not choose among answers; ask for "
+                "n answers with logprobs and choose among them",
+            )
         for id in self.logit_bias or {}:
             if not (id.isascii() and id.isdigit() and len(id) < 10):
                 raise Misfit("logit_bias", f"logit_bias has the key {id!r:.80}; its keys must be token ids")
@@ -188,6 +203,11 @@ class ChatBody(Sampled):
             raise Misfit("top_logprobs", "top_logprobs needs logprobs; set it to true or leave both out")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise Misfit("max_tokens", "max_tokens is the older name of max_completion_tokens; give one of them")
+        if self.ignore_eos and self.response_format is not None and self.response_format.type != "text":
+            raise Misfit(
+                "ignore_eos",
+                "ignore_eos cannot be combined with response_format, as JSON ends by itself; leave one out",
+            )
         return self
 
 

@@ -150,9 +150,21 @@ class Tokenizer:
         ids = set(parsed["model"]["vocab"].values())
         return [piece if id in ids else b"" for id, piece in enumerate(self._bytes)]
 
-    def stream_decoder(self) -> "StreamDecoder":
-        """For text that arrives id by id."""
-        return StreamDecoder(self)
+    @cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """Names and ids of the control tokens: the added tokens that tokenizer.json marks as special."""
+        added = json.loads(self._description)["added_tokens"]
+        return {token["content"]: int(token["id"]) for token in added if token.get("special")}
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the control tokens, and of the start token, whatever it is marked as."""
+        starts = () if self.start_id is None else (self.start_id,)
+        return frozenset({*self.control_tokens.values(), self.eot_id, *starts})
+
+    def stream_decoder(self, skip_control: bool = False) -> "StreamDecoder":
+        """Decode text that arrives id by id. With skip_control, control tokens add nothing to the text."""
+        return StreamDecoder(self, self.control_ids if skip_control else frozenset())
 
     def chat(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool = False) -> list[int]:
         """Ids of a conversation in ChatML, as `apply_chat_template` gives them for contents without special tokens.
@@ -184,16 +196,16 @@ class Tokenizer:
 class StreamDecoder:
     """Turns ids into text one at a time; a character comes out when its last byte is there.
 
-    The pieces joined, with `flush` at the end, equal `Tokenizer.decode` of all ids.
+    The pieces joined, with `flush` at the end, equal `Tokenizer.decode` of all ids except those in `skipped`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int] = frozenset()) -> None:
+        self._tokenizer, self._skipped = tokenizer, skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, id: int) -> str:
         """The text completed by this id; often empty in the middle of a character."""
-        return self._utf8.decode(self._tokenizer.decode_bytes([id]))
+        return "" if id in self._skipped else self._utf8.decode(self._tokenizer.decode_bytes([id]))
 
     @property
     def is_whole(self) -> bool:

@@ -35,12 +35,21 @@ export class Answer {
       token.index = this.tokens.length;
       this.tokens.push(token);
       this.count(token);
+      if (token.bytes === null) continue;
       this.pending.push(token);
       const spelled = this.decoder.decode(token.bytes, { stream: true });
-      if (spelled) made.append(this.span(spelled));
+      if (spelled) this.spell(spelled, made);
     }
     this.root.insertBefore(made, this.rest);
     this.rest.data = this.text.startsWith(this.spelled) ? this.text.slice(this.spelled.length) : "";
+  }
+
+  // Append a span of the part that is in the text: of a control token and behind a stop text, nothing.
+  spell(spelled, to) {
+    const left = this.text.slice(this.spelled.length);
+    const part = left.startsWith(spelled) ? spelled : spelled.startsWith(left) ? left : "";
+    if (part) to.append(this.span(part));
+    else this.pending = [];
   }
 
   span(text) {
@@ -69,8 +78,10 @@ export class Answer {
   end() {
     const spelled = this.decoder.decode(); // of a character that never became whole
     if (spelled) {
-      this.root.insertBefore(this.span(spelled), this.rest);
-      this.rest.data = "";
+      const made = document.createDocumentFragment();
+      this.spell(spelled, made);
+      this.root.insertBefore(made, this.rest);
+      this.rest.data = this.text.slice(this.spelled.length);
     }
     if (!this.text.startsWith(this.spelled)) this.root.textContent = this.text;
   }

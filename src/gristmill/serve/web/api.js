@@ -51,9 +51,9 @@ export function tokensOf(choice) {
   const tokens = told.content
     ? told.content.map(({ token, bytes, logprob, top_logprobs }) => ({
         text: token,
-        bytes: Uint8Array.from(bytes),
+        bytes: bytes && Uint8Array.from(bytes), // null: a control token
         logprob,
-        top: top_logprobs.map((other) => ({ text: shown(other), logprob: other.logprob })),
+        top: top_logprobs.map((other) => ({ text: other.token, logprob: other.logprob })),
       }))
     : told.tokens.map((text, n) => ({
         text,
@@ -66,11 +66,7 @@ export function tokensOf(choice) {
   return tokens.map((token, n) => ({ ...token, experts: choice.experts?.[n] }));
 }
 
-const hex = (bytes) => "bytes:" + [...bytes].map((byte) => "\\x" + byte.toString(16).padStart(2, "0")).join("");
-
-// Bytes that are no character alone, as completions write them.
-const shown = ({ token, bytes }) => (token.includes("\ufffd") ? hex(bytes) : token);
-
+// Bytes that are not a whole character are written as "bytes:\xe4\xb8".
 function bytesOf(text) {
   if (!/^bytes:(\\x[0-9a-f]{2})+$/.test(text)) return new TextEncoder().encode(text);
   return Uint8Array.from(text.slice("bytes:\\x".length).split("\\x"), (digits) => parseInt(digits, 16));
