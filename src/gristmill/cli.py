@@ -289,12 +289,18 @@ def keys_create(
     ] = None,
     requests_per_hour: Annotated[int | None, typer.Option(help="[default: no limit]")] = None,
     parallel_requests: Annotated[int | None, typer.Option(help="At once. [default: no limit]")] = None,
+    scope: Annotated[
+        Literal["user", "operator"],
+        typer.Option(help="operator may also read /metrics and /v1/load, the figures of all keys together."),
+    ] = "user",
     database: DatabaseOpt = None,
 ) -> None:
     """Make a key and print it, as the last word. It is shown this once: only its hash is kept.
 
     All limits hold at once. Clients send it as `Authorization: Bearer KEY`; OpenAI's take it as `OPENAI_API_KEY`.
     """
+    from contextlib import closing
+
     from gristmill.serve.database import Database
     from gristmill.serve.keys import create
     from gristmill.serve.limits import Limits
@@ -305,16 +311,24 @@ def keys_create(
         requests_per_hour=requests_per_hour,
         parallel_requests=parallel_requests,
     )
-    print(f"{name}: {limits}. Keep the key; it is not shown again:\n{create(Database(database), name, limits)}")
+    with closing(Database(database)) as found:
+        key = create(found, name, limits, scope == "operator")
+    print(f"{name}: {limits}. Keep the key; it is not shown again:\n{key}")
 
 
 @keys.command("list")
 def keys_list(database: DatabaseOpt = None) -> None:
     """All keys with their limits, revoked ones too. What is shown of a key opens nothing."""
+    from contextlib import closing
+
     from gristmill.serve.database import Database
     from gristmill.serve.keys import all_keys, keys_text
 
-    print("\n".join(keys_text(all_keys(Database(database)))))
+    if (found := Database.existing(database)) is None:
+        print("\n".join(keys_text([])))
+        return
+    with closing(found):
+        print("\n".join(keys_text(all_keys(found))))
 
 
 @keys.command("revoke")
@@ -323,10 +337,15 @@ def keys_revoke(
     database: DatabaseOpt = None,
 ) -> None:
     """End a key, from the next request on. What it has used stays in `keys usage`; its name is free again."""
-    from gristmill.serve.database import Database
-    from gristmill.serve.keys import revoke
+    from contextlib import closing
 
-    print(f"revoked {name}, {revoke(Database(database), name).label}")
+    from gristmill.serve.database import Database
+    from gristmill.serve.keys import no_such_key, revoke
+
+    if (found := Database.existing(database)) is None:
+        raise no_such_key(name)
+    with closing(found):
+        print(f"revoked {name}, {revoke(found, name).label}")
 
 
 @keys.command("usage")
@@ -335,10 +354,15 @@ def keys_usage(
     database: DatabaseOpt = None,
 ) -> None:
     """Requests, tokens and cost by day (UTC), key and model. Costs are by the prices that `serve` had at the time."""
+    from contextlib import closing
+
     from gristmill.serve.database import Database
     from gristmill.serve.usage import usage_csv, usage_text, used
 
-    lines = used(Database(database))
+    lines = []
+    if (found := Database.existing(database)) is not None:
+        with closing(found):
+            lines = used(found)
     print(usage_csv(lines) if as_csv else "\n".join(usage_text(lines)) + "\n", end="")
 
 

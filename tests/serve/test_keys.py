@@ -1,13 +1,19 @@
 """Keys: what opens, what does not, and what of a key is anywhere but in its owner's hands."""
 
+import errno
 import hashlib
 import hmac
 import logging
 import os
 import sqlite3
 import stat
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from threading import Timer
 
 import pytest
 from sqlalchemy.dialects import mysql, postgresql
@@ -122,6 +128,101 @@ def test_many_that_open_a_new_database_at_once_all_can(tmp_path: Path) -> None:
         made = list(pool.map(make, range(8)))
     database = Database(str(tmp_path / "new.sqlite"))
     assert [key.name for made_one in made if (key := keys.find(database, made_one))] == [f"key-{n}" for n in range(8)]
+
+
+@pytest.mark.parametrize("lock", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE", "BEGIN; SELECT * FROM sqlite_master"])
+def test_a_database_that_another_process_is_creating_is_waited_for(tmp_path: Path, lock: str) -> None:
+    file = tmp_path / "new.sqlite"
+    other = sqlite3.connect(file, isolation_level=None, check_same_thread=False)
+    for statement in lock.split(";"):
+        other.execute(statement).fetchall()
+    Timer(0.3, lambda: other.execute("ROLLBACK")).start()
+    started = time.monotonic()
+    keys.create(Database(str(file)), "alice", Limits())  # not "database is locked"
+    assert time.monotonic() - started >= 0.2
+    other.close()
+
+
+OPENING = """
+import sys, time
+from pathlib import Path
+from gristmill.serve.database import Database
+folder, go = Path(sys.argv[1]), Path(sys.argv[2])
+print("ready", flush=True)
+while not go.exists():
+    pass
+for number in range(5):
+    Database(str(folder / f"{number}.sqlite")).close()
+"""
+
+
+def test_processes_that_open_new_databases_at_once_all_can(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OPENING, str(tmp_path), str(tmp_path / "go")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+    (tmp_path / "go").touch()
+    assert [(process.communicate()[1], process.returncode) for process in processes] == [(b"", 0)] * 4
+
+
+def test_looking_creates_no_folder_file_or_table(tmp_path: Path) -> None:
+    assert Database.existing(str(tmp_path / "state" / "serve.sqlite")) is None
+    (tmp_path / "empty.sqlite").touch()
+    assert Database.existing(str(tmp_path / "empty.sqlite")) is None
+    assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == {"empty.sqlite": 0}
+    with closing(sqlite3.connect(tmp_path / "theirs.sqlite")) as theirs:
+        theirs.execute("CREATE TABLE notes (text)")
+    before = (tmp_path / "theirs.sqlite").read_bytes()
+    assert Database.existing(str(tmp_path / "theirs.sqlite")) is None
+    assert (tmp_path / "theirs.sqlite").read_bytes() == before
+    with closing(Database(str(tmp_path / "ours.sqlite"))) as database:
+        keys.create(database, "alice", Limits())
+    found = Database.existing(str(tmp_path / "ours.sqlite"))
+    assert found is not None
+    assert [key.name for key in keys.all_keys(found)] == ["alice"]
+    found.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.sqlite", "ours.sqlite", "theirs.sqlite"]
+
+
+def test_a_database_without_scopes_is_brought_up_to_date_by_many_at_once(tmp_path: Path) -> None:
+    file = str(tmp_path / "old.sqlite")
+    with closing(Database(file)) as database:
+        made = keys.create(database, "alice", Limits(requests_per_hour=5))
+    with closing(sqlite3.connect(file)) as old:  # as version 1 was
+        old.execute("ALTER TABLE gristmill_keys DROP COLUMN scope")
+        old.execute("UPDATE gristmill_version SET version = 1")
+        old.commit()
+    with ThreadPoolExecutor(8) as pool:
+        databases = list(pool.map(lambda _: Database(file), range(8)))
+    found = keys.find(databases[0], made)
+    assert found is not None
+    assert (found.name, found.limits, found.is_operator) == ("alice", Limits(requests_per_hour=5), False)
+    operator = keys.find(databases[1], keys.create(databases[2], "bob", Limits(), is_operator=True))
+    assert operator is not None
+    assert operator.is_operator
+    assert [line.endswith("operator") for line in keys.keys_text(keys.all_keys(databases[3]))] == [False, True]
+
+
+def test_without_a_home_folder_the_error_names_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("GRISTMILL_DATABASE", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(lambda _: (_ for _ in ()).throw(RuntimeError("no home"))))
+    monkeypatch.setattr(Path, "expanduser", lambda _: (_ for _ in ()).throw(RuntimeError("no home")))
+    for where in (None, "~/keys.sqlite"):
+        with pytest.raises(InputError, match="set HOME"):
+            Database(where)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert default_database() == str(tmp_path / "gristmill" / "serve.sqlite")
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(Failure, match="No space left on device; give a file that can be written"):
+        Database(str(tmp_path / "serve.sqlite"))
 
 
 @pytest.mark.parametrize(

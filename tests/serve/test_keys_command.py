@@ -56,6 +56,29 @@ def test_a_key_is_made_shown_once_listed_and_revoked(gristmill: Shell, tmp_path:
     assert err.startswith("error: no key named 'alice' is in use")
 
 
+def test_looking_creates_nothing(gristmill: Shell, tmp_path: Path) -> None:
+    for where in ((), ("--database", str(tmp_path / "a" / "b" / "keys.sqlite"))):
+        assert gristmill("keys", "list", *where)[:2] == (0, "no keys yet; `gristmill keys create NAME` makes one\n")
+        assert gristmill("keys", "usage", *where)[:2] == (0, "nothing used yet\n")
+        code, out, err = gristmill("keys", "revoke", "alice", *where)
+        assert (code, out) == (2, "")
+        assert err.startswith("error: no key named 'alice' is in use")
+    assert list(tmp_path.iterdir()) == []
+    assert gristmill("keys", "create", "alice")[0] == 0
+    gristmill("keys", "list")
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["serve.sqlite"]
+
+
+def test_an_operators_key_is_shown_as_such(gristmill: Shell, tmp_path: Path) -> None:
+    key = gristmill("keys", "create", "scraper", "--scope", "operator")[1].split()[-1]
+    gristmill("keys", "create", "alice", "--scope", "user")
+    found = keys.find(Database(), key)
+    assert found is not None
+    assert found.is_operator
+    assert [line.split()[-1] for line in gristmill("keys", "list")[1].splitlines()] == ["operator", "limits"]
+    assert gristmill("keys", "create", "bob", "--scope", "root")[0] == 2
+
+
 def test_usage_is_a_table_or_comma_separated(gristmill: Shell, tmp_path: Path) -> None:
     assert gristmill("keys", "usage")[1] == "nothing used yet\n"
     key = gristmill("keys", "create", "alice")[1].split()[-1]

@@ -305,6 +305,22 @@ def test_a_key_is_asked_for_used_and_kept_in_the_tab_alone(serving: Any, opening
         assert it.evaluate("sessionStorage.length") == 0
 
 
+def test_the_figures_of_the_whole_server_are_for_operators(serving: Any, opening: Opening, database: Database) -> None:
+    plain, operator = (keys.create(database, name, Limits(), is_operator=name == "b") for name in ("a", "b"))
+    with serving(gate=Metered(database)) as running:
+        for given in (plain, operator):
+            it = opening(running, is_ready=False)
+            it.locator("#key").wait_for()
+            it.fill("#key", given)
+            it.press("#key", "Enter")
+            it.locator("#shape", has_text="context").wait_for()
+            set_fields(it, max_tokens=5, temperature=0)
+            send(it, PROMPT)
+            it.click("#tab-server")
+            it.locator("#own_made", has_text="5").wait_for()
+            it.locator("#whole-server").wait_for(state="visible" if given == operator else "hidden")
+
+
 def test_the_load_view_shows_the_servers_figures_and_this_pages_times(
     serving: Any, served: Any, opening: Opening
 ) -> None:

@@ -48,7 +48,7 @@ def is_idle(running: Running) -> bool:
 
 @pytest.fixture
 def gated(serving: Any, database: Database) -> Iterator[Running]:
-    with serving(gate=Metered(database)) as running:
+    with serving(gate=Metered(database), half_closed_s=0.2) as running:
         yield running
 
 
@@ -118,6 +118,7 @@ def test_who_leaves_in_the_middle_is_cancelled_and_pays_for_what_was_made(gated:
     [line] = used(database)
     assert line.requests == 2
     assert 0 < line.output_tokens < 4000
+    assert gated.at.metrics.finishes["cancelled"] == 2
 
 
 def head(length: int, key: str = "") -> bytes:
@@ -256,7 +257,7 @@ def test_a_key_with_many_requests_does_not_stand_before_another_key(
 
 
 def test_who_leaves_while_waiting_loses_the_place(serving: Any, served: Any) -> None:
-    with serving(served(max_running=1)) as running:
+    with serving(served(max_running=1), half_closed_s=0.2) as running:
         address = ("127.0.0.1", int(running.url.rpartition(":")[2]))
         body = json.dumps(LONG).encode()
         with socket.create_connection(address) as first:

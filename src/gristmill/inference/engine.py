@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gristmill.errors import InputError
 from gristmill.inference.answer import Answer
+from gristmill.inference.errors import SettingError
 from gristmill.inference.grammar import Constraint, Grammars
 from gristmill.inference.layers import Layers
 from gristmill.inference.requests import Chosen, Piece, Request, Token
@@ -146,27 +146,37 @@ class Engine:
         vocab_size, prompt = self.model.wte.num_embeddings, request.prompt
         context = self.model.cfg.max_seq_len
         if not prompt:
-            raise InputError("the prompt has no token, and the tokenizer adds no start token; give some text")
+            raise SettingError(
+                "prompt", "the prompt has no token, and the tokenizer adds no start token; give some text"
+            )
         if len(prompt) >= context:
-            raise InputError(f"the prompt has {len(prompt)} tokens; with max_seq_len={context} it must be shorter")
+            raise SettingError(
+                "prompt", f"the prompt has {len(prompt)} tokens; with max_seq_len={context} it must be shorter"
+            )
         if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise InputError(
-                f"the prompt has an id outside of 0 to {vocab_size - 1}; encode it with the model's own tokenizer"
+            raise SettingError(
+                "prompt",
+                f"the prompt has an id outside of 0 to {vocab_size - 1}; encode it with the model's own tokenizer",
             )
         if any(id >= vocab_size for id in request.sampling.logit_bias):
-            raise InputError(f"logit_bias has an id above the model's last, {vocab_size - 1}; leave it out")
+            raise SettingError(
+                "logit_bias", f"logit_bias has an id above the model's last, {vocab_size - 1}; leave it out"
+            )
         if request.stop and self.tokenizer is None:
-            raise InputError("stop strings need a tokenizer, and this engine has none; give stop_ids")
+            raise SettingError("stop", "stop strings need a tokenizer, and this engine has none; give stop_ids")
         if request.experts and self.model.cfg.ffn != "moe":
-            raise InputError("experts were asked for, and this model is dense: it has none; leave experts out")
+            raise SettingError(
+                "experts", "experts were asked for, and this model is dense: it has none; leave experts out"
+            )
         if request.grammar is not None and self.tokenizer is None:
-            raise InputError("a grammar needs a tokenizer, and this engine has none; leave it out")
+            raise SettingError("grammar", "a grammar needs a tokenizer, and this engine has none; leave it out")
         if request.max_tokens is None:
             return min(context, self.cfg.num_blocks * self.cfg.block_tokens) - len(prompt)
         if len(prompt) + request.max_tokens > context:
-            raise InputError(
+            raise SettingError(
+                "max_tokens",
                 f"a prompt of {len(prompt)} tokens and {request.max_tokens} new ones exceed max_seq_len={context}; "
-                "lower max_tokens or shorten the prompt"
+                "lower max_tokens or shorten the prompt",
             )
         return request.max_tokens
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-from gristmill.errors import InputError
+from gristmill.inference.errors import SettingError
 from gristmill.inference.grammar import Grammar
 from gristmill.inference.sampler import Sampling
 from gristmill.inference.scheduler import Finish
@@ -43,15 +43,15 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 0:
-            raise InputError(f"max_tokens={self.max_tokens} must not be negative")
+            raise SettingError("max_tokens", f"max_tokens={self.max_tokens} must not be negative")
         if not 1 <= self.n <= 128:
-            raise InputError(f"n={self.n} must be from 1 to 128")
+            raise SettingError("n", f"n={self.n} must be from 1 to 128")
         if isinstance(self.stop, str) or not all(self.stop):
-            raise InputError(f"stop={self.stop!r:.80} must be a tuple of texts that are not empty")
+            raise SettingError("stop", f"stop={self.stop!r:.80} must be a tuple of texts that are not empty")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP:
-            raise InputError(f"logprobs={self.logprobs} must be from 0 to {MAX_TOP}, or null for none")
+            raise SettingError("logprobs", f"logprobs={self.logprobs} must be from 0 to {MAX_TOP}, or null for none")
         if not 0 <= self.priority <= 1000:
-            raise InputError(f"priority={self.priority} must be from 0 (goes first) to 1000")
+            raise SettingError("priority", f"priority={self.priority} must be from 0 (goes first) to 1000")
 
     @property
     def scores_prompt(self) -> bool:

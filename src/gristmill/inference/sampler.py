@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gristmill.errors import InputError
+from gristmill.inference.errors import SettingError
 
 # Parts of the largest probability. Those above are sorted, of the first that leaves enough: sorting all takes longest.
 BOUNDS = (0.1, 0.01, 1e-3, 1e-4, 0.0)
@@ -47,23 +47,26 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):  # below it, logits would overflow
-            raise InputError(f"temperature={self.temperature} must be 0 (greedy) or at least 1e-6")
+            raise SettingError("temperature", f"temperature={self.temperature} must be 0 (greedy) or at least 1e-6")
         if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k={self.top_k} must be at least 1, or null for all tokens")
+            raise SettingError("top_k", f"top_k={self.top_k} must be at least 1, or null for all tokens")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p} must be above 0 and at most 1")
+            raise SettingError("top_p", f"top_p={self.top_p} must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p={self.min_p} must be from 0 (all tokens) to 1")
+            raise SettingError("min_p", f"min_p={self.min_p} must be from 0 (all tokens) to 1")
         if not 0.01 <= self.repetition_penalty <= 100:
-            raise InputError(f"repetition_penalty={self.repetition_penalty} must be from 0.01 to 100; 1 is no penalty")
+            raise SettingError(
+                "repetition_penalty",
+                f"repetition_penalty={self.repetition_penalty} must be from 0.01 to 100; 1 is no penalty",
+            )
         for name in ("presence_penalty", "frequency_penalty"):
             if not -100 <= getattr(self, name) <= 100:
-                raise InputError(f"{name}={getattr(self, name)} must be from -100 to 100; 0 is no penalty")
+                raise SettingError(name, f"{name}={getattr(self, name)} must be from -100 to 100; 0 is no penalty")
         for id, bias in self.logit_bias.items():
             if id < 0 or not math.isfinite(bias):
-                raise InputError(f"logit_bias={{{id}: {bias}}} must be a finite number for a token id")
+                raise SettingError("logit_bias", f"logit_bias={{{id}: {bias}}} must be a finite number for a token id")
         if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed={self.seed} must be from 0 to 2**63 - 1")
+            raise SettingError("seed", f"seed={self.seed} must be from 0 to 2**63 - 1")
 
     @property
     def has_penalties(self) -> bool:

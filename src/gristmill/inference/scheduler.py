@@ -21,6 +21,7 @@ from typing import Literal
 
 from gristmill.errors import Failure, InputError
 from gristmill.inference.blocks import Blocks, chained
+from gristmill.inference.errors import SettingError
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -136,11 +137,14 @@ class Scheduler:
         capacity = self.cfg.num_blocks * self.cfg.block_tokens
         for job in jobs:
             if not job.prompt:
-                raise InputError("the prompt has no token, and the tokenizer adds no start token; give some text")
+                raise SettingError(
+                    "prompt", "the prompt has no token, and the tokenizer adds no start token; give some text"
+                )
             if len(job.prompt) + job.max_tokens > capacity:
-                raise InputError(
+                raise SettingError(
+                    "max_tokens",
                     f"a prompt of {len(job.prompt)} tokens and {job.max_tokens} new ones exceed the cache of "
-                    f"{capacity} tokens; ask for less, or raise cache_tokens"
+                    f"{capacity} tokens; ask for less, or raise cache_tokens",
                 )
         if len(self.waiting) + len(jobs) > self.cfg.max_waiting:
             raise QueueFull(

@@ -310,6 +310,7 @@ class Model(BaseModel):
     max_model_len: int = Field(description="Tokens that a prompt and its answer may have together.")
     chat: bool = Field(description="Whether it holds conversations; else it continues texts alone.")
     experts: "Mixture | None" = Field(description="Of a mixture; null for a dense model.")
+    operator: bool = Field(description="Whether this key may read /metrics and /v1/load.")
 
 
 class Mixture(BaseModel):
@@ -336,6 +337,20 @@ class Detokenized(BaseModel):
 
 class Status(BaseModel):
     status: Literal["ok"]
+
+
+class UsageLine(BaseModel):
+    day: str = Field(description="Such as 2026-01-31, UTC.")
+    model: str
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cost: str = Field(description="A decimal number, exact, by the prices that the server had at the time.")
+
+
+class OwnUsage(BaseModel):
+    object: Literal["list"]
+    data: list[UsageLine]
 
 
 class LoadFigures(BaseModel):

@@ -1,8 +1,9 @@
 """The application: what every request passes before its route, and the schema that is published of all of it."""
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -26,6 +27,7 @@ from gristmill.serve.schema import ChatBody, CompletionBody, DetokenizeBody, Tok
 from gristmill.serve.worker import Worker
 
 WITHOUT_KEY = {"/health", "/ready", *page.FILES}
+DISCARDED_BYTES = 256 << 20
 OWN_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
@@ -51,7 +53,7 @@ def build_app(served: Served, cfg: ServeConfig, gate: Gate) -> FastAPI:
     app.include_router(page.router)
     app.add_middleware(Edge, endpoint=at)
     for known in (ApiError, Refused, InputError, Failure):
-        app.add_exception_handler(known, lambda _, error: told_by(error).response())
+        app.add_exception_handler(known, lambda request, error: told_by(error, request.url.path).response())
     app.add_exception_handler(HTTPException, _routing)
     app.add_exception_handler(ClientDisconnect, lambda _, __: Response(status_code=400))  # nobody reads it
     app.add_exception_handler(
@@ -62,7 +64,11 @@ def build_app(served: Served, cfg: ServeConfig, gate: Gate) -> FastAPI:
 
 
 class Edge:
-    """Before the routes: who asks, whether there is room, and a number by which a request can be spoken of."""
+    """What comes before the routes: keys, room, a number for each request, HEAD, and bodies that nobody reads.
+
+    HEAD is answered as GET; uvicorn leaves the body out. A body is read to its end, within bounds, before an error is
+    sent: a connection that is closed with unread data is reset, and then the client may never see the error.
+    """
 
     def __init__(self, app: ASGIApp, endpoint: Endpoint) -> None:
         self.app, self.at = app, endpoint
@@ -72,19 +78,26 @@ class Edge:
             await self.app(scope, receive, send)
             return
         number = f"req_{uuid.uuid4().hex}".encode()
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        incoming = Incoming(receive, self.at.cfg.body_s)
 
         async def numbered(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"x-request-id", number)]
+                if message["status"] >= 400:
+                    await self._discard(scope, message["status"], incoming)
+                    if not incoming.is_whole:
+                        message["headers"].append((b"connection", b"close"))
             await send(message)
 
         self.at.num_requests += 1
         try:
             await self._check(Request(scope))
         except (ApiError, Refused) as refusal:
-            await told_by(refusal).response()(scope, receive, numbered)
+            await told_by(refusal, scope["path"]).response()(scope, incoming.receive, numbered)
         else:
-            await self.app(scope, receive, numbered)
+            await self.app(scope, incoming.receive, numbered)
         finally:
             self.at.num_requests -= 1
 
@@ -100,11 +113,51 @@ class Edge:
             )
         request.state.tenant = ""
         if path not in WITHOUT_KEY:
-            request.state.tenant = await at.gate.identify(request.headers.get("authorization"))
+            request.state.tenant = await self._identified(request.headers.get("authorization"))
             if at.is_draining:
                 raise overloaded("the server is shutting down", retry_after_s=5)
             if at.num_requests > at.cfg.max_requests:
                 raise overloaded(f"{at.cfg.max_requests} requests are worked on already")
+
+    async def _discard(self, scope: Scope, status: int, incoming: "Incoming") -> None:
+        """Unless the client waits for leave to send its body, or is too slow with it. Takes no other request's room."""
+        waits = any(name == b"expect" and value.lower() == b"100-continue" for name, value in scope["headers"])
+        if status == 408 or (waits and not incoming.is_begun):
+            return
+        self.at.num_requests -= 1
+        try:
+            await incoming.discard()
+        finally:
+            self.at.num_requests += 1
+
+    async def _identified(self, authorization: str | None) -> str:
+        try:
+            async with asyncio.timeout(self.at.cfg.request_s):
+                return await self.at.gate.identify(authorization)
+        except TimeoutError:
+            raise overloaded("keys cannot be looked up now; try again later", retry_after_s=5) from None
+
+
+class Incoming:
+    """A request's body, of which somebody may have read a part."""
+
+    def __init__(self, receive: Receive, limit_s: float) -> None:
+        self.is_begun = self.is_whole = False
+        self._receive, self._limit_s = receive, limit_s
+
+    async def receive(self) -> Message:
+        self.is_begun = True
+        message = await self._receive()
+        self.is_whole = not message.get("more_body", False)  # also when the client has gone
+        return message
+
+    async def discard(self) -> None:
+        """Read what is left of it, at most DISCARDED_BYTES and for as long as a body may take."""
+        num_bytes = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._limit_s):
+                while not self.is_whole and num_bytes < DISCARDED_BYTES:
+                    num_bytes += len((await self.receive()).get("body", b""))
 
 
 def _host(request: Request) -> str:
@@ -123,6 +176,8 @@ def _routing(request: Request, problem: Exception) -> Response:
         case _:
             error = ApiError(problem.status_code, str(problem.detail))
     error.headers = dict(problem.headers or {})
+    if error.headers.get("Allow") == "GET":
+        error.headers = {**error.headers, "Allow": "GET, HEAD"}
     return error.response()
 
 

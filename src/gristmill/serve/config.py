@@ -10,8 +10,10 @@ from gristmill.errors import InputError
 class ServeConfig:
     """name: of the model, which requests must give. max_requests: worked on at once; more get 503.
 
-    `header_s`, `body_s`: how long a client may take to send them. `stall_s`: how long it may leave what was sent to it
-    unread. `request_s`: how long a request may take in all. `drain_s`: what runs gets after SIGTERM to end.
+    `header_s`, `body_s`: how long a client may take to send them. `half_closed_s`: after how long a client that has
+    shut its sending side down, and has no answer yet, is asked for a sign of life. `stall_s`: how long a client may
+    leave data unread. `request_s`: how long a request may take in all. `drain_s`: how long running requests get to end
+    after SIGTERM.
     max_sequences: answers of one request, all prompts together. max_backlog: pieces that wait for one slow reader.
     """
 
@@ -26,6 +28,7 @@ class ServeConfig:
     header_s: float = 10
     body_s: float = 30
     stall_s: float = 30
+    half_closed_s: float = 2
     request_s: float = 600
     drain_s: float = 30
 
@@ -39,7 +42,7 @@ class ServeConfig:
         for name in ("max_requests", "max_sequences", "max_header_bytes", "max_body_bytes", "max_backlog"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("header_s", "body_s", "stall_s", "request_s"):
+        for name in ("header_s", "body_s", "stall_s", "half_closed_s", "request_s"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}={getattr(self, name)} must be positive")
         if not self.drain_s >= 0:

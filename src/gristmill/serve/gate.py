@@ -1,7 +1,10 @@
 """Who may ask, and for how much: what the server wants of keys and limits, and the gate that is open to all."""
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from gristmill.serve.usage import Used
 
 
 class Refused(Exception):
@@ -36,6 +39,12 @@ class Gate(Protocol):
     async def identify(self, authorization: str | None) -> str:
         """Whose key this is: the tenant. Raises Refused (401) for none or a wrong one."""
 
+    def is_operator(self, tenant: str) -> bool:
+        """Whether it may read the figures of the whole server."""
+
+    async def used(self, tenant: str) -> "Sequence[Used]":
+        """Its own usage, by day and model."""
+
     def most_tokens(self, tenant: str) -> int | None:
         """What a request may ask for at most; None is any number."""
 
@@ -53,6 +62,12 @@ class Open:
 
     async def identify(self, authorization: str | None) -> str:
         return ""
+
+    def is_operator(self, tenant: str) -> bool:
+        return True
+
+    async def used(self, tenant: str) -> "Sequence[Used]":
+        return ()
 
     def most_tokens(self, tenant: str) -> int | None:
         return None

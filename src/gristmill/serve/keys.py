@@ -21,6 +21,7 @@ from gristmill.serve.database import Database, keys
 from gristmill.serve.limits import Limits
 
 PREFIX = "gm-"
+OPERATOR = "operator"  # the scope of keys that may read the figures of the whole server
 _FORM = re.compile(r"gm-([0-9a-f]{8})([0-9a-f]{64})", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", re.ASCII)
 
@@ -34,6 +35,7 @@ class Key:
     limits: Limits
     created: datetime
     revoked: datetime | None = None
+    is_operator: bool = False
 
     @property
     def label(self) -> str:
@@ -41,8 +43,11 @@ class Key:
         return f"{PREFIX}{self.id}…"
 
 
-def create(database: Database, name: str, limits: Limits) -> str:
-    """The new key, which nobody can read again. Raises InputError for a name that is taken or cannot be one."""
+def create(database: Database, name: str, limits: Limits, is_operator: bool = False) -> str:
+    """The new key, which nobody can read again. Raises InputError for a name that is taken or cannot be one.
+
+    is_operator: whether it may also read the figures of the whole server, which tell of all keys together.
+    """
     if not _NAME.fullmatch(name):
         raise InputError(
             f"name {name!r:.80} must be of letters, digits, '.', '_', '@' and '-', begin with a letter or digit, "
@@ -50,6 +55,7 @@ def create(database: Database, name: str, limits: Limits) -> str:
         )
     id, secret = secrets.token_hex(4), secrets.token_hex(32)
     row = {"id": id, "name": name, "live_name": name, "secret_sha256": _hashed(secret), "created": _now()}
+    row["scope"] = OPERATOR if is_operator else None
     with database.begin() as connection:
         taken = connection.execute(select(keys.c.id).where(keys.c.live_name == name)).first()
         if taken is None:
@@ -64,9 +70,13 @@ def revoke(database: Database, name: str) -> Key:
     with database.begin() as connection:
         found = connection.execute(select(keys).where(keys.c.live_name == name)).first()
         if found is None:
-            raise InputError(f"no key named {name!r:.80} is in use; `gristmill keys list` shows them")
+            raise no_such_key(name)
         connection.execute(update(keys).where(keys.c.id == found.id).values(live_name=None, revoked=_now()))
     return _key(found)
+
+
+def no_such_key(name: str) -> InputError:
+    return InputError(f"no key named {name!r:.80} is in use; `gristmill keys list` shows them")
 
 
 def all_keys(database: Database) -> list[Key]:
@@ -95,13 +105,17 @@ def keys_text(found: Sequence[Key]) -> list[str]:
     return [
         f"{key.name:<{width}}  {key.label}  since {key.created:%Y-%m-%d}  "
         + (f"revoked {key.revoked:%Y-%m-%d}" if key.revoked else str(key.limits))
+        + ("  operator" if key.is_operator else "")
         for key in found
     ]
 
 
 def _key(row: Row[Any]) -> Key:
     limits = Limits(**{field.name: row._mapping[field.name] for field in fields(Limits)})
-    return Key(id=row.id, name=row.name, limits=limits, created=row.created, revoked=row.revoked)
+    is_operator = row.scope == OPERATOR
+    return Key(
+        id=row.id, name=row.name, limits=limits, created=row.created, revoked=row.revoked, is_operator=is_operator
+    )
 
 
 def _hashed(secret: str) -> str:

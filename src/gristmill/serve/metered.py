@@ -13,7 +13,7 @@ counted in this process; usage is the database's, of all processes.
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
 from gristmill.errors import Failure
@@ -21,7 +21,7 @@ from gristmill.serve.database import Database
 from gristmill.serve.gate import Refused
 from gristmill.serve.keys import find
 from gristmill.serve.limits import Meter, Refusal, Reservation
-from gristmill.serve.usage import Prices, Usage
+from gristmill.serve.usage import Prices, Usage, Used, used
 
 
 class Admission:
@@ -58,11 +58,14 @@ class Metered:
         self._database, self._clock = database, clock
         self._usage = Usage(database, prices or Prices())
         self._meters: dict[str, Meter] = {}  # of all keys that have come, by their ids
+        self._operators: set[str] = set()  # ids of those among them that have this scope
 
     @property
     def problem(self) -> str | None:
         """What to tell clients when no request can be admitted; None when they can. The log has the reason."""
-        return "usage cannot be recorded now; try again later" if self._usage.problem is not None else None
+        if self._usage.problem is None and self._database.is_in_place:
+            return None
+        return "usage cannot be recorded now; try again later"
 
     async def identify(self, authorization: str | None) -> str:
         """authorization: the header, `Bearer gm-...`. The key's id. Raises Refused."""
@@ -78,7 +81,19 @@ class Metered:
         if key.revoked is not None:
             raise _unauthorized(f"the key {key.label} was revoked on {key.revoked:%Y-%m-%d}; ask for a new one")
         self._meters.setdefault(key.id, Meter(key.limits))
+        if key.is_operator:
+            self._operators.add(key.id)
         return key.id
+
+    def is_operator(self, tenant: str) -> bool:
+        return tenant in self._operators
+
+    async def used(self, tenant: str) -> Sequence[Used]:
+        """Raises Refused when the database does not answer."""
+        try:
+            return await asyncio.to_thread(used, self._database, tenant)
+        except Failure as failure:
+            raise _unavailable("usage cannot be looked up now; try again later") from failure
 
     def most_tokens(self, tenant: str) -> int | None:
         """What a request of this key may ask for at most, and the largest default of one that says nothing; None is

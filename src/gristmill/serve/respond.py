@@ -17,6 +17,7 @@ from gristmill.serve.gate import Admission
 from gristmill.serve.worker import Feed
 
 DONE = b"data: [DONE]\n\n"
+SETTLE_S = 1.0  # after the time limit, for the engine and the database to let go of a request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,11 @@ class Asked:
 
 
 class Answer(Response):
-    """When the client goes away the request is cancelled. However it ends, its admission is finished, once."""
+    """When the client goes away the request is cancelled. However it ends, its admission is finished, once.
+
+    The last byte of an answer waits until its usage is on the disk, but not beyond the time limit: then the client gets
+    an error in its place, and the usage is written as soon as it can be.
+    """
 
     def __init__(self, asked: Asked, headers: Mapping[str, str]) -> None:
         self.asked, self.status_code, self.background = asked, 200, None
@@ -61,7 +66,7 @@ class Answer(Response):
             left.cancel()
             sent.cancel()
             await asyncio.gather(left, sent, return_exceptions=True)
-            await self._finish()
+            await self._let_go()
         if sent.done() and not sent.cancelled() and (problem := sent.exception()) is not None:
             raise problem
 
@@ -71,6 +76,8 @@ class Answer(Response):
                 await (self._stream(send) if self.asked.is_stream else self._whole(scope, receive, send))
         except TimeoutError:
             limit = f"the answer was not complete after {self.asked.limit_s:g} s; ask for fewer tokens"
+            if self._finished is not None:
+                limit = f"the usage of the answer was not recorded within {self.asked.limit_s:g} s; try again later"
             # Or OpenAI's client would ask for the same again.
             error = ApiError(504, limit, code="timeout", headers={"x-should-retry": "false"})
             await self._fail(error, scope, receive, send)
@@ -117,7 +124,7 @@ class Answer(Response):
         await JSONResponse(body, headers=dict(self._extra))(scope, receive, send)
 
     async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._finish()
+        await self._let_go()
         if self._is_started:
             await send({"type": "http.response.body", "body": _event(error.body()), "more_body": False})
         else:
@@ -126,9 +133,18 @@ class Answer(Response):
 
     async def _finish(self) -> None:
         """Once begun it runs to its end, whoever gives up waiting for it."""
+        await asyncio.shield(self._settling())
+
+    async def _let_go(self) -> None:
+        """The same, but when the time is up, not for longer than SETTLE_S."""
+        left_s = self.asked.deadline - asyncio.get_running_loop().time()
+        await asyncio.wait({self._settling()}, timeout=max(SETTLE_S, left_s))
+
+    def _settling(self) -> "asyncio.Future[None]":
         if self._finished is None:
             self._finished = asyncio.ensure_future(self._settle())
-        await asyncio.shield(self._finished)
+            self._finished.add_done_callback(lambda done: done.cancelled() or done.exception())  # one may not ask
+        return self._finished
 
     async def _settle(self) -> None:
         await self.asked.feed.end()

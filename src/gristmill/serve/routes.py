@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from gristmill.errors import Failure, InputError
 from gristmill.inference import Grammar
 from gristmill.inference import Request as EngineRequest
+from gristmill.inference.errors import SettingError
 from gristmill.serve import answers, metrics, requests
 from gristmill.serve.answers import Chat, Completion, Shape
 from gristmill.serve.config import ServeConfig
@@ -23,10 +24,12 @@ from gristmill.serve.gate import Gate, Refused
 from gristmill.serve.load import Served
 from gristmill.serve.respond import Answer, Asked, gone
 from gristmill.serve.schema import Body, ChatBody, CompletionBody, DetokenizeBody, Sampled, TokenizeBody, parse
+from gristmill.serve.usage import plain
 from gristmill.serve.worker import Worker
 
 INLINE_BYTES = 16384  # larger bodies are parsed and encoded beside the event loop, which has others to serve
-THROWN_AWAY_BYTES = 32 << 20  # of a body that is too large: who still sends would not hear the answer
+# How the engine's settings are called by clients.
+PARAMS = {"grammar": "response_format", "experts": "return_experts"}
 B = TypeVar("B", bound=Body)
 T = TypeVar("T")
 
@@ -52,7 +55,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     said = {
         400: "A wrong, unknown or refused parameter; a header that is too large.",
         401: "No key, or one that is not known.",
-        403: "Without keys the server answers to this machine's own names alone.",
+        403: "Without keys, a Host that is not this machine's own name; with keys, one without the scope needed.",
         404: "No such model.",
         408: "The body did not arrive in time.",
         413: "The body is too large.",
@@ -162,7 +165,7 @@ async def detokenize(request: Request) -> Response:
 @router.get("/v1/models", response_model=answers.Models, responses=errors(*EACH))
 async def models(request: Request) -> Response:
     """The model that is served."""
-    return JSONResponse({"object": "list", "data": [model_card(endpoint(request))]})
+    return JSONResponse({"object": "list", "data": [model_card(request)]})
 
 
 @router.get(
@@ -173,15 +176,32 @@ async def models(request: Request) -> Response:
 )
 async def model(request: Request) -> Response:
     """One model, by its id."""
-    at = endpoint(request)
-    known(request.path_params["model"], at)
-    return JSONResponse(model_card(at))
+    known(request.path_params["model"], endpoint(request))
+    return JSONResponse(model_card(request))
+
+
+@router.get("/v1/usage", response_model=answers.OwnUsage, responses=errors(*EACH))
+async def usage(request: Request) -> Response:
+    """What this key has used, by day (UTC) and model. Without keys nothing is counted."""
+    lines = await endpoint(request).gate.used(request.state.tenant)
+    told = [
+        {
+            "day": line.day,
+            "model": line.model,
+            "requests": line.requests,
+            "input_tokens": line.input_tokens,
+            "output_tokens": line.output_tokens,
+            "cost": plain(line.cost),
+        }
+        for line in lines
+    ]
+    return JSONResponse({"object": "list", "data": told})
 
 
 @router.get("/v1/load", response_model=answers.LoadFigures, responses=errors(*EACH))
 async def load(request: Request) -> Response:
-    """How busy the server is."""
-    at = endpoint(request)
+    """How busy the server is; with keys, for those with the operator scope."""
+    at = operated(request)
     counted = {
         "prompt_tokens": at.metrics.prompt_tokens,
         "cached_tokens": at.metrics.cached_tokens,
@@ -196,8 +216,8 @@ async def load(request: Request) -> Response:
     responses={200: {"description": "For Prometheus.", "content": {"text/plain": {}}}, **errors(*EACH)},
 )
 async def prometheus(request: Request) -> Response:
-    """Figures under vLLM's names."""
-    at = endpoint(request)
+    """Figures under vLLM's names; with keys, for those with the operator scope."""
+    at = operated(request)
     load = at.worker.load
     gauges = {
         "num_requests_running": load.running,
@@ -234,25 +254,20 @@ async def read(request: Request, kind: type[B]) -> B:
         # Also what keeps a web page of another origin from asking in a visitor's name.
         raise ApiError(415, "the body must be sent as content-type: application/json, without a content-encoding")
     too_large = ApiError(413, f"the body is larger than {at.cfg.max_body_bytes} bytes", code="body_too_large")
-    most = at.cfg.max_body_bytes + THROWN_AWAY_BYTES
-    if int(request.headers.get("content-length", 0)) > most:  # the protocol lets digits through alone
+    if int(request.headers.get("content-length", 0)) > at.cfg.max_body_bytes:  # the protocol only lets digits through
         raise too_large
-    body, num_bytes = bytearray(), 0
+    body = bytearray()
     try:
         async with asyncio.timeout(at.cfg.body_s):
             async for part in request.stream():
-                num_bytes += len(part)
-                if num_bytes <= at.cfg.max_body_bytes:
-                    body += part
-                elif num_bytes > most:
-                    break
+                body += part
+                if len(body) > at.cfg.max_body_bytes:
+                    raise too_large
     except TimeoutError:
         raise ApiError(
             408, f"the body did not arrive within {at.cfg.body_s:g} s", code="timeout", headers={"connection": "close"}
         ) from None
-    if num_bytes > at.cfg.max_body_bytes:
-        raise too_large
-    request.state.num_bytes = num_bytes
+    request.state.num_bytes = len(body)
     parsed = await beside(request, parse, kind, bytes(body))
     known(cast(Sampled | TokenizeBody | DetokenizeBody, parsed).model, at)
     return parsed
@@ -263,6 +278,19 @@ async def beside(request: Request, function: Any, *arguments: Any) -> Any:
     if request.state.num_bytes <= INLINE_BYTES:
         return function(*arguments)
     return await asyncio.get_running_loop().run_in_executor(endpoint(request).reader, function, *arguments)
+
+
+def operated(request: Request) -> Endpoint:
+    """The endpoint, for a route that tells of all keys together."""
+    at = endpoint(request)
+    if not at.gate.is_operator(request.state.tenant):
+        raise ApiError(
+            403,
+            "this key may not read the figures of all keys: they need one of the operator scope "
+            "(`gristmill keys create NAME --scope operator`); GET /v1/usage has this key's own usage",
+            code="operator_scope_required",
+        )
+    return at
 
 
 def limits(request: Request) -> requests.Limits:
@@ -280,7 +308,8 @@ def known(name: str, at: Endpoint) -> None:
         )
 
 
-def model_card(at: Endpoint) -> dict[str, Any]:
+def model_card(request: Request) -> dict[str, Any]:
+    at = endpoint(request)
     return {
         "id": at.cfg.name,
         "object": "model",
@@ -289,6 +318,7 @@ def model_card(at: Endpoint) -> dict[str, Any]:
         "max_model_len": at.served.context,
         "chat": at.served.no_chat is None,
         "experts": at.served.experts,
+        "operator": at.gate.is_operator(request.state.tenant),
     }
 
 
@@ -349,9 +379,13 @@ async def while_there(request: Request, awaited: Coroutine[Any, Any, T], deadlin
         made.cancel()
 
 
-def told_by(problem: Exception) -> ApiError:
+def told_by(problem: Exception, path: str) -> ApiError:
     """How what the routes raise is told."""
     match problem:
+        case SettingError(setting="prompt") if path == "/v1/chat/completions":
+            return ApiError(400, str(problem), param="messages")
+        case SettingError(setting=setting):
+            return ApiError(400, str(problem), param=PARAMS.get(setting, setting))
         case ApiError():
             return problem
         case Refused(status=status, message=message, code=code, headers=headers):

@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from h11 import ConnectionClosed, Data, EndOfMessage
+from h11 import DONE, MUST_CLOSE, ConnectionClosed, Data, EndOfMessage, InformationalResponse
 from h11 import Response as RawResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -80,11 +80,18 @@ class Server(uvicorn.Server):
 
 
 def protocol(cfg: ServeConfig) -> type[H11Protocol]:
-    """uvicorn's, with an end to patience: for a request that does not come, and for answers that are not read."""
+    """uvicorn's, with an end to patience: for a request that does not come, and for answers that are not read.
+
+    A client that has sent its request may shut its sending side down and still wait for the answer (RFC 9112, 9.6), and
+    TCP does not tell that from a client that is gone. So the answer is sent, and while there is none yet, a client of
+    HTTP/1.1 is sent `100 Continue` from time to time, which it has to skip: one that is gone replies with a reset.
+    """
 
     class Patient(H11Protocol):
         _coming: asyncio.TimerHandle | None = None
         _stalled: asyncio.TimerHandle | None = None
+        _probing: asyncio.TimerHandle | None = None
+        _is_half_closed = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -93,7 +100,30 @@ def protocol(cfg: ServeConfig) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._arrived()
             self._read()
+            if self._probing is not None:
+                self._probing.cancel()
             super().connection_lost(exc)
+
+        def eof_received(self) -> bool:  # type: ignore[override]
+            """Whether to keep the connection, for the answer to a request that came in full."""
+            if self._is_between or self.conn.their_state not in (DONE, MUST_CLOSE):
+                return False
+            self._is_half_closed = True
+            self._probing = self._probing or self.loop.call_later(cfg.half_closed_s, self._probe)
+            return True
+
+        def _probe(self) -> None:
+            if self.transport.is_closing():
+                return
+            if not self._is_between and not self.cycle.response_started and self.conn.their_http_version == b"1.1":
+                event = InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+                self.transport.write(self.conn.send(event))
+            self._probing = self.loop.call_later(cfg.half_closed_s / 2, self._probe)
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._is_half_closed and self._is_between and not self.transport.is_closing():
+                self.transport.close()
 
         def data_received(self, data: bytes) -> None:
             if self._is_between:

@@ -5,13 +5,13 @@ import json
 import signal
 import threading
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 
 from gristmill.errors import Failure, InputError
-from gristmill.home import expand
 from gristmill.kernels.memory import keep_freed_memory
 from gristmill.serve.config import ServeConfig
-from gristmill.serve.database import Database, default_database
+from gristmill.serve.database import Database
 from gristmill.serve.gate import Gate, Open
 from gristmill.serve.keys import all_keys
 from gristmill.serve.load import Served, load
@@ -67,11 +67,13 @@ def loaded(path: Path) -> Served:
 
 def open_gate(database: str | None, prices: Prices | None = None) -> Gate:
     """Keys are asked for when a database is named, and where one key was ever made: revoking the last opens nothing."""
-    where = database or default_database()
-    if database is None and "://" not in where and not expand(where).exists():
-        return Open()
-    found = Database(where)
-    return Metered(found, prices) if database is not None or all_keys(found) else Open()
+    if database is None:
+        if (found := Database.existing()) is None:
+            return Open()
+        with closing(found):
+            if not all_keys(found):
+                return Open()
+    return Metered(Database(database), prices)
 
 
 def check_address(cfg: ServeConfig, gate: Gate) -> None:

@@ -160,12 +160,14 @@ def _add(
             connection.execute(insert(table).values({**which, **more}))
 
 
-def used(database: Database) -> list[Used]:
-    """By day, key and model. Keys that had one name, one after the other, stand in one line."""
+def used(database: Database, key_id: str | None = None) -> list[Used]:
+    """By day, key and model; keys that had one name, one after the other, share a line. key_id: only this key's."""
     name = func.coalesce(keys.c.name, table.c.key_id).label("name")
     lines = select(table.c.day, name, table.c.model, *(func.sum(column) for column in COUNTS)).select_from(
         table.outerjoin(keys, keys.c.id == table.c.key_id)
     )
+    if key_id is not None:
+        lines = lines.where(table.c.key_id == key_id)
     with database.begin() as connection:
         found = connection.execute(lines.group_by(table.c.day, name, table.c.model)).all()
     return sorted(
@@ -190,7 +192,7 @@ def usage_csv(lines: Iterable[Used]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(field.name for field in fields(Used))
-    writer.writerows([*list(vars(line).values())[:-1], _plain(line.cost)] for line in lines)
+    writer.writerows([*list(vars(line).values())[:-1], plain(line.cost)] for line in lines)
     return out.getvalue()
 
 
@@ -201,7 +203,7 @@ def usage_text(lines: Sequence[Used]) -> list[str]:
     rows = [["day", "key", "model", "requests", "input tokens", "output tokens", "cost"]]
     for line in lines:
         counts = [f"{count:,}" for count in (line.requests, line.input_tokens, line.output_tokens)]
-        rows.append([line.day, line.key, line.model, *counts, _plain(line.cost)])
+        rows.append([line.day, line.key, line.model, *counts, plain(line.cost)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -211,7 +213,7 @@ def usage_text(lines: Sequence[Used]) -> list[str]:
     ]
 
 
-def _plain(cost: Decimal) -> str:
+def plain(cost: Decimal) -> str:
     """Without an exponent and without zeros at the end."""
     whole, _, rest = f"{cost:f}".partition(".")
     return f"{whole}.{rest.rstrip('0')}".removesuffix(".")

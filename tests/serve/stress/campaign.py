@@ -405,7 +405,7 @@ def main() -> None:
             else:
                 file = folder / f"{part}.sqlite"
                 database = Database(str(file))
-                key = keys.create(database, "alice", LIMITS.get(part, Limits()))
+                key = keys.create(database, "alice", LIMITS.get(part, Limits()), is_operator=True)
                 database.close()
                 with running(model, file, key) as server:
                     made = PARTS[part](server, args.share)

@@ -51,7 +51,7 @@ async function start() {
   if (card.chat && last === "chat") composer.elements.mode.value = "chat";
   inspector.begin(experts);
   changeMode();
-  server.look();
+  server.begin(card.operator);
   focusPrompt();
 }
 

@@ -25,8 +25,16 @@ export class Server {
     document.addEventListener("visibilitychange", () => document.hidden || this.look());
   }
 
+  // operates: whether the key may read the figures of the whole server.
+  begin(operates) {
+    this.operates = operates;
+    find("whole-server").hidden = !operates;
+    this.look();
+  }
+
   async look() {
     clearTimeout(this.timer);
+    if (!this.operates) return;
     try {
       this.show(await get("v1/load"));
     } catch (problem) {
