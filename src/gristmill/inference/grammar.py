@@ -9,7 +9,7 @@ Shapes: V vocabulary of the model.
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gristmill.errors import InputError
 from gristmill.inference import llguide
+from gristmill.inference.schemas import prepared, subschemas
 from gristmill.tokenizer import Tokenizer
 
 MAX_BYTES = 65536  # of a schema as JSON, of a pattern as UTF-8
@@ -33,11 +34,12 @@ KEPT = 16  # compiled grammars of an engine; the worst that the limits let throu
 class JsonSchema:
     """The answer is JSON that is valid for `schema`, of draft 2020-12 as far as llguidance knows it.
 
-    A keyword that it cannot keep to, such as `not`, `if` or `uniqueItems`, is refused, as are references to other
-    documents, and an exclusive bound of 0 beside one between -1 and 1, which it does not keep. Properties come in the
-    schema's order. Between the parts of the JSON stands nothing, a space, or a new line with an indent of up to 32.
-    `format` is kept to where it is a known one. Keys that no schema lists may be repeated, of which JSON's readers take
-    the last.
+    A keyword that it cannot keep to, such as `not`, `if` or `uniqueItems`, is refused by name, unless it changes
+    nothing or is in a branch of anyOf that the answer can do without (schemas.py). Also refused are references to other
+    documents, and an exclusive bound of 0 together with one between -1 and 1, which llguidance does not keep.
+    Properties come in the schema's order. Between the parts of the JSON is nothing, a space, or a new line with an
+    indent of up to 32. A known `format` is kept to, an unknown one is an annotation. Keys that no schema lists may be
+    repeated, of which JSON's readers take the last.
     """
 
     schema: Mapping[str, Any]
@@ -86,7 +88,7 @@ def read_schema(file: Path) -> JsonSchema:
 
 
 def json_text(schema: Mapping[str, Any]) -> str:
-    """A schema within the limits as JSON. Raises InputError for another."""
+    """A schema within the limits as JSON, in the words that llguidance knows. Raises InputError for another."""
     if not isinstance(schema, Mapping):
         raise InputError(f"schema={schema!r:.80} must be a JSON object")
     text, rule = "", f"at most {MAX_BYTES} are taken; make it smaller"
@@ -106,7 +108,7 @@ def json_text(schema: Mapping[str, Any]) -> str:
         raise InputError(f"schema is deeper than {MAX_DEPTH} levels of JSON; define parts in $defs")
     if "x-guidance" in plain:
         raise InputError("schema has x-guidance, which would change what the form is; leave it out")
-    objects = list(_objects(plain))
+    objects = list(subschemas(plain))
     for one in objects:
         least, listed = one.get("minProperties"), one.get("required")
         known = len(listed) if isinstance(listed, list) else 0
@@ -123,7 +125,7 @@ def json_text(schema: Mapping[str, Any]) -> str:
             f"{zero}=0 cannot be promised beside a bound of {inner}, as llguidance would let 0 through; "
             f"write {zero.replace('exclusiveM', 'm')} with the number nearest to 0 that is meant"
         )
-    return text
+    return json.dumps(prepared(plain))
 
 
 def _depth(value: Any) -> int:
@@ -131,13 +133,6 @@ def _depth(value: Any) -> int:
     while level:
         level, depth = [below for one in level for below in _below(one)], depth + 1
     return depth
-
-
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(value, dict):
-        yield value
-    for below in _below(value):
-        yield from _objects(below)
 
 
 def _below(value: Any) -> Iterable[Any]:
