@@ -7,13 +7,14 @@
 # make stress       longer randomised tests; the endpoint under malformed requests, overload, kill -9: writes its table
 # make faults       kill -9, flipped bits, full disks, lost ranks: writes the table of docs/reliability.md
 # make interop      MosaicML Streaming's own reader and writer beside ours, installed into .interop
+# make lmeval       lm-eval's log-likelihoods by our server and by transformers, on the quickstart; installed into .lmeval
 # make sanitize     the native kernels under the address and undefined-behaviour sanitizers
 # All of them set up .venv from the lock first, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check bench bench-inference exact stress faults interop sanitize clean
+.PHONY: quickstart test check bench bench-inference exact stress faults interop lmeval sanitize clean
 
 quickstart: .venv/locked
 	$(BIN)/gristmill run quickstart
@@ -43,7 +44,7 @@ bench-inference: .venv/locked .peers/built
 exact: .venv/locked
 	GRISTMILL_EXACT=150 $(BIN)/python -m pytest tests/exact
 
-stress: .venv/locked
+stress: .venv/locked lmeval
 	GRISTMILL_KILLS=40 $(BIN)/python -m pytest tests/test_kill.py tests/serve/test_usage.py
 	$(BIN)/python tests/serve/stress/campaign.py --table docs/reliability.md
 	GRISTMILL_COMPILE=1 $(BIN)/python -m pytest --hypothesis-profile=stress
@@ -53,6 +54,9 @@ faults: .venv/locked
 
 interop: .venv/locked .interop/installed
 	GRISTMILL_REQUIRE=interop $(BIN)/python -m pytest tests/interop
+
+lmeval: quickstart .lmeval/installed
+	$(BIN)/python tests/lmeval/agreement.py runs/quickstart
 
 SANITIZED := build/sanitized/native.so
 sanitize: .venv/locked
@@ -75,6 +79,12 @@ sanitize: .venv/locked
 	.interop/bin/python -m pip install --quiet --no-deps mosaicml-streaming==0.13.0
 	touch $@
 
+# lm-eval with its backends: an environment of its own, as it brings transformers and much else in other versions.
+.lmeval/installed: tests/lmeval/requirements.txt
+	$(PYTHON) -m venv .lmeval
+	.lmeval/bin/python -m pip install --quiet -r $<
+	touch $@
+
 # llama.cpp as fast as gcc makes it for this machine. Its sources are the published ones with a barrier for AMX: gcc 12 may
 # write a tile configuration after it was to be loaded. One file at a time: some need a gigabyte.
 LLAMA := 0.3.36
@@ -93,4 +103,4 @@ LLAMA_SOURCE := .peers/source/llama_cpp_python-$(LLAMA)
 	printf 'flags: %s\npatch: %s\n' '$(LLAMA_FLAGS)' 'a memory barrier before _tile_loadconfig (AMX)' > $@
 
 clean:
-	rm -rf .venv .interop .peers benchmarks/.cache runs
+	rm -rf .venv .interop .lmeval .peers benchmarks/.cache runs
