@@ -136,9 +136,10 @@ class Answer(Response):
         await asyncio.shield(self._settling())
 
     async def _let_go(self) -> None:
-        """The same, but when the time is up, not for longer than SETTLE_S."""
+        """The same, but when the time is up, only for SETTLE_S, and not at all where that was tried before."""
         left_s = self.asked.deadline - asyncio.get_running_loop().time()
-        await asyncio.wait({self._settling()}, timeout=max(SETTLE_S, left_s))
+        least_s = SETTLE_S if self._finished is None else 0
+        await asyncio.wait({self._settling()}, timeout=max(least_s, left_s))
 
     def _settling(self) -> "asyncio.Future[None]":
         if self._finished is None:
