@@ -201,7 +201,7 @@ def test_a_database_without_scopes_is_brought_up_to_date_by_many_at_once(tmp_pat
     operator = keys.find(databases[1], keys.create(databases[2], "bob", Limits(), is_operator=True))
     assert operator is not None
     assert operator.is_operator
-    assert [line.endswith("operator") for line in keys.keys_text(keys.all_keys(databases[3]))] == [False, True]
+    assert {key.name: key.is_operator for key in keys.all_keys(databases[3])} == {"alice": False, "bob": True}
 
 
 def test_without_a_home_folder_the_error_names_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

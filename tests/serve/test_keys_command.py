@@ -75,7 +75,8 @@ def test_an_operators_key_is_shown_as_such(gristmill: Shell, tmp_path: Path) -> 
     found = keys.find(Database(), key)
     assert found is not None
     assert found.is_operator
-    assert [line.split()[-1] for line in gristmill("keys", "list")[1].splitlines()] == ["operator", "limits"]
+    shown = {line.split()[0]: line.split()[-1] for line in gristmill("keys", "list")[1].splitlines()}
+    assert shown == {"scraper": "operator", "alice": "limits"}
     assert gristmill("keys", "create", "bob", "--scope", "root")[0] == 2
 
 
