@@ -1,6 +1,8 @@
 """The command line: one subcommand per verb, no logic. Each verb is a plain Python function elsewhere."""
 
+import codecs
 import errno
+import io
 import json
 import os
 import signal
@@ -13,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from gristmill.cpus import limit_threads
-from gristmill.errors import Failure, InputError
+from gristmill.errors import Failure, InputError, one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -533,40 +535,67 @@ def lineage(path: PathArg) -> None:
 
 def main() -> None:
     """Exit codes: 0 done, 1 failed, 2 bad input, 75 saved on SIGTERM (run again), 130 Ctrl-C."""
-    code = _exit_code(lambda: app(standalone_mode=False))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # gloo's threads may wait for a rank that is gone, and then abort
+    _settle_streams()
+    code = _exit_code(lambda: app(prog_name="gristmill", standalone_mode=False))
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):  # gloo's threads may wait for a lost rank, then abort
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-UsageError: Any = typer.BadParameter.__base__  # typer carries a private copy of click, where this is at home
+UsageError: Any = typer.BadParameter.__base__  # typer has a private copy of click, which defines it
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class _Closed(io.TextIOBase):
+    """Standard output that was closed before Python started: only a verb that prints needs it."""
+
+    def write(self, text: str) -> int:
+        raise Failure("standard output is closed; redirect it to a file, or to /dev/null to discard it")
+
+
+def _settle_streams() -> None:
+    """Python sets a closed stream to None; and a terminal or a locale may lack characters that we print."""
+    codecs.register_error("gristmill", _encodable)
+    if sys.stdout is None:
+        sys.stdout = _Closed()
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="gristmill")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
+
+
+def _encodable(problem: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of a file name as they were; characters that the encoding does not have as escapes."""
+    try:
+        return codecs.lookup_error("surrogateescape")(problem)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(problem)
 
 
 def _exit_code(call: Callable[[], Any]) -> int:
+    """Run `call` and return its exit code; errors of the user or the environment become one line on standard error."""
     try:
-        return int(call() or 0)
+        code = int(call() or 0)
+        sys.stdout.flush()  # here, because an error at the interpreter's exit would print a traceback
+        return code
     except UsageError as bad:
-        bad.show()
-        return 2
+        return _usage(bad)
     except InputError as bad:
-        print(f"error: {bad}", file=sys.stderr)
-        return 2
+        return _fail(bad, 2)
     except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
+        return _fail(failure, 1)
+    except BrokenPipeError:  # the reader has left, as `head` does: no message
+        _discard_output()
         return 1
     except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if problem.errno is None:
             raise
-        where = f" ({problem.filename})" if problem.filename else ""
-        fix = "free some room" if problem.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable or choose --out"
-        print(
-            f"error: {problem.strerror}{where}; {fix}, then run the same command: what stands is kept", file=sys.stderr
-        )
-        return 1
+        _discard_output()
+        return _fail(_reason(problem), 1)
+    except MemoryError:
+        return _fail("not enough memory; close other programs, or use a smaller model, batch or limit", 1)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BaseException as stop:
@@ -575,6 +604,42 @@ def _exit_code(call: Callable[[], Any]) -> int:
             raise
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130 if signum == signal.SIGINT else 75
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+def _usage(bad: Any) -> int:
+    """A wrong command line: the problem and where to read the rule. A missing verb prints the help instead."""
+    command = bad.ctx.command_path if bad.ctx is not None else "gristmill"
+    if bad.__class__.__name__ == "NoArgsIsHelpError":
+        bad.show()
+        return 2
+    problem = bad.format_message().strip().rstrip(".").replace("Value error, ", "")
+    return _fail(f"{command}: {problem[:1].lower()}{problem[1:]}; see `{command} --help`", 2)
+
+
+def _reason(problem: OSError) -> str:
+    """What the system refused, for which file, and what to do about it."""
+    files = [str(file) for file in (problem.filename, problem.filename2) if file is not None]
+    where = f" ({' -> '.join(files)})" if files else ""
+    if problem.errno in DISK_FULL:
+        fix = "free some room"
+    elif problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = "make it writable or choose --out"
+    else:
+        fix = "correct this"
+    return f"{problem.strerror}{where}; {fix}, then run the same command: finished stages are kept"
+
+
+def _discard_output() -> None:
+    """Send what is still buffered nowhere: the interpreter flushes it at its exit, which would fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -80,6 +80,12 @@ def pull(repository: str, revision: str | None = None, out: Path | None = None) 
     kind of repository is wrong, Failure where the hub, the network, the room or the right to read is in the way, and
     OSError where the disk is; what has arrived is kept.
     """
+    if revision is not None and (not revision or not revision.isprintable()):
+        raise InputError(
+            f"--revision {revision!r} must be the name of a branch or tag, or a commit; leave it out for main"
+        )
+    if not (get_token() or "").isascii():
+        raise InputError("the token of the hub (HF_TOKEN) has characters other than ASCII; copy it again, or unset it")
     with _explained(repository, revision or "main"):
         client.validate_repo_id(repository if "/" in repository else "")
         model = _look_up(repository, revision)

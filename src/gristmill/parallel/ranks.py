@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from gristmill.background import Answer
-from gristmill.errors import Failure
+from gristmill.errors import Failure, InputError
 
 T = TypeVar("T")
 
@@ -199,12 +199,12 @@ ALONE = Ranks()
 
 def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     """This process's place, from the environment that torchrun sets; alone where it is not set."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _from_torchrun("WORLD_SIZE", 1) == 1:
         return ALONE
     timeout = timedelta(seconds=timeout_s)
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_from_torchrun("LOCAL_RANK", 0))
         backend = "cpu:gloo,cuda:nccl"
     try:
         place, problem = Answer(lambda: next(iter(rendezvous("env://", timeout=timeout)))).within(timeout_s + ASK_S)
@@ -229,6 +229,17 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     beating = threading.Thread(target=_beat, args=(mine.clone(), rank), name="beat", daemon=True)
     beating.start()
     return Ranks(rank, world_size, mine, timeout_s)
+
+
+def _from_torchrun(name: str, least: int) -> int:
+    """The value of one of torchrun's variables; `least`, the value for one process, where it is not set."""
+    text = os.environ.get(name) or str(least)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
+        raise InputError(
+            f"{name}={text!r} must be an integer of at least {least}; torchrun sets it, so start the command "
+            "with torchrun, or unset it to use one process"
+        )
+    return int(text)
 
 
 def _meet(store: Any, rank: int, world_size: int, timeout_s: float) -> str:
