@@ -4,7 +4,8 @@
 # make bench        the figures in benchmarks/results: three hours; its trainings go on where they were
 # make bench-inference   generation beside transformers and llama.cpp, which is built into .peers first
 # make exact        300 random models against transformers and a naive NumPy forward
-# make stress       longer randomised tests; the endpoint under malformed requests, overload, kill -9: writes its table
+# make stress       longer randomized tests, among them 2,000 hostile command lines as root and as many as a plain user;
+#                   the endpoint under malformed requests, overload, kill -9: writes its table
 # make faults       kill -9, flipped bits, full disks, lost ranks: writes the table of docs/reliability.md
 # make interop      MosaicML Streaming's own reader and writer beside ours, installed into .interop
 # make lmeval       lm-eval's log-likelihoods by our server and by transformers, on the quickstart; installed into .lmeval

@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +100,10 @@ def attempt(sample: Sample, home: Path, place: Path, user: str) -> Ending:
     ended = Ending(process.exitcode if process.exitcode is not None else -9, out, err, stack)
     process.close()
     for folder in (place, logs):
-        subdirs = [folder, *(p for p in folder.rglob("*") if p.is_dir() and not p.is_symlink())]
-        for below in subdirs:
-            below.chmod(0o700)
+        for below, folders, _files in os.walk(folder):
+            for name in folders:  # before the walk enters them: some have no permissions
+                if not Path(below, name).is_symlink():
+                    os.chmod(Path(below, name), 0o700)
         shutil.rmtree(folder)
     return ended
 
@@ -125,6 +127,7 @@ def _child(sample: Sample, place: str, logs: str, user: str) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _set_environment(sample.environment, place)
+    tempfile.tempdir = None  # it was found before TMPDIR was set
     Path(logs, "begun").touch()
     _confine((place, logs))
     os.umask(sample.umask)
@@ -181,6 +184,7 @@ def _furnish(user: str) -> None:
 def _set_environment(changes: dict[str, str | None], place: str) -> None:
     plain = {
         "HOME": f"{place}/home",
+        "TMPDIR": f"{place}/home",
         "PATH": os.environ.get("PATH", ""),
         "TERM": "dumb",
         "LC_ALL": "C.UTF-8",

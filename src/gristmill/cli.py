@@ -594,7 +594,9 @@ def _exit_code(call: Callable[[], Any]) -> int:
             raise
         _discard_output()
         return _fail(_reason(problem), 1)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as problem:
+        if not _is_out_of_memory(problem):
+            raise
         return _fail("not enough memory; close other programs, or use a smaller model, batch or limit", 1)
     except (KeyboardInterrupt, typer.Abort):
         return 130
@@ -619,6 +621,12 @@ def _usage(bad: Any) -> int:
         return 2
     problem = bad.format_message().strip().rstrip(".").replace("Value error, ", "")
     return _fail(f"{command}: {problem[:1].lower()}{problem[1:]}; see `{command} --help`", 2)
+
+
+def _is_out_of_memory(problem: MemoryError | RuntimeError) -> bool:
+    """torch has no class for this on CPUs; its class for GPUs is not imported here: not every verb needs torch."""
+    named = type(problem).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(problem)
+    return isinstance(problem, MemoryError) or named
 
 
 def _reason(problem: OSError) -> str:

@@ -13,7 +13,8 @@ class Failure(RuntimeError):
 
 def one_line(message: object) -> str:
     """Show a message on one printable line: escape control characters, and cut the middle out of a very long one."""
-    joined = " ".join(part.strip() for part in str(message).splitlines() if part.strip())
+    parts = [part.strip() for part in str(message).splitlines() if part.strip()]
+    joined = " ".join(part if part[-1] in ".,;:" or part is parts[-1] else f"{part};" for part in parts)
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
     if len(shown) <= LONGEST:
         return shown
