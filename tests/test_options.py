@@ -14,11 +14,13 @@ import hostile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import TINY
 from forked import gristmill
 from hypothesis import HealthCheck, Phase, given, settings
 from texts import write_texts
 
+from gristmill import cli
 from gristmill.errors import one_line
 from gristmill.pipeline import run
 from gristmill.recipe import load_recipe
@@ -139,11 +141,14 @@ def test_characters_that_the_output_does_not_have_are_escaped(home: Path, stdout
     assert shown in ended.out
 
 
-def test_memory_that_torch_cannot_allocate_is_one_line(home: Path) -> None:
-    experts = ["--set", "model.moe_num_experts=200000", "--set", "train.batch_tokens=128"]
-    ended = end(home, "train", "tiny.yaml", "--out", "run", *experts)
-    assert ended.code == 1
-    assert ended.err.splitlines()[-1].startswith("error: not enough memory")
+def test_memory_that_torch_cannot_allocate_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._exit_code(lambda: torch.empty(1 << 50)) == 1
+    assert capsys.readouterr().err.startswith("error: not enough memory")
+
+
+def test_an_error_of_ours_is_not_hidden() -> None:
+    with pytest.raises(RuntimeError, match="ours"):
+        cli._exit_code(lambda: (_ for _ in ()).throw(RuntimeError("ours")))
 
 
 def test_messages_of_several_lines_become_one() -> None:
