@@ -8,7 +8,7 @@ from pathlib import Path
 import gristmill
 
 LAYERS = [
-    ["errors", "background", "cpus", "home", "strict_yaml", "artifact", "progress", "session"],
+    ["errors", "background", "cpus", "home", "strict_yaml", "locks", "artifact", "current", "progress", "session"],
     ["kernels", "tokenizer", "streaming"],
     ["model", "corpus", "evaluate"],
     ["parallel", "hub"],
@@ -18,13 +18,9 @@ LAYERS = [
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 SAME_LAYER = {
-    *(
-        ("artifact", "errors"),
-        ("home", "errors"),
-        ("session", "artifact"),
-        ("session", "errors"),
-        ("session", "progress"),
-    ),
+    *(("locks", "errors"), ("artifact", "locks"), ("session", "locks")),
+    *(("current", "artifact"), ("current", "errors"), ("artifact", "errors"), ("home", "errors")),
+    *(("session", "artifact"), ("session", "errors"), ("session", "progress")),
     *(("pipeline", "recipe"), ("cli", "pipeline"), ("cli", "recipe")),
 }
 ROOT = Path(gristmill.__file__).parent

@@ -7,7 +7,6 @@ the same content hash. This room knows nothing of the stages.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.errors import Failure, InputError
+from gristmill.locks import lock
 
 MANIFEST = "manifest.json"
 STATE = ".state"  # locks and databases that change in place; verify names it as not covered
@@ -146,11 +146,14 @@ def building(out: Path, num_bytes: int) -> Iterator[Path]:
         if problem.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise
         raise InputError(f"{out} cannot be a directory: {problem.strerror}; choose another place") from None
-    with (state / "lock").open("w") as lock:
+    with (state / "lock").open("w") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, state / "lock")
         except BlockingIOError:
             raise Failure(f"another process is building {out}; wait for it, or choose another place") from None
+        except Failure:  # nobody can hold a lock here, so nobody else is building
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         try:
             for left in partial.iterdir():
                 if left.name != STATE:

@@ -31,6 +31,7 @@ from gristmill.artifact import (
     verify,
 )
 from gristmill.corpus.build import build_corpus, fingerprint
+from gristmill.current import LATEST, record_stage
 from gristmill.errors import Failure, InputError
 from gristmill.evaluate.bits_per_byte import bits_per_byte
 from gristmill.evaluate.build import build_evaluation
@@ -51,7 +52,7 @@ from gristmill.streaming.build import build_shards
 from gristmill.streaming.remote import build_remote, read_manifest, require
 from gristmill.tokenizer import Tokenizer, build_tokenizer
 from gristmill.tokenizer.gpt4 import load_table
-from gristmill.train.checkpoint import LATEST, Identity, checkpoint_path, read_state
+from gristmill.train.checkpoint import Identity, checkpoint_path, read_state
 from gristmill.train.display import Display, duration, say_skipped, say_started
 from gristmill.train.log import METRICS, MetricsLog, read_metrics
 from gristmill.train.loop import Event, Reached, Saved, SaveFailed, Skipped, Started, Step, layout_of, train
@@ -182,6 +183,7 @@ class _Run:
             stands = bool(self.ranks.from_first(stands))
         if stands:
             artifact = artifact or self.made(name)
+            self.record(name, path)
             console.print(f"{name:<10}[bright_black]stands  {artifact.path.relative_to(self.folder)}[/]")
             return artifact
         if not self.estimated:
@@ -197,8 +199,14 @@ class _Run:
             seconds = {"seconds": round(time.perf_counter() - started, 1)}
             built = replace(built, metrics=built.metrics | seconds)
             artifact = commit(path, kind=name, key=key, config=config, inputs=inputs, built=built)
+            self.record(name, path)
         console.print(f"{'':<10}{summary(artifact)}  [bright_black]{duration(time.perf_counter() - started)}[/]")
         return artifact
+
+    def record(self, name: StageName, folder: Path) -> None:
+        """Until the run is finished, its folder says here which artifact of a stage is current."""
+        if self.ranks.rank == 0:
+            record_stage(self.folder, name, folder, STAGES)
 
     def settings(self, name: StageName) -> tuple[dict[str, Any], dict[str, Artifact]]:
         """The part of the recipe that a stage reads, and the artifacts: together they make its key."""
@@ -259,6 +267,7 @@ class _Run:
             if problems := verify(start.path).problems:
                 raise Failure(f"{problems[0]}; import it again before training goes on from it")
         folder.mkdir(parents=True, exist_ok=True)
+        self.record("train", folder)
         self.signals.graceful = True
         events = train(
             r.train,

@@ -1,6 +1,6 @@
 """What a run holds while it works: the lock on its folder, and the signals that may end it."""
 
-import fcntl
+import errno
 import os
 import signal
 import threading
@@ -12,6 +12,7 @@ from typing import Any
 
 from gristmill.artifact import STATE
 from gristmill.errors import Failure, InputError
+from gristmill.locks import lock
 from gristmill.progress import console
 
 
@@ -23,9 +24,16 @@ class Stopped(BaseException):
         self.signum = signum
 
 
+_DROP = "drops the steps since the last checkpoint"
+AGAIN = {  # what a second signal does
+    signal.SIGINT: f"; Ctrl-C again {_DROP}",
+    signal.SIGTERM: f"; another SIGTERM changes nothing, Ctrl-C (SIGINT) {_DROP}",
+}
+
+
 class Signals:
-    """Turns SIGINT and SIGTERM into Stopped; while `graceful`, the first one only sets `event`, and SIGTERM never does
-    more."""
+    """Turn SIGINT and SIGTERM into Stopped. While `graceful`, the first signal only sets `event`; after it, SIGINT
+    raises Stopped and SIGTERM is ignored."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
@@ -44,7 +52,7 @@ class Signals:
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self.graceful and self.event.is_set() and signum == signal.SIGTERM:
-            return  # schedulers and launchers send it more than once
+            return  # schedulers and launchers send SIGTERM more than once
         self.signum = signal.Signals(signum)
         if not self.graceful or self.event.is_set():
             raise Stopped(signum)
@@ -52,20 +60,25 @@ class Signals:
         if not console.quiet:
             # Not by the console: what this interrupts may be writing there, and a buffer is not entered twice.
             with suppress(OSError, ValueError):
-                said = f"\n  {self.signum.name}: saving what is done (again to stop at once)\n"
+                said = f"\n  {self.signum.name}: saving what is done, then stopping{AGAIN.get(self.signum, '')}\n"
                 os.write(console.file.fileno(), said.encode())
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Refuse a second run on one folder. The lock goes with the process, however it ends."""
+    """Refuse a second run on one folder. The lock ends with the process, however it ends."""
     try:
         (folder / STATE).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"--out {folder} is or lies below a file; name a folder") from None
-    with (folder / STATE / "lock").open("w") as file:
+    except OSError as problem:
+        if problem.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+            raise
+        raise InputError(f"--out {str(folder)[:80]!r} cannot be a folder: {problem.strerror}; name another") from None
+    path = folder / STATE / "lock"
+    with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, path)
         except BlockingIOError:
             raise Failure(
                 f"{folder} is in use by another gristmill process; wait for it or choose another --out"

@@ -26,12 +26,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gristmill import artifact
+from gristmill.current import LATEST
 from gristmill.errors import InputError
 from gristmill.model import ModelConfig
 from gristmill.parallel.ranks import Ranks
 from gristmill.train import checkpoint as module
 from gristmill.train.checkpoint import (
-    LATEST,
     Checkpoints,
     Identity,
     Saved,

@@ -7,7 +7,6 @@ Beside them lies the client's own record, `.cache/huggingface/download/NAME.meta
 Nothing is executed: no Python file and no pickle is fetched.
 """
 
-import fcntl
 import hashlib
 import json
 import re
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 
 from gristmill.artifact import canonical, sync, write_atomically
 from gristmill.errors import Failure, InputError
+from gristmill.locks import lock
 from gristmill.hub.folder import CARD, LICENSES, PULLED
 from gristmill.hub.importing import READ
 from gristmill.hub.published import CONFIG_JSON, MODEL_TYPES
@@ -187,7 +187,7 @@ def _locked(out: Path) -> Iterator[None]:
         raise InputError(f"--out {out} is or lies below a file; name a directory") from None
     with (_cache(out) / "pull.lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, _cache(out) / "pull.lock")
         except BlockingIOError:
             raise Failure(f"another pull is writing to {out}; wait for it or choose another --out") from None
         yield

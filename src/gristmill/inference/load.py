@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gristmill import artifact
+from gristmill.current import find_checkpoint
 from gristmill.errors import InputError
 from gristmill.hub import QuantizedWeight, Weights, assemble
 from gristmill.hub.checkpoint import CONFIG
@@ -152,18 +152,15 @@ def _open(path: Path) -> tuple[ModelFolder, Tokenizer]:
 
 
 def find_model(path: Path) -> Path:
-    """The directory with the weights: `path` itself, or the last checkpoint of a training stage or a run folder.
+    """The directory with the weights: `path` itself, or the current checkpoint of a run or a training's folder.
 
-    A finished run names its checkpoint; of an unfinished one it is the checkpoint that was saved last.
+    Raises InputError where there is no model, or several and nothing names one; Failure where it is damaged.
     """
     if (path / CONFIG).is_file() or (path / CONFIG_JSON).is_file():
         return path
-    if (path / artifact.MANIFEST).is_file() and (trained := artifact.load(path).manifest["inputs"].get("train")):
-        return find_model((path / trained["path"]).resolve())
-    saved = [manifest for pattern in ("step-*", "train/*/step-*") for manifest in path.glob(f"{pattern}/manifest.json")]
-    if not saved:
+    if (found := find_checkpoint(path)) is None:
         raise InputError(
             f"{path} holds no model; give a run folder with a checkpoint, a checkpoint, or a Hugging Face "
             "directory of a known layout"
         )
-    return max(saved, key=lambda manifest: (manifest.stat().st_mtime_ns, manifest)).parent
+    return found

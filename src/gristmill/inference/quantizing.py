@@ -8,6 +8,7 @@ from typing import Any
 from gristmill import artifact
 from gristmill.artifact import Artifact, Built
 from gristmill.corpus import tables
+from gristmill.current import find_ancestor
 from gristmill.errors import InputError
 from gristmill.evaluate import Document, bits_per_byte, read_documents
 from gristmill.hub import assemble
@@ -32,16 +33,16 @@ MAX_WINDOW = 2048  # tokens that the model sees at once while it is measured
 def quantize_model(src: Path, out: Path, how: QuantizeConfig, documents: Path | None = None) -> Artifact:
     """Write the model in `src` (a run folder, or whatever `open_model` takes) as the new directory `out`.
 
-    documents: a file of texts to measure the loss on; without it they are a run's test documents, and where there are
-    none, nothing is measured. Metrics: weight_bytes; documents_bits_per_byte (of that file) or test_bits_per_byte with
-    before, after, loss (a share), documents, bytes and window, or null. One tensor is in memory at a time, except while
-    the loss is measured: then the model is.
+    documents: a file of texts to measure the loss on; without it they are the test documents of the corpus that the
+    model was trained on, and where there are none, nothing is measured. Metrics: weight_bytes; documents_bits_per_byte
+    (of that file) or test_bits_per_byte with before, after, loss (a share), documents, bytes and window, or null. One
+    tensor is in memory at a time, except while the loss is measured: then the model is.
 
     Raises InputError for what cannot be quantized, or when `out` holds something.
     """
-    texts = read_texts(documents) if documents else test_documents(src)
     metric = "documents_bits_per_byte" if documents else "test_bits_per_byte"
     path = find_model(src)
+    texts = read_texts(documents) if documents else test_documents(path)
     model = open_model(path)
     if any(isinstance(weight, QuantizedWeight) for weight in model.weights.values()):
         raise InputError(f"{path} is quantized already; give the model that it was made from")
@@ -109,15 +110,14 @@ def measure(before: ModelFolder, after: ModelFolder, texts: Sequence[Document]) 
 # ---- held-out text -------------------------------------------------------------------------------------
 
 
-def test_documents(src: Path) -> list[Document]:
-    """Of a run folder, those that its own evaluation scores; none where `src` is something else."""
-    run = artifact.load_ours(src)
-    if run and "corpus" in run.manifest["inputs"] and run.kind == "run":
-        return read_documents(src / run.manifest["inputs"]["corpus"]["path"], "test", MAX_TEST_BYTES)
-    corpora = [file.parent for file in src.glob("corpus/*/documents-test.parquet")]  # of a run that is not finished
-    if not corpora:
+def test_documents(model: Path) -> list[Document]:
+    """The test split of the corpus that a model was trained on; none where that corpus is not in its place."""
+    made = artifact.load_ours(model)
+    corpus = find_ancestor(made, "corpus") if made else None
+    try:
+        return read_documents(corpus.path, "test", MAX_TEST_BYTES) if corpus else []
+    except InputError:  # a corpus without a test split
         return []
-    return read_documents(max(corpora, key=lambda corpus: corpus.stat().st_mtime_ns), "test", MAX_TEST_BYTES)
 
 
 def read_texts(file: Path) -> list[Document]:

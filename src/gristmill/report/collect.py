@@ -13,6 +13,7 @@ from typing import Any
 
 from gristmill import artifact
 from gristmill.artifact import Artifact
+from gristmill.current import find_stages
 from gristmill.errors import Failure, InputError
 from gristmill.report.text import is_number
 from gristmill.train.log import METRICS, Record, read_metrics
@@ -100,8 +101,8 @@ def collect(
 def collect_run(run: Path) -> Report:
     """The same for a run folder alone: its manifest says which artifacts are current.
 
-    Where there is no manifest yet (the run was interrupted), the newest artifact of each stage is taken and the
-    recipe is what their manifests tell of it. Raises InputError where there is nothing to report.
+    Where there is no manifest yet (the run was interrupted), the stages are the ones that the last call recorded and
+    the recipe consists of their configurations. Raises InputError where there is nothing to report.
     """
     if (run / artifact.MANIFEST).exists():
         manifest = artifact.load(run).manifest
@@ -119,23 +120,13 @@ def collect_run(run: Path) -> Report:
             seconds=said.get("seconds", {}),
             skipped=said.get("skipped", {}),
         )
-    stages = newest_stages(run)
+    stages = find_stages(run, STAGES)
     if not stages and not (run / METRICS).exists():
         raise InputError(
             f"{run} is not a run folder: it has no {artifact.MANIFEST}, no {METRICS} and no stage's artifact"
         )
     recipe = {name: artifact.load(path).manifest["config"] for name, path in stages.items()}
     return collect(run, stages=stages, recipe=recipe, machine={}, seconds={})
-
-
-def newest_stages(run: Path) -> dict[str, Path]:
-    """Stage -> directory of its artifact that was committed last."""
-    found: dict[str, tuple[str, Path]] = {}
-    for name in STAGES:
-        for file in sorted((run / name).rglob(artifact.MANIFEST)):
-            candidate = (artifact.load(file.parent).manifest["created"], file.parent)
-            found[name] = max(found.get(name, candidate), candidate)
-    return {name: path for name, (_, path) in found.items()}
 
 
 def _read_json(stage: Artifact | None, name: str) -> Any:

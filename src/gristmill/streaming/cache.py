@@ -11,7 +11,6 @@ say how much of the limit is spoken for. The last use is an mtime that we set: m
 nobody needs to know when a copy was written.
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from urllib.parse import quote, urlsplit
 
 from gristmill.artifact import write_atomically
 from gristmill.errors import Failure, InputError
+from gristmill.locks import lock, unlock
 from gristmill.progress import console
 from gristmill.streaming.config import Remote
 from gristmill.streaming.mds import damage, mapped
@@ -71,8 +71,8 @@ class Cache:
     @contextmanager
     def locked(self) -> Iterator[None]:
         self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / LOCK).open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with (self.root / LOCK).open("a") as file:
+            lock(file, self.root / LOCK, wait=True)
             yield
 
     def take_room(self, partial: BinaryIO, num_bytes: int) -> None:
@@ -161,7 +161,7 @@ class ShardFiles:
         self._make_folder()
         path = self._path(info, PARTIAL)
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            _lock(file, patient)
+            _lock(file, path, patient)
             try:
                 if self.holds(info) or not _is_at(path, file):
                     return None
@@ -172,7 +172,7 @@ class ShardFiles:
             finally:
                 if _is_at(path, file):  # not renamed
                     path.unlink()
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing alone would not, where a forked child has it open too
+                unlock(file)
 
     def _fill(self, file: BinaryIO, info: Mapping[str, Any], patient: bool) -> None:
         """Bring all of a locked partial file's bytes here, and onto the disk."""
@@ -206,9 +206,9 @@ def _folder_name(url: str) -> str:
     return sha256(url.encode()).hexdigest()[:16]
 
 
-def _lock(file: BinaryIO, patient: bool) -> None:
+def _lock(file: BinaryIO, path: Path, patient: bool) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if patient else fcntl.LOCK_NB))
+        lock(file, path, wait=patient)
     except BlockingIOError:
         raise Busy from None
 
@@ -225,7 +225,7 @@ def _cleared(partial: Path) -> bool:
     """Remove a partial file that no process is filling."""
     with partial.open("r+b") as file:
         try:
-            _lock(file, patient=False)
+            _lock(file, partial, patient=False)
         except Busy:
             return False
         if _is_at(partial, file):

@@ -15,7 +15,6 @@ import copy
 import errno
 import json
 import queue
-import re
 import shutil
 import threading
 import time
@@ -40,6 +39,7 @@ from gristmill.artifact import (
     verify,
     write_atomically,
 )
+from gristmill.current import LATEST, step_folders
 from gristmill.errors import Failure
 from gristmill.hub.checkpoint import CONFIG, TOKENIZER
 from gristmill.hub.folder import DOCUMENTS, GENERATION
@@ -49,7 +49,6 @@ from gristmill.train.config import CheckpointConfig
 from gristmill.train.remote import Remote
 from gristmill.train.storage import FilePlan, read_tensors, write_verified
 
-LATEST = "latest"
 STATE = "state.json"
 PARTS_TIMEOUT_S = 600.0  # the other ranks have as much to write as rank 0, which waits for them when it is done
 POLL_S = 0.02
@@ -328,11 +327,6 @@ def _reason(path: Path, problem: Exception) -> str:
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """Those of checkpoints, ascending; what a user has put beside them under another name is theirs."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
 
 def read_state(checkpoint: Path) -> State:
