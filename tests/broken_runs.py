@@ -103,7 +103,7 @@ class Run:
 
     def curve(self) -> list[dict[str, Any]]:
         """Every figure of every step, without those that a clock made."""
-        clocks = {"seconds", "tokens_per_second", "mfu"}
+        clocks = {"seconds", "tokens_per_second", "gemm_tflops", "mfu_measured", "mfu_data_sheet"}
         records = [json.loads(line) for line in (self.training / "metrics.jsonl").read_text().splitlines()]
         kept = [r for r in records if r["kind"] in ("train", "validation")]
         return [{name: value for name, value in r.items() if name not in clocks} for r in kept]

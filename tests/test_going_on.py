@@ -92,8 +92,7 @@ def walk(origin: artifact.Origin) -> list[artifact.Origin]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"start": "nowhere"}, r"start=\S*/nowhere: it holds no model.json; name a directory"),
-        ({"start": "{published}"}, r"`gristmill import .* OUT` first"),
+        ({"start": "nowhere"}, r"start=\S*/nowhere: \S*/nowhere holds no model; give a run folder"),
         ({"tokenizer": {"kind": "gpt4"}}, r"tokenizer: start=.* brings its own; leave this section out"),
         ({"model": {"n_layers": 3}}, r"model.n_layers=3: start=.* has 2; only max_seq_len, .* can change"),
         ({"start": None, "tokenizer": {"kind": "start"}}, r"tokenizer.kind=start: there is no model"),

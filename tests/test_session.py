@@ -1,12 +1,13 @@
-"""Signals may come at any moment."""
+"""Signals may come at any moment, and more than once."""
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
 
 from gristmill.progress import console
-from gristmill.session import Signals
+from gristmill.session import Signals, Stopped
 
 
 def test_a_signal_that_comes_while_the_console_is_written_to_breaks_nothing(
@@ -25,3 +26,29 @@ def test_a_signal_that_comes_while_the_console_is_written_to_breaks_nothing(
         finally:
             signal.signal(signal.SIGALRM, before)
     assert (tmp_path / "log").read_text().count("SIGALRM: saving what is done") == 200
+
+
+@pytest.mark.parametrize(
+    ("first", "says"),
+    [
+        (signal.SIGTERM, "another SIGTERM changes nothing, Ctrl-C (SIGINT) drops the steps"),
+        (signal.SIGINT, "Ctrl-C again drops the steps"),
+    ],
+)
+def test_what_is_said_of_a_second_signal_is_what_it_does(
+    first: signal.Signals, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "log").open("w") as log, Signals() as signals:
+        monkeypatch.setattr(console, "_file", log)
+        signals.graceful = True
+        os.kill(os.getpid(), first)
+        assert signals.event.is_set()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)  # changes nothing
+        with pytest.raises(Stopped) as stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stopped.value.signum == signal.SIGINT
+    said = (tmp_path / "log").read_text()
+    assert says in said
+    assert said.count("saving what is done") == 1
+    assert "at once" not in said

@@ -398,8 +398,13 @@ def _absent_stages(run: Path, inputs: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Origin:
-    """One node of a lineage: an artifact, or (kind "source") a place where data entered."""
+    """One node of a lineage: an artifact, or (kind "source") a place where data entered.
 
+    `id` is a hash over the node and all its ancestors. Two artifacts can have equal bytes and different ancestors: a
+    tokenizer that was taken over from another model, a model that was exported and imported again.
+    """
+
+    id: str
     name: str
     kind: str
     key: str
@@ -410,14 +415,23 @@ class Origin:
 
 def lineage(path: Path) -> Origin:
     """From an artifact back to each source and license, read from its manifest alone."""
-    artifact = load(path)
-    return _origin(path.name, artifact.manifest)
+    return origin(path.name, load(path).manifest)
 
 
-def _origin(name: str, node: Mapping[str, Any]) -> Origin:
-    sources = [
-        Origin(source, "source", "", str(detail.get("fingerprint", "")), dict(detail), [])
-        for source, detail in sorted(node["sources"].items())
-    ]
-    parents = [_origin(parent, entry) for parent, entry in sorted(node["inputs"].items())]
-    return Origin(name, node["kind"], node["key"], node["content"], {"path": node.get("path", "")}, sources + parents)
+def origin(name: str, manifest: Mapping[str, Any]) -> Origin:
+    """`manifest`: an artifact's, or what a manifest keeps of an input."""
+    inputs = [_source(source, detail) for source, detail in sorted(manifest["sources"].items())]
+    inputs += [origin(parent, entry) for parent, entry in sorted(manifest["inputs"].items())]
+    kind, key, content = manifest["kind"], manifest["key"], manifest["content"]
+    identity = _digest([kind, key, content, [parent.id for parent in inputs]])
+    return Origin(identity, name, kind, key, content, {"path": manifest.get("path", "")}, inputs)
+
+
+def _source(name: str, detail: Mapping[str, Any]) -> Origin:
+    known = {key: value for key, value in detail.items() if key != "path"}  # of which descendants keep the last part
+    identity = _digest(["source", name, known])
+    return Origin(identity, name, "source", "", str(detail.get("fingerprint", "")), dict(detail), [])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical(value)).hexdigest()

@@ -403,7 +403,9 @@ def quantize(
     group: Annotated[int, typer.Option(help="32, 64 or 128 inputs share a scale.")] = 64,
     documents: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Text, JSONL or Parquet to measure on. [default: a run's test documents]"),
+        typer.Option(
+            metavar="FILE", help="Text, JSONL or Parquet to measure on. [default: the test documents of its corpus]"
+        ),
     ] = None,
 ) -> None:
     """Store a model's matrices, experts included, as small whole numbers, and measure what that costs."""
@@ -512,17 +514,18 @@ def verify(path: PathArg) -> None:
 @app.command()
 def lineage(path: PathArg) -> None:
     """Walk from a model back to each source and license."""
-    from gristmill.artifact import Origin
+    from gristmill.artifact import Origin, load_ours
     from gristmill.artifact import lineage as lineage_of
+    from gristmill.current import find_checkpoint
 
     told: set[str] = set()
 
     def show(node: Origin, depth: int) -> None:
         title = node.kind if node.kind == node.name else f"{node.kind} {node.name}"
-        if node.content in told and node.inputs:
+        if node.id in told and node.inputs:
             print(f"{'  ' * depth}{title}  {node.content[:12]}  as above")
             return
-        told.add(node.content)
+        told.add(node.id)
         licenses = node.detail.get("licenses", {})
         said = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(licenses.items(), key=lambda x: -x[1]))
         said = said or node.detail.get("license_name") or node.detail.get("license", "")
@@ -530,7 +533,7 @@ def lineage(path: PathArg) -> None:
         for parent in node.inputs:
             show(parent, depth + 1)
 
-    show(lineage_of(path), 0)
+    show(lineage_of(path if load_ours(path) else find_checkpoint(path) or path), 0)
 
 
 def main() -> None:

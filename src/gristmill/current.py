@@ -25,7 +25,7 @@ NAMED = 6  # candidates that an error lists
 
 
 def record_stage(run: Path, name: str, folder: Path, order: Sequence[str]) -> None:
-    """Make `folder` the current one of a stage. Stages that follow in `order` were made from another and lose theirs."""
+    """Make `folder` the current one of a stage. A change drops the stages after it: they were made from another."""
     known, path = recorded_stages(run), folder.relative_to(run).as_posix()
     if known.get(name) != path:
         before = order[: order.index(name)]

@@ -38,8 +38,9 @@ from gristmill.evaluate.build import build_evaluation
 from gristmill.evaluate.documents import Document, read_documents
 from gristmill.hub.checkpoint import TOKENIZER
 from gristmill.hub.export import build_export
+from gristmill.hub.importing import import_once
 from gristmill.hub.published import model_type_of
-from gristmill.inference.load import load_model
+from gristmill.inference.load import find_model, load_model
 from gristmill.inference.scorer import ModelScorer
 from gristmill.model.counts import count_params, train_flops_per_token
 from gristmill.parallel.ranks import Ranks, join
@@ -57,7 +58,7 @@ from gristmill.train.display import Display, duration, say_skipped, say_started
 from gristmill.train.log import METRICS, MetricsLog, read_metrics
 from gristmill.train.loop import Event, Reached, Saved, SaveFailed, Skipped, Started, Step, layout_of, train
 from gristmill.train.machine import apply_compute, best_dtype, describe_machine, gemm_flops
-from gristmill.train.tracking import Tracking
+from gristmill.train.tracking import Tracking, check_uri
 
 StageName = Literal["corpus", "tokenizer", "shards", "train", "evaluate", "export"]
 STAGES: tuple[StageName, ...] = ("corpus", "tokenizer", "shards", "train", "evaluate", "export")
@@ -97,7 +98,6 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: Path, signals: Signals, ranks: Ranks) -> None:
         self.recipe, self.folder, self.signals, self.ranks = recipe, folder, signals, ranks
         self.done: dict[str, Artifact] = {}
-        self.start = {"start": load(Path(recipe.start))} if recipe.start else {}
         self.machine = describe_machine()
         self.estimated = False
         self.skipped: dict[str, str] = {}
@@ -114,6 +114,7 @@ class _Run:
         if "train" in wanted:
             layout_of(r.train, r.model, self.ranks)
             self.check_memory()
+            check_uri(r.train.tracking)
             if url := r.train.checkpoint.copy_to:
                 require("train.checkpoint.copy_to", url)
         if "export" in wanted:
@@ -136,6 +137,9 @@ class _Run:
     def stages(self, wanted: tuple[StageName, ...], finish: bool) -> Path:
         self.check(wanted)
         self.estimated = "train" not in wanted or self.ranks.rank > 0  # the short stages are not worth one
+        if "tokenizer" in wanted:
+            with self.ranks.turn():  # rank 0 first, which may import it
+                _ = self.start
         for name in wanted:
             if name in self.skipped:
                 console.print(f"{name:<10}skipped: {self.skipped[name]}", markup=False)
@@ -153,6 +157,16 @@ class _Run:
         if finish and self.ranks.rank == 0:
             self.finish()
         return self.folder
+
+    @cached_property
+    def start(self) -> dict[str, Artifact]:
+        """The model to train further, under its name as an input. A published directory is imported first."""
+        if not self.recipe.start:
+            return {}
+        given = Path(self.recipe.start)
+        if given.resolve() == self.folder.resolve():
+            raise InputError(f"start={given} is the run folder itself; name a checkpoint in it, or another --out")
+        return {"start": import_once(find_model(given), self.folder / "start")}
 
     def made(self, name: StageName) -> Artifact:
         """A stage's artifact, which rank 0 has made."""
@@ -265,7 +279,7 @@ class _Run:
         r = self.recipe
         for start in self.start.values():
             if problems := verify(start.path).problems:
-                raise Failure(f"{problems[0]}; import it again before training goes on from it")
+                raise Failure(f"{problems[0]}; remove {start.path}, then build it or import it again")
         folder.mkdir(parents=True, exist_ok=True)
         self.record("train", folder)
         self.signals.graceful = True
@@ -357,6 +371,8 @@ class _Run:
                             say_started(event, r.train.steps)
                             log.resume(event.step)
                             machine = self.machine | event.compute | {"gemm_tflops": event.gemm_flops / 1e12}
+                            if event.data_sheet_flops:
+                                machine["data_sheet_tflops"] = event.data_sheet_flops / 1e12
                             log.write("machine", {"step": event.step, "machine": machine, **self.source()})
                         case Step():
                             log.train(event)

@@ -22,10 +22,9 @@ from gristmill.corpus.config import CorpusConfig
 from gristmill.errors import InputError
 from gristmill.evaluate.config import EvaluateConfig
 from gristmill.home import expand
-from gristmill.hub.checkpoint import CONFIG as MODEL_JSON
 from gristmill.hub.export import ExportConfig
 from gristmill.hub.folder import open_model
-from gristmill.hub.published import CONFIG_JSON
+from gristmill.inference.load import find_model
 from gristmill.inference.sampler import Sampling
 from gristmill.model import ModelConfig
 from gristmill.streaming.config import ShardsConfig
@@ -45,8 +44,9 @@ MAX_FLOAT = 3e38  # kernels compute in fp32
 class Recipe:
     """One section a stage.
 
-    `start`: a model to go on from, imported or trained here; its weights, its shape and its tokenizer are taken. The
-    `model` section then gives only what does not change a tensor, such as `max_seq_len` or `moe_loss_weight`.
+    `start`: the model to train further: a run folder, a checkpoint or a Hugging Face directory. The run takes its
+    weights, its shape and its tokenizer, not the `model` and `tokenizer` sections of a base recipe. A `model` section
+    next to `start` gives only what does not change a tensor, such as `max_seq_len` or `moe_loss_weight`.
     """
 
     name: str
@@ -98,9 +98,10 @@ def load_shape(name: str, overrides: typing.Sequence[str] = ()) -> Shape:
 
 
 def _tree(name: str, overrides: typing.Sequence[str]) -> dict[str, Any]:
-    tree = _read(name)
-    for override in overrides:
-        tree = _override(tree, override)
+    changes = [_parsed(override) for override in overrides]
+    tree = _inherited(_read(name), dict(changes))
+    for path, value in changes:
+        tree = _with(tree, path.split("."), value, path)
     _check(Recipe, tree, "")
     if tree.get("start"):
         return _from_start(tree)
@@ -221,7 +222,7 @@ def _read(name: str, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     children = (*children, file.resolve())
     if expand(base).resolve() in children:
         raise InputError(f"recipe {name}: base: {base} leads back to itself; name a parent that does not")
-    return _merge(Recipe, _read(base, children), tree)
+    return _merge(Recipe, _inherited(_read(base, children), tree), tree)
 
 
 def _anchor(tree: dict[str, Any], folder: Path) -> None:
@@ -247,6 +248,15 @@ def _start_from(folder: Path, path: str) -> str:
     return str(joined)
 
 
+def _inherited(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The tree that is about to get `changes`: without its model and tokenizer when they add a `start`, which brings
+    its own."""
+    had, has = tree.get("start"), changes.get("start", tree.get("start"))
+    if had and not has:
+        raise InputError(f"start=null: the recipe takes its model from start={had}; change a recipe that has none")
+    return {key: value for key, value in tree.items() if had or not has or key not in ("tokenizer", "model")}
+
+
 def _merge(cls: Any, base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     hints = typing.get_type_hints(cls)
@@ -259,7 +269,7 @@ def _merge(cls: Any, base: dict[str, Any], changes: dict[str, Any]) -> dict[str,
     return merged
 
 
-def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
+def _parsed(override: str) -> tuple[str, Any]:
     path, equals, text = override.partition("=")
     if not equals or not all(path.split(".")):
         raise InputError(f"--set {override!r:.200} must look like train.steps=100")
@@ -267,7 +277,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         value = load_yaml(text)
     except ValueError as problem:
         raise InputError(f"--set {override!r:.200}: the value is not valid: {problem}") from None
-    return _with(tree, path.split("."), value, path)
+    return path, value
 
 
 def _with(tree: Any, keys: list[str], value: Any, path: str) -> dict[str, Any]:
@@ -363,17 +373,20 @@ def _explain(error: ValidationError) -> str:
 
 
 def _from_start(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree with the shape of the model that it goes on from."""
+    """The tree with the shape of the model to train further."""
     path = expand(str(tree["start"]), "start")
-    if not (path / MODEL_JSON).is_file():
-        fix = f"`gristmill import {path} OUT` first" if (path / CONFIG_JSON).is_file() else "name a directory with one"
-        raise InputError(f"start={path}: it holds no {MODEL_JSON}; {fix}")
     tokenizer = tree.get("tokenizer") or {"kind": "start"}
     if not isinstance(tokenizer, dict) or tokenizer.get("kind") != "start":
         raise InputError(f"tokenizer: start={path} brings its own; leave this section out, or set it to null")
-    model = open_model(path)
+    try:
+        model = open_model(find_model(path))
+    except InputError as problem:
+        raise InputError(f"start={path}: {problem}") from None
     if model.tokenizer is None:
-        raise InputError(f"start={path} has no tokenizer; put the one there that it was trained with")
+        raise InputError(
+            f"start={path} has no tokenizer; put the one there that it was trained with, or `gristmill import` it, "
+            "which makes the one of DBRX"
+        )
     theirs, given = plain(model.cfg), tree.get("model") or {}
     if not isinstance(given, dict):
         raise InputError(f"model={given!r} must be a section with keys")

@@ -198,11 +198,11 @@ def _data(checkpoint: Artifact, sources: list[Origin]) -> str:
 
 def _sources(origin: Origin) -> Iterator[Origin]:
     """Each source once, though several stages descend from it."""
-    found: dict[tuple[str, str], Origin] = {}
+    found: dict[str, Origin] = {}
 
     def visit(node: Origin) -> None:
         if node.kind == "source":
-            found[node.name, node.content] = node
+            found[node.id] = node
         for parent in node.inputs:
             visit(parent)
 

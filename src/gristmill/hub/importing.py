@@ -88,6 +88,16 @@ def import_model(src: Path, out: Path) -> Artifact:
     return artifact.load(out)
 
 
+def import_once(path: Path, folder: Path) -> Artifact:
+    """A model as an artifact of ours: `path` itself, or its import below `folder`, made when it is not there yet."""
+    if (path / CONFIG).is_file():
+        return artifact.load(path)
+    ours = artifact.load_ours(path)
+    content = ours.content if ours else _fingerprint(check_files(path, known_hashes(path)))
+    out = folder / content[:16]
+    return artifact.load(out) if (out / artifact.MANIFEST).exists() else import_model(path, out)
+
+
 # ---- is it whole? --------------------------------------------------------------------------------------
 
 
@@ -122,8 +132,12 @@ def describe_source(src: Path, hashes: Mapping[str, str]) -> dict[str, Any]:
         "revision": pulled.get("commit"),
         **(card_license(src) or {"license": pulled.get("license") or "unknown"}),
         "licenses": {},
-        "fingerprint": artifact.content_hash({name: {"sha256": digest} for name, digest in hashes.items()}),
+        "fingerprint": _fingerprint(hashes),
     }
+
+
+def _fingerprint(hashes: Mapping[str, str]) -> str:
+    return artifact.content_hash({name: {"sha256": digest} for name, digest in hashes.items()})
 
 
 def known_hashes(src: Path) -> dict[str, str]:

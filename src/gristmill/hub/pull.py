@@ -23,12 +23,12 @@ from typing import Any, BinaryIO
 
 from gristmill.artifact import canonical, sync, write_atomically
 from gristmill.errors import Failure, InputError
-from gristmill.locks import lock
 from gristmill.hub.folder import CARD, LICENSES, PULLED
 from gristmill.hub.importing import READ
 from gristmill.hub.published import CONFIG_JSON, MODEL_TYPES
 from gristmill.hub.settings import read_json
 from gristmill.hub.tensors import INDEX, PICKLES, SINGLE
+from gristmill.locks import lock
 from gristmill.progress import bar, console
 
 try:  # parts of it are not public, and each minor version moves some

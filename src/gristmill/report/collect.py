@@ -15,8 +15,9 @@ from gristmill import artifact
 from gristmill.artifact import Artifact
 from gristmill.current import find_stages
 from gristmill.errors import Failure, InputError
+from gristmill.report.speed import Speed, speed
 from gristmill.report.text import is_number
-from gristmill.train.log import METRICS, Record, read_metrics
+from gristmill.train.log import METRICS, MFU_ABOVE_1, Record, read_metrics
 
 STAGES = ("corpus", "tokenizer", "shards", "train", "evaluate", "export")
 BASELINES = ("trigram", "xz", "xz_document")
@@ -27,8 +28,8 @@ class Report:
     """Everything that the page and report.json are made of.
 
     `run` is the folder as the user names it (it appears in the commands to copy); `seconds` are wall-clock seconds per
-    stage; `train`, `validation` and `resumes` are the records of metrics.jsonl by kind, in order. `skipped`: stages
-    that this recipe cannot run, and why.
+    stage; `train`, `validation` and `resumes` are the records of metrics.jsonl by kind, in order, and `speed` is the
+    training's, computed from them. `skipped`: stages that this recipe cannot run, and why.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Report:
     train: tuple[Record, ...] = ()
     validation: tuple[Record, ...] = ()
     resumes: tuple[Record, ...] = ()
+    speed: Speed = field(default_factory=Speed)
     evaluation: Mapping[str, Any] | None = None
     drops: Mapping[str, Any] | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
@@ -82,13 +84,15 @@ def collect(
     artifacts = {name: artifact.load(stages[name]) for name in STAGES if name in stages}
     records = read_metrics(run / METRICS)
     by_kind = {kind: tuple(r for r in records if r.get("kind") == kind) for kind in ("train", "validation", "resume")}
+    measured = speed([r for r in records if r.get("kind") in ("train", "machine")], machine)
     return Report(
         name=run.resolve().name,
         run=run,
         stages=artifacts,
         recipe=recipe,
-        machine=machine,
+        machine={**machine, **({"gemm_tflops": measured.gemm_tflops} if measured.gemm_tflops else {})},
         seconds={name: seconds[name] for name in STAGES if name in seconds},
+        speed=measured,
         train=by_kind["train"],
         validation=by_kind["validation"],
         resumes=by_kind["resume"],
@@ -146,7 +150,7 @@ def _read_json(stage: Artifact | None, name: str) -> Any:
 def figures(report: Report) -> dict[str, float | None]:
     """The headline figures under their names in report.json; None where they are not known (yet).
 
-    Bits per byte are over all sources. While training goes on, its figures are those of the last logged step.
+    Bits per byte are over all sources. Rates are over the whole training, without saves and validation.
     """
     train = report.metrics("train")
     last = report.train[-1] if report.train else {}
@@ -156,9 +160,10 @@ def figures(report: Report) -> dict[str, float | None]:
         "total_params": train.get("total_params"),
         "active_params": train.get("active_params"),
         "train_tokens": train.get("train_tokens", last.get("tokens")),
-        "train_seconds": train.get("train_seconds", last.get("seconds")),
-        "tokens_per_second": train.get("tokens_per_second", last.get("tokens_per_second")),
-        "mfu": train.get("mfu", last.get("mfu")),
+        "train_seconds": report.speed.seconds,
+        "tokens_per_second": report.speed.tokens_per_second,
+        "mfu_measured": report.speed.mfu_measured,
+        "mfu_data_sheet": report.speed.mfu_data_sheet,
         "final_loss": train.get("final_loss", last.get("loss")),
         "validation_bits_per_byte": validation.get("all"),
         "held_out_bits_per_byte": test.get("all"),
@@ -166,6 +171,12 @@ def figures(report: Report) -> dict[str, float | None]:
         "export_max_logit_diff": report.metrics("export").get("export_max_logit_diff"),
     }
     return {name: value if is_number(value) else None for name, value in found.items()}
+
+
+def mfu_note(report: Report) -> str | None:
+    """What explains a model FLOP utilization above 100%."""
+    shares = (report.speed.mfu_measured, report.speed.mfu_data_sheet)
+    return MFU_ABOVE_1 if any(share is not None and share > 1 for share in shares) else None
 
 
 def held_out(report: Report) -> Mapping[str, float]:
@@ -193,6 +204,8 @@ def to_json(report: Report) -> dict[str, Any]:
         "missing_stages": report.missing,
         **({"skipped_stages": dict(report.skipped)} if report.skipped else {}),
         **figures(report),
+        "tokens_per_second_spread": {"slow": report.speed.slow, "fast": report.speed.fast},
+        "mfu_note": mfu_note(report),
         "held_out_by_source": by_source(held_out(report)),
         "validation_by_source": by_source(validation_bits(report)),
         "baselines_by_source": {name: by_source(bits) for name, bits in baselines(report).items()},

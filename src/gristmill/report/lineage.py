@@ -7,7 +7,7 @@ are from the data; an arrow that is already implied by a longer way round is lef
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gristmill.artifact import Artifact
+from gristmill.artifact import Artifact, Origin, origin
 from gristmill.report.charts import svg
 from gristmill.report.text import THIN, escape, percent, short, size
 
@@ -18,8 +18,9 @@ PITCH = 16  # px between lines in a box
 
 @dataclass
 class Node:
-    """`lines` are (look, text): look is "title", "detail" or "hash"."""
+    """`lines` are (look, text): look is "title", "detail" or "hash". `parents` are ids."""
 
+    id: str
     name: str
     kind: str
     lines: list[tuple[str, str]]
@@ -34,36 +35,32 @@ class Node:
 def graph(stages: Mapping[str, Artifact], details: Mapping[str, str]) -> list[Node]:
     """Nodes in an order in which parents come before children. `details`: stage -> a few words of what it holds."""
     nodes: dict[str, Node] = {}
-    name_of = {artifact.content: name for name, artifact in stages.items()}
+    made = [origin(name, artifact.manifest) for name, artifact in stages.items()]
+    stage_of = {stage.id: stage.name for stage in made}  # the others are of the runs before this one
 
-    def add(name: str, manifest: Mapping[str, object], sources: Mapping[str, Mapping], inputs: Mapping) -> None:  # type: ignore[type-arg]
-        if name in nodes:
+    def add(found: Origin) -> None:
+        if found.id in nodes:
             return
-        parents = []
-        for source, said in sorted(sources.items()):
-            parents.append(f"source {source}")
-            nodes[parents[-1]] = Node(parents[-1], "source", _source_lines(source, said))
-        for _, entry in sorted(inputs.items()):
-            known = name_of.get(entry["content"])  # else an ancestor that the run has meanwhile replaced
-            parent = known or f"{entry['kind']} {entry['content'][:8]}"
-            add(parent, entry, entry["sources"], entry["inputs"])
-            parents.append(parent)
-        lines = [("title", name), ("detail", details.get(name, "")), ("hash", str(manifest["content"])[:8])]
-        nodes[name] = Node(name, "stage", [line for line in lines if line[1]], parents)
+        for parent in found.inputs:
+            add(parent)
+        parents = list(dict.fromkeys(parent.id for parent in found.inputs))
+        if found.kind == "source":
+            name, lines = f"source {found.name}", _source_lines(found.name, found.detail)
+        else:
+            name = stage_of.get(found.id) or f"{found.kind} {found.key[:8]}"
+            lines = [("title", name), ("detail", details.get(name, "")), ("hash", found.content[:8])]
+        depth = 1 + max((nodes[parent].depth for parent in parents), default=-1)
+        kind = "source" if found.kind == "source" else "stage"
+        nodes[found.id] = Node(found.id, name, kind, [line for line in lines if line[1]], parents, depth)
 
-    for name, artifact in stages.items():
-        add(name, artifact.manifest, artifact.manifest["sources"], artifact.manifest["inputs"])
-    ordered = list(nodes.values())
-    for node in ordered:
-        node.depth = 1 + max((nodes[p].depth for p in node.parents), default=-1)
-    for node in ordered:
-        node.parents = [p for p in node.parents if not any(p in _above(nodes, q) for q in node.parents if q != p)]
-    return ordered
-
-
-def _above(nodes: Mapping[str, Node], name: str) -> set[str]:
-    parents = nodes[name].parents
-    return set(parents).union(*(_above(nodes, p) for p in parents))
+    for stage in made:
+        add(stage)
+    above: dict[str, set[str]] = {}
+    for node in nodes.values():  # parents come before children
+        above[node.id] = set(node.parents).union(*(above[parent] for parent in node.parents))
+    for node in nodes.values():
+        node.parents = [p for p in node.parents if not any(p in above[q] for q in node.parents)]
+    return list(nodes.values())
 
 
 def _source_lines(name: str, said: Mapping) -> list[tuple[str, str]]:  # type: ignore[type-arg]
@@ -101,7 +98,7 @@ def draw(nodes: Sequence[Node], *, id: str, upright: bool) -> str:
                 row = column[start : start + 2]
                 left = (width - len(row) * BOX - (len(row) - 1) * GAP) / 2
                 for n, node in enumerate(row):
-                    places[node.name] = (left + n * (BOX + GAP), height)
+                    places[node.id] = (left + n * (BOX + GAP), height)
                 height += max(node.height for node in row) + (GAP if start + 2 >= len(column) else 12)
         height -= GAP - 2
     else:
@@ -110,16 +107,16 @@ def draw(nodes: Sequence[Node], *, id: str, upright: bool) -> str:
         for depth, column in enumerate(columns):
             y = (height - sum(n.height + 18 for n in column) + 18) / 2
             for node in column:
-                places[node.name] = (depth * (BOX + GAP), y)
+                places[node.id] = (depth * (BOX + GAP), y)
                 y += node.height + 18
-    by_name = {node.name: node for node in nodes}
+    by_id = {node.id: node for node in nodes}
     arrows = [
-        _arrow(places[parent], by_name[parent].height, places[node.name], node.height, upright)
+        _arrow(places[parent], by_id[parent].height, places[node.id], node.height, upright)
         for node in nodes
         for parent in node.parents
     ]
-    boxes = [_box(node, *places[node.name]) for node in nodes]
-    told = "; ".join(f"{n.name} from {', '.join(n.parents)}" for n in nodes if n.parents)
+    boxes = [_box(node, *places[node.id]) for node in nodes]
+    told = "; ".join(f"{n.name} from {', '.join(by_id[p].name for p in n.parents)}" for n in nodes if n.parents)
     arrowhead = (
         f'<marker id="{escape(id)}-tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
         'orient="auto"><path class="tip" d="M0 0.5L7.5 4L0 7.5z"/></marker>'

@@ -22,6 +22,7 @@ from gristmill.report import lineage, pictures
 from gristmill.report.charts import HEAT_EDGES
 from gristmill.report.collect import Report, baselines, figures, held_out, licenses, to_json
 from gristmill.report.text import bits, count, duration, is_number, listed, percent, scientific, short, size, visible
+from gristmill.train.log import MFU_ABOVE_1
 
 HERE = Path(__file__).parent
 POLICY = (
@@ -113,7 +114,8 @@ def summary(report: Report) -> str:
         detail += [f"{experts} experts choose {top_k}"] if experts and is_number(top_k) else []
         what += f" ({', '.join(detail)})" if detail else ""
     if found["train_tokens"]:
-        what += f", trained from scratch on {short(found['train_tokens'])} tokens"
+        start = _below(report.recipe, "start")
+        what += f", trained {'further' if start else 'from scratch'} on {short(found['train_tokens'])} tokens"
         what += f" of {listed(sources)}" if sources else ""
         what += f" in {duration(found['train_seconds'])}" if found["train_seconds"] else ""
     cores = report.machine.get("cores")
@@ -164,8 +166,8 @@ def held(report: Report) -> dict[str, str]:
 def facts(report: Report) -> list[tuple[str, float, str, str, str]]:
     """The headline figures that are known: (key, exact value, label, as shown, note)."""
     found = figures(report)
-    peak = report.machine.get("gemm_tflops")
-    of_peak = f"of {peak:.2g} TFLOP/s in matrix products" if is_number(peak) else "model FLOPs of the machine's"
+    slow, fast = report.speed.slow, report.speed.fast
+    spread = f"between {count(slow)} and {count(fast)} in 80% of the time" if slow and fast else ""
     active, total = found["active_params"], found["total_params"]
     share = f"{percent(active / total)} of all" if active and total else ""
     diff = found["export_max_logit_diff"]
@@ -175,8 +177,14 @@ def facts(report: Report) -> list[tuple[str, float, str, str, str]]:
         ("active_params", "Active per token", short, share),
         ("train_tokens", "Training tokens", short, ""),
         ("train_seconds", "Training time", duration, ""),
-        ("tokens_per_second", "Tokens per second", count, ""),
-        ("mfu", "Model FLOP utilisation", lambda v: percent(v, 1), of_peak),
+        ("tokens_per_second", "Tokens per second", count, spread),
+        ("mfu_measured", "MFU, measured rate", lambda v: percent(v, 1), _peak(report, "mfu_measured", "gemm_tflops")),
+        (
+            "mfu_data_sheet",
+            "MFU, data sheet",
+            lambda v: percent(v, 1),
+            _peak(report, "mfu_data_sheet", "data_sheet_tflops"),
+        ),
         ("final_loss", "Last training loss", lambda v: f"{v:.3f}", "nats per token"),
         ("validation_bits_per_byte", "Validation", bits, "bits per byte"),
         ("export_max_logit_diff", "Export, largest logit difference", scientific, agrees),
@@ -184,6 +192,14 @@ def facts(report: Report) -> list[tuple[str, float, str, str, str]]:
     return [
         (key, value, label, form(value), note) for key, label, form, note in rows if (value := found[key]) is not None
     ]
+
+
+def _peak(report: Report, share: str, rate: str) -> str:
+    """The rate that a model FLOP utilization is a share of, and why it can exceed 100%."""
+    peak, value = report.machine.get(rate), figures(report)[share]
+    said = {"gemm_tflops": "measured in matrix products", "data_sheet_tflops": "by the data sheet"}[rate]
+    of_peak = f"of {peak:.3g} TFLOP/s {said}" if is_number(peak) else f"of the rate {said}"
+    return f"{of_peak}; {MFU_ABOVE_1}" if value and value > 1 else of_peak
 
 
 def by_source(report: Report) -> dict[str, Any] | None:
@@ -240,6 +256,7 @@ def machine(report: Report) -> list[tuple[str, str]]:
         ("threads", "Threads used", ""),
         ("memory_gib", "Memory", " GiB"),
         ("gemm_tflops", "Matrix products", " TFLOP/s"),
+        ("data_sheet_tflops", "Data sheet", " TFLOP/s"),
         ("dtype", "Computes in", ""),
         ("kernels", "Kernels", ""),
     ):

@@ -117,7 +117,8 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """MLflow. `uri` is any tracking URI; None is $MLFLOW_TRACKING_URI, or else SQLite below `.state/`."""
+    """MLflow. `uri` is that of a tracking server (https://...) or a database (sqlite:////folder/mlflow.db); None is
+    $MLFLOW_TRACKING_URI, or else SQLite below `.state/`."""
 
     enabled: bool = field(default=True, metadata=OPERATIONAL)
     uri: str | None = field(default=None, metadata=OPERATIONAL)

@@ -10,6 +10,7 @@ from rich.text import Text
 from gristmill.model.counts import count_params
 from gristmill.parallel.config import Layout
 from gristmill.progress import LOG_EVERY_S, console
+from gristmill.train.log import MFU_ABOVE_1
 from gristmill.train.loop import Skipped, Started, Step
 
 
@@ -44,7 +45,8 @@ class Display:
             "loss": f"{step.loss:.3f}",
             "held-out bits per byte": f"{self._bits:.3f}" if self._bits is not None else "at the first checkpoint",
             "tokens/s": f"{step.tokens_per_second:,.0f}",
-            "share of GEMM rate": f"{step.mfu:.0%}",
+            "MFU, of the measured rate": share(step.mfu_measured),
+            **({"MFU, of the data sheet": share(step.mfu_data_sheet)} if step.mfu_data_sheet else {}),
             "expert load, max over mean": f"{step.load_max_over_mean:.2f}",
             "time left": left,
         }
@@ -62,6 +64,10 @@ class Display:
         for name, value in rows.items():
             table.add_row("  ", Text.assemble((f"{name:<27}", "bright_black"), value))
         return table
+
+
+def share(mfu: float) -> str:
+    return f"{mfu:.0%}" + (f" ({MFU_ABOVE_1})" if mfu > 1 else "")
 
 
 def duration(seconds: float) -> str:

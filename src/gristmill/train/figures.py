@@ -13,6 +13,9 @@ from gristmill.model import ModelConfig
 from gristmill.model.counts import count_params, train_flops_per_token
 from gristmill.streaming.batches import Batches
 from gristmill.train.config import TrainConfig
+from gristmill.train.machine import data_sheet_flops, gemm_flops
+
+REMEASURE_S = 10.0  # of training between two measurements of the machine
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Step:
     """Figures over the steps since the last `Step`. `seconds` of training since it started, without saving.
 
     `step` counts steps, those that were left out too; `tokens` and `source_tokens` are what was trained on.
+    `gemm_tflops`: the largest rate of matrix products measured so far, of all ranks; `mfu_measured` is the share of it.
+    `mfu_data_sheet` is the share of the GPUs' data sheet, None where that is not known.
     """
 
     step: int
@@ -30,7 +35,9 @@ class Step:
     lr: float
     grad_norm: float
     tokens_per_second: float
-    mfu: float
+    gemm_tflops: float
+    mfu_measured: float
+    mfu_data_sheet: float | None
     expert_load: list[list[float]]
     load_max_over_mean: float
     source_tokens: dict[str, int]
@@ -65,8 +72,12 @@ class Sums:
 class Figures:
     """Sums since the last logged step, and the totals that are a function of the step and of those left out."""
 
-    def __init__(self, cfg: TrainConfig, model_cfg: ModelConfig, batches: Batches, gemm_flops: float) -> None:
-        self.cfg, self.model_cfg, self.batches, self.gemm_flops = cfg, model_cfg, batches, gemm_flops
+    def __init__(self, cfg: TrainConfig, model_cfg: ModelConfig, batches: Batches, dtype: torch.dtype, num_ranks: int):
+        self.cfg, self.model_cfg, self.batches, self.dtype, self.num_ranks = cfg, model_cfg, batches, dtype, num_ranks
+        self.gemm_flops = gemm_flops(dtype) * num_ranks
+        one = data_sheet_flops(dtype)
+        self.data_sheet_flops = one * num_ranks if one else None
+        self.measured_at = 0.0  # in `seconds`
         self.counts = count_params(model_cfg)
         self.flops_per_token = train_flops_per_token(model_cfg, cfg.seq_len)
         self.seconds = 0.0
@@ -97,6 +108,14 @@ class Figures:
         """Training went back: what was summed up did not happen."""
         self._clear()
 
+    def restart_clock(self) -> None:
+        """After something that is not training. Measures the machine's rate again, if that costs about 1% or less: on
+        a CPU that was busy the last time, the largest of several measurements is nearer to the truth."""
+        if self.seconds - self.measured_at > REMEASURE_S and not torch.cuda.is_available():
+            self.gemm_flops = max(self.gemm_flops, gemm_flops(self.dtype, 0.1) * self.num_ranks)
+            self.measured_at = self.seconds
+        self.clock = time.perf_counter()
+
     def since_last(self, done: int, lr: float, grad_norm: float, skipped: list[int]) -> Step:
         assert self._sums is not None
         now = time.perf_counter()
@@ -107,6 +126,7 @@ class Figures:
         load = self._sums.counts_LE / self._sums.counts_LE.sum(1, keepdim=True)
         names, lengths = self.batches.source_names, [int(n) * self.cfg.seq_len for n in self._sequences]
         self.last_loss = sum(nll) / tokens
+        flops = tokens / elapsed * self.flops_per_token
         figures = Step(
             step=done,
             tokens=self.trained(done, skipped),
@@ -116,7 +136,9 @@ class Figures:
             lr=lr,
             grad_norm=grad_norm,
             tokens_per_second=tokens / elapsed,
-            mfu=tokens / elapsed * self.flops_per_token / self.gemm_flops,
+            gemm_tflops=self.gemm_flops / 1e12,
+            mfu_measured=flops / self.gemm_flops,
+            mfu_data_sheet=flops / self.data_sheet_flops if self.data_sheet_flops else None,
             expert_load=[[round(share, 4) for share in layer] for layer in load.tolist()],
             load_max_over_mean=float(load.max() * load.shape[1]),
             source_tokens=self._source_tokens(done, skipped),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # whoever only reads figures needs no torch
     from gristmill.train.figures import Step
 
 METRICS = "metrics.jsonl"
+MFU_ABOVE_1 = "above 100%: the rate it is compared with was measured next to other work, or is too low for this machine"
 
 Record = Mapping[str, Any]
 

@@ -11,7 +11,6 @@ for event in train(cfg, model_cfg, shards, tokenizer, start, folder, curriculum,
 """
 
 import threading
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ from gristmill.train.config import CheckpointConfig, TrainConfig
 from gristmill.train.figures import Figures, Step
 from gristmill.train.gradients import Gradients
 from gristmill.train.guard import Guard
-from gristmill.train.machine import apply_compute, choose_compute, gemm_flops
+from gristmill.train.machine import apply_compute, choose_compute
 from gristmill.train.neighbors import Neighbors
 from gristmill.train.optimizer import Optimizer
 from gristmill.train.remote import fetch_latest
@@ -67,6 +66,7 @@ class Started:
     model: Transformer
     compute: dict[str, Any]
     gemm_flops: float
+    data_sheet_flops: float | None
     damage: list[str]
 
 
@@ -132,8 +132,8 @@ def train(
     saving = Checkpoints(folder, cfg.checkpoint, identity, model_cfg, tokenizer, start, ranks)
     threads = compute["threads"] if compute["device"] == "cpu" else 1
     with closing(saving) as checkpoints, closing(Neighbors(threads)) as neighbors:
-        figures = Figures(cfg, model_cfg, batches, gemm_flops(model.compute_dtype) * ranks.world_size)
-        yield Started(done, model, compute, figures.gemm_flops, damage)
+        figures = Figures(cfg, model_cfg, batches, model.compute_dtype, ranks.world_size)
+        yield Started(done, model, compute, figures.gemm_flops, figures.data_sheet_flops, damage)
         if done and due(cfg, done):
             yield Reached(done, figures.trained(done, guard.skipped), model, again=True)
 
@@ -148,7 +148,7 @@ def train(
             return batches.ahead(steps, cfg.workers, ranks.rank // layout.context, layout.data, stop)
 
         waiting = upcoming()
-        figures.clock = time.perf_counter()
+        figures.restart_clock()
         lr = grad_norm = 0.0
         while done < cfg.steps:
             if done not in guard.skipped:
@@ -187,7 +187,7 @@ def train(
                 save()  # first: whoever looks may take long, and then a fault costs the looking alone
                 saved = done
                 yield Reached(done, figures.trained(done, guard.skipped), model)
-                figures.clock = time.perf_counter()  # saving and whatever the caller did are not training time
+                figures.restart_clock()  # saving and whatever the caller did are not training time
             yield from settled(checkpoints.finished(), cfg.checkpoint, last=done == cfg.steps)
         if not figures.empty:
             yield figures.since_last(done, lr, grad_norm, guard.skipped)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from gristmill.cpus import usable_cpus
 from gristmill.errors import InputError
 from gristmill.kernels import native
 from gristmill.parallel.config import Layout
+from gristmill.parallel.hardware import GPUS
 from gristmill.train.config import TrainConfig
 
 
@@ -24,17 +26,28 @@ def best_dtype() -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def gemm_flops(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a square matrix product: the best of a third of a second, since a busy
-    neighbour only ever makes it slower."""
+def gemm_flops(dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Floating-point operations a second of a square matrix product: the largest rate of those that fit in `seconds`,
+    since other work only makes a product slower."""
     device, size = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 1024)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times: list[float] = []
-    while sum(times) < 0.3 or len(times) < 3:
+    while sum(times) < seconds or len(times) < 3:
         started = time.perf_counter()
         (a @ b)[0, 0].item()  # waits for the device
         times.append(time.perf_counter() - started)
     return 2.0 * size**3 / min(times)
+
+
+def data_sheet_flops(dtype: torch.dtype) -> float | None:
+    """Floating-point operations a second by the GPU's data sheet, dense; None for CPUs, whose makers state no such
+    rate, and for GPUs that the table does not have."""
+    if not torch.cuda.is_available() or dtype != torch.bfloat16:
+        return None
+    words = re.split(r"[^a-z0-9]+", torch.cuda.get_device_name().lower())
+    if {"pcie", "nvl", "mig"} & set(words):  # the table is of SXM modules
+        return None
+    return next((gpu.flops for name, gpu in GPUS.items() if name.partition("-")[0] in words), None)
 
 
 def copy_rate() -> float:

@@ -1,20 +1,24 @@
 """MLflow, one way: figures go out, nothing comes back, and training never waits for it.
 
 One background thread talks to the tracking server, in batches. When the server fails, tracking stops with one warning
-and training goes on; `metrics.jsonl` stays the truth. MLflow is imported here alone.
+and training continues; `metrics.jsonl` stays the truth. Only this file imports MLflow.
 """
 
 import logging
 import math
 import os
 import queue
+import re
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from gristmill.artifact import Artifact
+from gristmill.errors import InputError
 from gristmill.progress import console
 from gristmill.train.config import TrackingConfig
 
@@ -22,15 +26,49 @@ FLUSH_EVERY_S = 10.0
 # At the end, with what was asked and has not answered: a server may be dead, a database here is only slow.
 SERVER_PATIENCE_S, LOCAL_PATIENCE_S = 10.0, 60.0
 MAX_PARAM_CHARS = 500  # MLflow refuses longer values on some backends
+STORES = ("http", "https", "databricks", "databricks-uc", "uc", "postgresql", "mysql", "sqlite", "mssql")  # MLflow's
+
+
+def check_uri(cfg: TrackingConfig) -> None:
+    """Raises InputError when MLflow cannot use the tracking URI, before any work is done."""
+    name = "train.tracking.uri" if cfg.uri else "MLFLOW_TRACKING_URI"
+    uri = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not cfg.enabled or not uri:
+        return
+    scheme = uri.partition(":")[0].partition("+")[0].lower()
+    if scheme in STORES:
+        return
+    if scheme == "file" or "://" not in uri:
+        if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
+            return
+        raise InputError(
+            f"{name}={uri}: MLflow no longer writes to folders; use sqlite:////folder/mlflow.db or the URL of a "
+            "server, or leave it out for a database in the run folder"
+        )
+    raise InputError(f"{name}={uri}: MLflow does not know {scheme}://; it knows {', '.join(STORES)}")
+
+
+@contextmanager
+def local_uri(state: Path) -> Iterator[str]:
+    """The URI of the database in `state`. MLflow and SQLAlchemy read `?` and `%` in a URI in different ways: a folder
+    with such a name is given to them as a link without these characters."""
+    folder = state.resolve()
+    if re.fullmatch(r"[\w/.-]+", str(folder), re.ASCII):
+        yield f"sqlite:///{folder}/mlflow.db"
+        return
+    with tempfile.TemporaryDirectory(prefix="gristmill-") as place:
+        link = Path(place) / "state"
+        link.symlink_to(folder)
+        yield f"sqlite:///{link}/mlflow.db"
 
 
 class Tracking:
-    """A run in MLflow. `key` names the training, so that a resumed one goes on in the same MLflow run."""
+    """A run in MLflow. `key` names the training, so that a resumed one continues the same MLflow run."""
 
     def __init__(self, cfg: TrackingConfig, state: Path, name: str, key: str) -> None:
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue()
-        self._cfg, self._name, self._key = cfg, name, key
-        self._uri = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{state.resolve() / 'mlflow.db'}"
+        self._cfg, self._state, self._name, self._key = cfg, state, name, key
+        self._uri = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
         self._thread: threading.Thread | None = None
         self._asked = time.monotonic()  # when the thread began what it does, or infinity when it waits for work
         if cfg.enabled:
@@ -70,16 +108,17 @@ class Tracking:
             logging.getLogger("mlflow").setLevel(logging.WARNING)  # it would write into the live display
             logging.getLogger("alembic").setLevel(logging.WARNING)
             self._asked = time.monotonic()
-            session = _Session(MlflowClient(self._uri), self._cfg.experiment, self._name, self._key)
-            while session.open:
-                self._asked = math.inf
-                item = self._queue.get()
-                self._asked = time.monotonic()
-                session.take(*item)
+            with nullcontext(self._uri) if self._uri else local_uri(self._state) as uri:
+                session = _Session(MlflowClient(uri), self._cfg.experiment, self._name, self._key)
+                while session.open:
+                    self._asked = math.inf
+                    item = self._queue.get()
+                    self._asked = time.monotonic()
+                    session.take(*item)
         except ImportError:
             console.print("  tracking is off: MLflow is not installed (pip install mlflow-skinny)")
-        except Exception as failure:  # whatever a remote server does, training goes on
-            said = f"  tracking stopped, training goes on: {type(failure).__name__}: {str(failure)[:300]}"
+        except Exception as failure:  # whatever a remote server does, training continues
+            said = f"  tracking stopped, training continues: {type(failure).__name__}: {str(failure)[:300]}"
             console.print(said, markup=False)
 
 
