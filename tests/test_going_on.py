@@ -16,7 +16,9 @@ from gristmill.errors import Failure, InputError
 from gristmill.hub.export import export_model
 from gristmill.hub.folder import open_model
 from gristmill.hub.importing import import_model
+from gristmill.hub.quantized import QuantizeConfig
 from gristmill.inference import find_model
+from gristmill.inference.quantizing import quantize_model
 from gristmill.pipeline import run
 from gristmill.recipe import Recipe, load_recipe, to_yaml
 
@@ -106,3 +108,48 @@ def test_what_cannot_go_on_is_said(
     (tmp_path / "go.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(InputError, match=says):
         load_recipe(str(tmp_path / "go.yaml"))
+
+
+def test_a_run_an_export_and_a_quantized_directory_are_trained_further(
+    tiny_run: Path, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    """A chain of three runs: from a run folder, then from that run's own export, quantized."""
+    few = ("train.steps=2", "train.checkpoint.every=2", "export.checked_greedy=0")
+    (tmp_path / "second.yaml").write_text(f"base: {tiny_yaml}\nname: second\nstart: {tiny_run}\n")
+    second = run(load_recipe(str(tmp_path / "second.yaml"), few), tmp_path / "second")
+    begun = artifact.load(find_model(second)).manifest["inputs"]["start"]
+    assert begun["content"] == artifact.load(find_model(tiny_run)).content
+    assert "trained further on" in (second / "report.html").read_text()
+    export = second / artifact.load(second).metrics["stages"]["export"]
+    quantized = quantize_model(export, tmp_path / "quantized", QuantizeConfig(bits=8, group=32)).path
+    recipe = load_recipe(str(tiny_yaml), (*few, f"start={quantized}"))
+    third = run(recipe, tmp_path / "third")
+    (imported,) = (third / "start").iterdir()
+    for name, weight in open_model(quantized).weights.items():
+        assert torch.equal(open_model(imported).weights[name].load(), weight.load()), name
+    origins = walk(artifact.lineage(third / "train" / find_model(third).parent.name / "step-00000002"))
+    trained = {origin.content for origin in origins if origin.kind == "checkpoint"}
+    assert trained == {artifact.load(find_model(folder)).content for folder in (tiny_run, second, third)}
+    assert artifact.verify(third).problems == []
+    before = (third / "report.json").read_bytes()
+    run(recipe, third)  # nothing is imported or trained again
+    assert (third / "report.json").read_bytes() == before
+    with pytest.raises(InputError, match="is the run folder itself; name a checkpoint in it"):
+        run(load_recipe(str(tiny_yaml), (*few, f"start={third}")), third)
+
+
+def test_sections_of_a_base_give_way_to_the_start_and_those_next_to_it_do_not(
+    imported: Path, tiny_yaml: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "go.yaml"
+    base = f"base: {tiny_yaml}\nstart: {imported}\n"
+    file.write_text(base + "model: {moe_loss_weight: 0.0}\n")
+    recipe = load_recipe(str(file))
+    assert (recipe.tokenizer.kind, recipe.model.moe_loss_weight, recipe.model.d_model) == ("start", 0.0, 32)
+    assert load_recipe(str(file), ["model.max_seq_len=64"]).model.max_seq_len == 64
+    file.write_text(base + "model: {d_model: 64}\n")
+    with pytest.raises(InputError, match=r"model.d_model=64: start=.* has 32"):
+        load_recipe(str(file))
+    file.write_text(base)
+    with pytest.raises(InputError, match="start=null: the recipe takes its model from start="):
+        load_recipe(str(file), ["start=null"])

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import gristmill
 
 from gristmill import artifact
+from gristmill.current import find_checkpoint
 from gristmill.errors import Failure, InputError
+from gristmill.evaluate import read_documents
 from gristmill.evaluate.trigram import Trigram
+from gristmill.inference.quantizing import test_documents as documents_for
 from gristmill.inference.scorer import ModelScorer
 from gristmill.pipeline import rewrite_report, run
 from gristmill.recipe import Recipe
@@ -112,6 +116,54 @@ def test_going_back_to_a_setting_brings_its_own_figures_back(
     run(tiny_recipe(), folder)
     assert (folder / "metrics.jsonl").read_text() == first
     assert json.loads((folder / "report.json").read_text())["train_tokens"] == 8 * 256
+
+
+def test_the_training_of_the_last_call_is_current_until_the_run_is_finished(
+    tiny_run: Path, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run, folder, symlinks=True, copy_function=shutil.copyfile)  # without times
+    (folder / "manifest.json").unlink()
+    first = find_checkpoint(folder)
+    assert first == folder / keys(tiny_run)["train"]
+    run(tiny_recipe("train.steps=2"), folder, until="train")
+    second = find_checkpoint(folder)
+    assert second is not None
+    assert second.name == "step-00000002"
+    rewrite_report(folder)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["missing_stages"] == ["evaluate", "export"]  # those of the first are not the second's
+    assert report["stages"]["train"]["path"] == second.relative_to(folder).as_posix()
+    run(tiny_recipe(), folder, until="train")
+    assert find_checkpoint(folder) == first
+    shutil.rmtree(folder / ".state")
+    with pytest.raises(InputError, match="2 trainings and nothing says which"):
+        find_checkpoint(folder)
+    with pytest.raises(InputError, match="nothing says which train is current"):
+        rewrite_report(folder)
+
+
+def test_lineage_takes_a_folder_with_nothing_but_a_training(tiny_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_run / "train", tmp_path / "run/train")
+    (training,) = (tmp_path / "run/train").iterdir()
+    expected = gristmill("lineage", tiny_run / keys(tiny_run)["train"])
+    for path in (tmp_path / "run", training):
+        shown = gristmill("lineage", path)
+        assert (shown.returncode, shown.stdout) == (0, expected.stdout), shown.stderr
+
+
+def test_held_out_loss_is_measured_on_the_corpus_of_the_model_not_on_the_newest(
+    tiny_run: Path, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_run, folder, symlinks=True)
+    model, corpus = folder / keys(tiny_run)["train"], folder / keys(tiny_run)["corpus"]
+    run(tiny_recipe("corpus.split.test=0.3"), folder, until="corpus")
+    assert len(list((folder / "corpus").iterdir())) == 2
+    texts = [document.text for document in documents_for(model)]
+    assert texts == [document.text for document in read_documents(corpus, "test")]
+    shutil.rmtree(corpus)
+    assert documents_for(model) == []
 
 
 def test_a_report_that_was_deleted_is_written_again(tiny_run: Path, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -153,9 +153,6 @@ def fake_run(
         "active_params": 5_832_960,
         "flops_per_token": 38_214_000,
         "train_tokens": steps * 8192,
-        "train_seconds": 391.5,
-        "tokens_per_second": 6277.4,
-        "mfu": 0.1283,
         "final_loss": 3.021,
     }
     stage(
@@ -210,7 +207,8 @@ def metrics(steps: int, hostile: str = "") -> list[dict[str, Any]]:
                 "lr": 0.004 * min(1.0, step / 20, (1 - done) / 0.3 + 0.02),
                 "grad_norm": 0.8,
                 "tokens_per_second": 6300 + rng.gauss(0, 90) - 2100 * (148 < step < 156),
-                "mfu": 0.128,
+                "gemm_tflops": 1.87,
+                "mfu_measured": 0.128,
                 "expert_load": loads,
                 "load_max_over_mean": 16 * max(map(max, loads)),
                 "source_tokens": dict(seen),
