@@ -34,6 +34,7 @@ from training import Side
 
 from gristmill import artifact, pipeline
 from gristmill.artifact import write_atomically
+from gristmill.current import find_stages
 from gristmill.evaluate.bits_per_byte import bits_per_byte
 from gristmill.evaluate.documents import Split, read_documents
 from gristmill.hub import assemble, in_memory, read_published, write_published
@@ -134,8 +135,8 @@ def key_of(work: Path, variant: Variant, split: Split) -> str:
 
 
 def shards_of(work: Path) -> Path:
-    """The newest, should there be more: a changed environment has another corpus."""
-    return max(work.glob("shards/*/manifest.json"), key=lambda manifest: manifest.stat().st_mtime_ns).parent
+    """The current ones, should there be more: a changed environment has another corpus."""
+    return find_stages(work, pipeline.STAGES)["shards"]
 
 
 def input_of(shards: Path, name: str) -> Path:

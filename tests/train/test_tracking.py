@@ -25,6 +25,7 @@ def test_the_database_is_in_the_run_folder_whatever_its_name(name: str, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.timeout(600)  # MLflow creates a database in 5 s, or in minutes next to other work
 def test_mlflow_writes_below_a_folder_whose_name_is_no_plain_uri(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
