@@ -38,3 +38,17 @@ def test_a_file_system_without_locks_is_named_with_a_way_out(
         take(tmp_path).__enter__()
     assert "\n" not in str(failed.value)
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_cache_that_another_process_begins_to_use_meanwhile_is_not_taken_for_somebody_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def iterdir(path: Path) -> Any:
+        (path / "shards.lock").touch()
+        (path / "0123456789abcdef").mkdir()
+        return listed(path)
+
+    listed = Path.iterdir
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    Cache(Remote(url="https://host/shards", cache=str(tmp_path / "cache")))

@@ -49,7 +49,8 @@ class Cache:
             if source.is_relative_to(self.root) or self.root.is_relative_to(source):
                 raise InputError(f"shards.cache={self.root} overlaps the shards themselves ({source}); choose another")
         try:
-            if not (self.root / LOCK).exists() and any(self.root.iterdir()):
+            # In this order: another process that begins to use the directory creates the lock first.
+            if any(self.root.iterdir()) and not (self.root / LOCK).exists():
                 raise InputError(f"shards.cache={self.root} holds files of others; name a new or empty directory")
         except FileNotFoundError:
             pass
