@@ -500,6 +500,7 @@ def plan(
 def verify(path: PathArg) -> None:
     """Hash every file that the manifests cover; names a damaged one and exits with 1."""
     from gristmill.artifact import verify as verify_path
+    from gristmill.progress import data_size
 
     result = verify_path(path)
     for line in result.not_covered:
@@ -508,7 +509,7 @@ def verify(path: PathArg) -> None:
         print(line, file=sys.stderr)
     if result.problems:
         raise typer.Exit(1)
-    print(f"{result.num_files:,} files, {result.num_bytes / 1e6:,.1f} MB: every byte is as it was written")
+    print(f"{result.num_files:,} files, {data_size(result.num_bytes)}: every byte is as it was written")
 
 
 @app.command()
@@ -517,6 +518,7 @@ def lineage(path: PathArg) -> None:
     from gristmill.artifact import Origin, load_ours
     from gristmill.artifact import lineage as lineage_of
     from gristmill.current import find_checkpoint
+    from gristmill.progress import data_size
 
     told: set[str] = set()
 
@@ -527,7 +529,7 @@ def lineage(path: PathArg) -> None:
             return
         told.add(node.id)
         licenses = node.detail.get("licenses", {})
-        said = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(licenses.items(), key=lambda x: -x[1]))
+        said = ", ".join(f"{name} {data_size(size)}" for name, size in sorted(licenses.items(), key=lambda x: -x[1]))
         said = said or node.detail.get("license_name") or node.detail.get("license", "")
         print(f"{'  ' * depth}{title}  {node.content[:12]}  {said}".rstrip())
         for parent in node.inputs:

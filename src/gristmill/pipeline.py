@@ -44,7 +44,7 @@ from gristmill.inference.load import find_model, load_model
 from gristmill.inference.scorer import ModelScorer
 from gristmill.model.counts import count_params, train_flops_per_token
 from gristmill.parallel.ranks import Ranks, join
-from gristmill.progress import console
+from gristmill.progress import console, data_size
 from gristmill.recipe import Recipe, curriculum_of, keyed, plain
 from gristmill.report.collect import collect, collect_run
 from gristmill.report.page import write
@@ -502,9 +502,7 @@ def summary(artifact: Artifact) -> str:
     match artifact.kind:
         case "corpus":
             dropped = sum(m["dropped"].values())
-            return (
-                f"{m['documents']:,} documents, {m['bytes'] / 1e6:.1f} MB kept; {dropped:,} dropped with a reason each"
-            )
+            return f"{m['documents']:,} documents, {data_size(m['bytes'])} kept; {dropped:,} dropped with a reason each"
         case "tokenizer":
             return f"{m['vocab_size']:,} tokens, {m['bytes_per_token']:.2f} bytes each"
         case "shards":

@@ -60,3 +60,11 @@ def _plain(what: str, total: float | None) -> Callable[[float], None]:
         print(f"  {what}{share}{left}", file=sys.stderr, flush=True)
 
     return advance
+
+
+def data_size(num_bytes: float) -> str:
+    """Decimal units, as disks have them: "31.0 kB", "4.2 MB"."""
+    for divisor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= divisor:
+            return f"{num_bytes / divisor:,.1f} {unit}"
+    return f"{num_bytes:,.0f} bytes"
