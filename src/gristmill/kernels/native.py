@@ -22,7 +22,7 @@ from gristmill.errors import InputError
 from gristmill.kernels.calls import Call, Replay
 
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # each CPU that runs one runs those before it
-INTERFACE = 3  # of the C functions; raised with cpu.cpp when one changes
+INTERFACE = 4  # of the C functions; raised with cpu.cpp when one changes
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 _in_use: str | None = None

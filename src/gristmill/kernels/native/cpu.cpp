@@ -8,7 +8,7 @@
 #endif
 
 // What native.py must agree with: raised when a function's arguments change.
-extern "C" int interface() { return 3; }
+extern "C" int interface() { return 4; }
 
 struct Call {
     void (*function)(const uint64_t* slots);
