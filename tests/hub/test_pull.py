@@ -373,7 +373,7 @@ CASES = {  # name: exit code, message
         "org/huge needs 9,000,000.0 GB more, {home}/huge has {free} GB free; "
         "free some room or choose --out on a larger disk",
     ),
-    "full": (1, "No space left on device; free some room, then run the same command: what stands is kept"),
+    "full": (1, "No space left on device; free some room, then run the same command: finished stages are kept"),
     "occupied": (
         2,
         "{home}/occupied/README.md is not the file of org/good, or was edited here, and would be replaced; "
