@@ -5,8 +5,6 @@ activation pays for page faults again: up to half of a training step on a CPU.
 """
 
 import ctypes
-import math
-import re
 import sys
 from pathlib import Path
 
@@ -41,8 +39,8 @@ def use_huge_pages(memory: Tensor) -> None:
 def available_bytes() -> float:
     """Return the memory and swap space that a process can still take; infinity where the system does not report it."""
     try:
-        lines = Path("/proc/meminfo").read_text()
+        lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return math.inf
-    found = re.findall(r"^(?:MemAvailable|SwapFree): +(\d+) kB$", lines, re.MULTILINE)
-    return sum(int(kibibytes) * 1024 for kibibytes in found) if found else math.inf
+        return float("inf")
+    sizes = [line.split()[1] for line in lines if line.startswith(("MemAvailable:", "SwapFree:"))]
+    return sum(int(kibibytes) * 1024 for kibibytes in sizes) if sizes else float("inf")
