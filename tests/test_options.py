@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY
 from forked import gristmill
 from hypothesis import HealthCheck, Phase, given, settings
-from texts import write_texts
+from texts import TINY, write_texts
 
 from gristmill import cli
 from gristmill.errors import one_line

@@ -198,7 +198,7 @@ def test_a_bias_rises_for_experts_below_the_mean_and_nothing_else_moves_it() -> 
     moved = [block.ffn.router_bias.tolist() for block in model.blocks]
     assert moved == [pytest.approx([-0.01, 0.01, 0.0, 0.0]), pytest.approx([0.01, 0.0, -0.01, 0.0])]
     for balance, shape in (("bias", MODEL), ("global", replace(MODEL, moe_router_bias=True))):
-        with pytest.raises(InputError, match="set both or neither"):
+        with pytest.raises(InputError, match="set both balance=bias and moe_router_bias=true, or neither"):
             Balance(replace(CFG, balance=balance), Transformer(shape))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"bias_rate=0\.01 belongs to balance=bias and global does not use it"):
         replace(CFG, bias_rate=0.01)

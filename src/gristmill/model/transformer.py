@@ -142,7 +142,7 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the output [T, D], the experts' mean probabilities [E] and their counts [E].
 
-        Only the balancing loss needs the probabilities, so in evaluation they are 0.
+        Only the balancing loss needs the probabilities: in inference mode they are 0.
         """
         cfg, E = self.cfg, self.cfg.moe_num_experts
         routed = upcast(x_TD)
@@ -153,7 +153,7 @@ class MoE(nn.Module):
         )
         counts_E = torch.zeros(E, dtype=torch.long, device=x_TD.device)
         counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())  # bincount would wait for a GPU
-        mean_E = probs_TE.mean(0) if self.training else probs_TE.new_zeros(E)
+        mean_E = probs_TE.new_zeros(E) if torch.is_inference_mode_enabled() else probs_TE.mean(0)
         return self.experts(x_TD, weights_TK, ids_TK), mean_E, counts_E
 
 
