@@ -145,6 +145,11 @@ def test_memory_that_torch_cannot_allocate_is_one_line(capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith("error: not enough memory")
 
 
+def test_an_argument_that_is_not_utf8_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli._exit_code(lambda: "\udcff".encode()) == 2
+    assert "error: '\\udcff' holds bytes that are not UTF-8" in capsys.readouterr().err
+
+
 def test_an_error_of_ours_is_not_hidden() -> None:
     with pytest.raises(RuntimeError, match="ours"):
         cli._exit_code(lambda: (_ for _ in ()).throw(RuntimeError("ours")))

@@ -383,6 +383,7 @@ def test_a_compiled_training_reaches_its_report(
         (["train.checkpoint.copy_to=nosuch://bucket"], "fsspec knows no protocol 'nosuch'"),
         (["shards.remote=nosuch://bucket"], "fsspec knows no protocol 'nosuch'"),
         (["train.parallel.expert=2"], "train.parallel"),
+        (["train.seq_len=1"], "evaluate.context_length"),
         (["model.d_model=1048576"], r"training takes at least [\d,]+ GiB"),
     ],
 )

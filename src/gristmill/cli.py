@@ -591,6 +591,10 @@ def _exit_code(call: Callable[[], Any]) -> int:
         return _fail(bad, 2)
     except Failure as failure:
         return _fail(failure, 1)
+    except UnicodeEncodeError as bad:  # Python's form of bytes that are not UTF-8, in an argument or a file name
+        if "surrogates" not in bad.reason:
+            raise
+        return _fail(f"{bad.object!r} holds bytes that are not UTF-8, which is only possible in names of files", 2)
     except BrokenPipeError:  # the reader has left, as `head` does: no message
         _discard_output()
         return 1

@@ -425,6 +425,8 @@ def _resolve(recipe: Recipe) -> Recipe:
             f"together below model.max_seq_len={model.max_seq_len}"
         )
     if evaluate.context_length is None:
+        if train.seq_len < 2:
+            raise InputError("train.seq_len=1 is too short to evaluate with; set evaluate.context_length to at least 2")
         evaluate = replace(evaluate, context_length=train.seq_len)
     elif evaluate.context_length > model.max_seq_len:
         raise InputError(
