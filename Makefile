@@ -37,6 +37,7 @@ bench: .venv/locked
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/tokenizer.py
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/neighbors.py
 
 bench-inference: .venv/locked .peers/built
 	$(BIN)/python benchmarks/inference.py

@@ -155,8 +155,10 @@ def measure(kind: str, folder: Path, turns: int) -> dict[str, Any]:
         rows: dict[str, Any] = {}
         for count in NEIGHBORS:
             with neighbors(count):
-                rates(sides, 1, 90)  # a training notices its neighbors by the time that a step got
-                rows[f"{count} busy"] = rates(sides, turns, 100 * count)
+                rates(
+                    sides, 1, 1000 * (count + 1) + 500
+                )  # a training notices its neighbors by the time that a step got
+                rows[f"{count} busy"] = rates(sides, turns, 1000 * (count + 1))
         with quota([side.side for side in sides.values()]) as is_limited:
             rows[f"quota of {QUOTA_CPUS} CPUs"] = rates(sides, turns, 900) if is_limited else "not run"
     finally:

@@ -12,7 +12,7 @@ from gristmill.kernels import native
 
 PERIOD_S = 0.25  # of computing, after which its CPU time is judged
 ENOUGH = 0.8  # of all threads' CPU time: undisturbed, spinning threads get 0.95 and more; next to one busy process 0.6
-FIRST_REST, LONGEST_REST = 8, 256  # periods
+FIRST_REST, LONGEST_REST = 2, 256  # periods
 
 
 class Neighbors:
