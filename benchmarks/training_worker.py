@@ -11,7 +11,6 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -29,29 +28,25 @@ def gristmill(folder: Path, dtype: torch.dtype) -> Step:
     from gristmill.kernels.memory import keep_freed_memory
     from gristmill.model import packed
     from gristmill.train.config import OptimizerConfig
+    from gristmill.train.neighbors import Neighbors
     from gristmill.train.optimizer import Optimizer
 
     keep_freed_memory()  # as training does
-    try:
-        from gristmill.train.neighbors import Neighbors
-
-        watched = Neighbors(torch.get_num_threads()).watched
-    except ImportError:  # an earlier version, which neighbors.py compares with
-        watched = nullcontext
+    neighbors = Neighbors(torch.get_num_threads())
     model = assemble(*read_published(folder), dtype).requires_grad_().train()
     optimizer = Optimizer(OptimizerConfig(name="adamw", lr=LR), model)
 
     def step(tokens_BS: Tensor) -> float:
         B, S = tokens_BS.shape
         one_document = torch.zeros(B, S, dtype=torch.long)
-        with watched():
-            hidden, _routing = model(tokens_BS, torch.arange(S).expand(B, -1), packed(one_document))
-            nll, _ = cross_entropy(hidden[:, :-1].flatten(0, 1), model.output_weight, tokens_BS[:, 1:].flatten())
-            loss = nll / (B * (S - 1))
-            loss.backward()
-            optimizer.clip()
-            optimizer.step(LR)
-            return float(loss.detach())
+        hidden, _routing = model(tokens_BS, torch.arange(S).expand(B, -1), packed(one_document))
+        nll, _ = cross_entropy(hidden[:, :-1].flatten(0, 1), model.output_weight, tokens_BS[:, 1:].flatten())
+        loss = nll / (B * (S - 1))
+        loss.backward()
+        optimizer.clip()
+        optimizer.step(LR)
+        neighbors.look()
+        return float(loss.detach())
 
     return step
 

@@ -153,8 +153,7 @@ def train(
         while done < cfg.steps:
             if done not in guard.skipped:
                 torch.manual_seed(jitter_seed(cfg.seed, done, ranks.rank))
-                with neighbors.watched():
-                    sums = gradients.of(next(waiting, None), stop)
+                sums = gradients.of(next(waiting, None), stop)
                 if sums is None:
                     break
                 norm = optimizer.clip()
@@ -176,11 +175,12 @@ def train(
                         continue
                 else:
                     lr, grad_norm = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, done, cfg.steps), norm
-                    with ranks.meeting(), neighbors.watched():
+                    with ranks.meeting():
                         optimizer.step(lr)
                     balance.after(sums.counts_LE)
                     figures.add(done, sums)
             done += 1
+            neighbors.look()
             if (due(cfg, done) or done % cfg.log_every == 0) and not figures.empty:
                 yield figures.since_last(done, lr, grad_norm, guard.skipped)
             if due(cfg, done):

@@ -1,54 +1,71 @@
-"""Notices that other processes take this training's CPUs, and makes its threads sleep instead of spin.
+"""Notices that other processes compete for this training's CPUs, and then lets idle threads sleep instead of spin.
 
-A thread that spins while it waits resumes at once. Next to a busy process, however, it uses up the time slices of the
-very threads that it waits for. benchmarks/neighbors.py has the figures.
+A spinning thread resumes at once. Next to a busy process, however, it uses up the time slices of the threads that it
+waits for. benchmarks/neighbors.py has the figures.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path
 
 from gristmill.kernels import native
 
-PERIOD_S = 0.25  # of computing, after which its CPU time is judged
-ENOUGH = 0.8  # of all threads' CPU time: undisturbed, spinning threads get 0.95 and more; next to one busy process 0.6
-FIRST_REST, LONGEST_REST = 2, 256  # periods
+PERIOD_S = 0.25  # between two looks
+CONTENDED = 0.15  # of a thread's runnable time spent in the queue for a CPU; below 0.02 on a quiet machine
+MIN_RUNNABLE = 0.2  # of a period; a thread that was runnable for less does not count
+
+Times = dict[int, tuple[float, float]]  # thread id -> seconds on a CPU, seconds in the queue for one
+
+
+def thread_times() -> Times:
+    """How long each thread of this process ran, and how long it was runnable but waited for a CPU.
+
+    Empty where the kernel does not say, as on macOS. Source: Linux, Documentation/scheduler/sched-stats.rst.
+    """
+    times: Times = {}
+    for task in Path("/proc/self/task").glob("*"):
+        try:
+            ran_ns, waited_ns, _slices = (task / "schedstat").read_text().split()
+        except (OSError, ValueError):  # the thread has ended
+            continue
+        times[int(task.name)] = int(ran_ns) / 1e9, int(waited_ns) / 1e9
+    return times
 
 
 class Neighbors:
-    """Chooses how threads wait by the CPU time that the last period of computing got.
-
-    After a period with too little CPU time, threads sleep for some periods. Then one period with spinning threads is a
-    trial. Each trial that gets too little again doubles the number of periods until the next one.
+    """Chooses how this process's idle threads wait, by how long its busy threads queue for a CPU.
 
     Args:
-        threads: of this process; a single one waits for nobody.
+        threads: that compute; with only one, no thread waits for another and nothing is chosen.
+        read: tells the threads' times.
+        clock: in seconds.
     """
 
-    def __init__(self, threads: int) -> None:
-        self.threads, self.rest, self.left = threads, FIRST_REST, 0
-        self.wall_s = self.cpu_s = 0.0
+    def __init__(
+        self,
+        threads: int,
+        read: Callable[[], Times] = thread_times,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.threads, self.read, self.clock = threads, read, clock
+        self.time, self.times = clock(), read()
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Around a step's computing, without saves and without the time in which the caller looks at the model."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield
-        self.wall_s += time.perf_counter() - wall
-        self.cpu_s += time.process_time() - cpu
-        if self.threads > 1 and self.wall_s >= PERIOD_S:
-            native.yield_cores(self.sleeps_after(self.cpu_s / (self.wall_s * self.threads)))
-            self.wall_s = self.cpu_s = 0.0
+    def look(self) -> None:
+        """Judge the time since the last look; call it after each step."""
+        if self.threads > 1 and self.clock() - self.time >= PERIOD_S:
+            native.yield_cores(self.are_busy())
 
-    def sleeps_after(self, share: float) -> bool:
-        """Whether threads sleep in the next period, given the share of their CPU time that the last one got."""
-        if self.left:
-            self.left -= 1
-        elif share < ENOUGH:
-            self.left, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
-        else:
-            self.rest = FIRST_REST
-        return self.left > 0
+    def are_busy(self) -> bool:
+        """Whether a thread that was busy since the last look spent much of that time in the queue for a CPU."""
+        time, times = self.clock(), self.read()
+        period, before = time - self.time, self.times
+        self.time, self.times = time, times
+        for thread, (ran, waited) in times.items():
+            ran_before, waited_before = before.get(thread, (0.0, 0.0))
+            ran, waited = ran - ran_before, waited - waited_before
+            if ran + waited > MIN_RUNNABLE * period and waited > CONTENDED * (ran + waited):
+                return True
+        return False
 
     def close(self) -> None:
         native.yield_cores(False)
