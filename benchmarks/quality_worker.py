@@ -41,12 +41,13 @@ from gristmill.hub import assemble, in_memory, read_published, write_published
 from gristmill.inference.scorer import ModelScorer
 from gristmill.kernels import native
 from gristmill.model import Transformer
+from gristmill.parallel.ranks import ALONE
 from gristmill.recipe import Recipe, curriculum_of, keyed, load_recipe
 from gristmill.streaming.batches import Batch, Batches
 from gristmill.tokenizer import Tokenizer
 from gristmill.train.checkpoint import Identity
 from gristmill.train.config import CheckpointConfig
-from gristmill.train.loop import Started, Step, train
+from gristmill.train.loop import Started, Step, TrainingJob, layout_of, train
 from gristmill.train.machine import best_dtype
 from gristmill.train.schedule import learning_rate_scale
 
@@ -144,18 +145,18 @@ def input_of(shards: Path, name: str) -> Path:
 
 
 def ours(recipe: Recipe, shards: Path, out: Path, key: str) -> Iterator[Started | Step]:
-    events = train(
-        replace(recipe.train, log_every=1, checkpoint=CheckpointConfig(every=SAVE_EVERY, keep=1)),
-        recipe.model,
-        shards,
-        input_of(shards, "tokenizer"),
-        None,
-        out,
-        curriculum_of(recipe.corpus),
-        Identity(key, {"train": keyed(recipe.train), "model": keyed(recipe.model)}, {}),
-        threading.Event(),
+    cfg = replace(recipe.train, log_every=1, checkpoint=CheckpointConfig(every=SAVE_EVERY, keep=1))
+    job = TrainingJob(
+        cfg=cfg,
+        model_cfg=recipe.model,
+        layout=layout_of(cfg, recipe.model, ALONE),
+        shards=shards,
+        tokenizer=input_of(shards, "tokenizer"),
+        folder=out,
+        curriculum=curriculum_of(recipe.corpus),
+        identity=Identity(key, {"train": keyed(recipe.train), "model": keyed(recipe.model)}, {}),
     )
-    return (event for event in events if isinstance(event, Started | Step))
+    return (event for event in train(job, threading.Event()) if isinstance(event, Started | Step))
 
 
 class Theirs:

@@ -56,7 +56,18 @@ from gristmill.tokenizer.gpt4 import load_table
 from gristmill.train.checkpoint import Identity, checkpoint_path, read_state
 from gristmill.train.display import Display, duration, say_skipped, say_started
 from gristmill.train.log import METRICS, MetricsLog, read_metrics
-from gristmill.train.loop import Event, Reached, Saved, SaveFailed, Skipped, Started, Step, layout_of, train
+from gristmill.train.loop import (
+    Event,
+    Reached,
+    Saved,
+    SaveFailed,
+    Skipped,
+    Started,
+    Step,
+    TrainingJob,
+    layout_of,
+    train,
+)
 from gristmill.train.machine import apply_compute, best_dtype, describe_machine, gemm_flops
 from gristmill.train.tracking import Tracking, check_uri
 
@@ -112,7 +123,7 @@ class _Run:
             require("shards.remote", remote.url)
             remote.directory  # noqa: B018  # raises InputError where the home directory is unknown
         if "train" in wanted:
-            layout_of(r.train, r.model, self.ranks)
+            self.layout = layout_of(r.train, r.model, self.ranks)
             self.check_memory()
             check_uri(r.train.tracking)
             if url := r.train.checkpoint.copy_to:
@@ -283,19 +294,19 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.record("train", folder)
         self.signals.graceful = True
-        events = train(
-            r.train,
-            r.model,
-            self.path("shards"),
-            self.path("tokenizer"),
-            self.start["start"].path if self.start else None,
-            folder,
-            curriculum_of(r.corpus),
-            identity,
-            self.signals.event,
-            self.ranks,
-            r.shards.source(),
+        job = TrainingJob(
+            cfg=r.train,
+            model_cfg=r.model,
+            layout=self.layout,
+            shards=self.path("shards"),
+            remote=r.shards.source(),
+            tokenizer=self.path("tokenizer"),
+            start=self.start["start"].path if self.start else None,
+            folder=folder,
+            curriculum=curriculum_of(r.corpus),
+            identity=identity,
         )
+        events = train(job, self.signals.event, self.ranks)
         try:
             if self.ranks.rank == 0:
                 self.watch(events, folder, identity)

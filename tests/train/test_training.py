@@ -19,7 +19,7 @@ from gristmill.hub.tensors import open_weights
 from gristmill.kernels.experts import experts
 from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.parallel.apply import parallel_model
-from gristmill.parallel.ranks import Ranks
+from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.streaming import Batch, Batches, Stage
 from gristmill.train.balance import Balance
 from gristmill.train.checkpoint import Identity, SaveFailed, checkpoint_path, latest_checkpoint, read_state
@@ -27,7 +27,7 @@ from gristmill.train.config import CheckpointConfig, GuardConfig, OptimizerConfi
 from gristmill.train.figures import Sums
 from gristmill.train.gradients import Gradients
 from gristmill.train.guard import Guard
-from gristmill.train.loop import Event, Reached, Saved, Skipped, Started, Step, train
+from gristmill.train.loop import Event, Reached, Saved, Skipped, Started, Step, TrainingJob, layout_of, train
 from gristmill.train.machine import apply_compute
 from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
 from gristmill.train.schedule import learning_rate_scale
@@ -47,10 +47,25 @@ JUDGE = Guard.judge
 UNUSED = ord("x")  # a character that is not in the text
 
 
+def job_of(
+    shards: Path, tokenizer: Path, folder: Path, cfg: TrainConfig, model_cfg: ModelConfig = MODEL, ranks: Ranks = ALONE
+) -> TrainingJob:
+    return TrainingJob(
+        cfg=cfg,
+        model_cfg=model_cfg,
+        layout=layout_of(cfg, model_cfg, ranks),
+        shards=shards,
+        tokenizer=tokenizer,
+        folder=folder,
+        curriculum=CURRICULUM,
+        identity=IDENTITY,
+    )
+
+
 def events(
     shards: Path, tokenizer: Path, folder: Path, cfg: TrainConfig = CFG, stop: threading.Event | None = None
 ) -> Iterator[Event]:
-    return train(cfg, MODEL, shards, tokenizer, None, folder, CURRICULUM, IDENTITY, stop or threading.Event())
+    return train(job_of(shards, tokenizer, folder, cfg), stop or threading.Event())
 
 
 @pytest.mark.parametrize("balance", ["global", "micro_batch"])
@@ -419,7 +434,7 @@ def test_a_step_that_is_left_out_moves_no_bias(
     cfg = replace(CFG, balance="bias", steps=2, micro_batch=16)
     model_cfg = replace(MODEL, moe_router_bias=True)
     found: list[torch.Tensor] = []
-    for event in train(cfg, model_cfg, shards, tokenizer, None, tmp_path, CURRICULUM, IDENTITY, threading.Event()):
+    for event in train(job_of(shards, tokenizer, tmp_path, cfg, model_cfg), threading.Event()):
         match event:
             case Started():
                 biases = [block.ffn.router_bias for block in event.model.blocks]
@@ -483,11 +498,9 @@ def test_a_spike_is_left_out_when_asked_for(
         assert [event.step for event in seen if isinstance(event, Skipped)] == expected
 
 
-def test_a_batch_that_the_processes_cannot_share_evenly_is_refused(
-    shards: Path, tokenizer: Path, tmp_path: Path
-) -> None:
+def test_a_batch_that_the_processes_cannot_share_evenly_is_refused() -> None:
     with pytest.raises(InputError, match="is 16 sequences of 32, which 3 processes cannot share evenly"):
-        next(train(CFG, MODEL, shards, tokenizer, None, tmp_path, CURRICULUM, IDENTITY, threading.Event(), Ranks(0, 3)))
+        layout_of(CFG, MODEL, Ranks(0, 3))
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_training_or_does_not(

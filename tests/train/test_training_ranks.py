@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from ranks import Processes
-from test_training import CFG, CURRICULUM, IDENTITY, MODEL, UNUSED
+from test_training import CFG, MODEL, UNUSED, job_of
 from torch import Tensor, nn
 
 from gristmill.errors import Failure
@@ -32,7 +32,7 @@ def jitters(ranks: Ranks, shards: Path, tokenizer: Path, folder: Path, stop_afte
     def before_router(router: nn.Module, arguments: tuple[Tensor]) -> None:
         factors.setdefault(step, (arguments[0].detach() / inputs[-1])[:4])
 
-    for event in train(cfg, model_cfg, shards, tokenizer, None, folder, CURRICULUM, IDENTITY, stop, ranks):
+    for event in train(job_of(shards, tokenizer, folder, cfg, model_cfg, ranks), stop, ranks):
         match event:
             case Started():
                 step = event.step
@@ -68,9 +68,8 @@ def poison_rank_1(ranks: Ranks, shards: Path, tokenizer: Path, folder: Path) -> 
     """Why training ended, after a NaN in rank 1's part of a weight that no text uses."""
     seen: list[Event] = []
     try:
-        for event in train(
-            SHARDED, MODEL, shards, tokenizer, None, folder, CURRICULUM, IDENTITY, threading.Event(), ranks
-        ):
+        job = job_of(shards, tokenizer, folder, SHARDED, ranks=ranks)
+        for event in train(job, threading.Event(), ranks):
             seen.append(event)
             if isinstance(event, Step) and event.step == 4 and ranks.rank == 1:
                 assert isinstance(seen[0], Started)

@@ -1,6 +1,6 @@
-"""The training loop, a generator: whoever wants more around it writes a `for` loop.
+"""The training loop, a generator. To do more around it, write a `for` loop over its events.
 
-for event in train(cfg, model_cfg, shards, tokenizer, start, folder, curriculum, identity, stop, ranks):
+for event in train(job, stop, ranks):
     match event:
         case Started(): ...     # once, new or resumed
         case Step(): ...        # the figures since the last one
@@ -55,7 +55,7 @@ from gristmill.train.optimizer import Optimizer
 from gristmill.train.remote import fetch_latest
 from gristmill.train.schedule import learning_rate_scale
 
-__all__ = ["Reached", "SaveFailed", "Saved", "Skipped", "Started", "Step", "train"]
+__all__ = ["Reached", "SaveFailed", "Saved", "Skipped", "Started", "Step", "TrainingJob", "layout_of", "train"]
 
 
 @dataclass(frozen=True)
@@ -92,31 +92,43 @@ class Reached:
 Event = Started | Step | Skipped | Reached | Saved | SaveFailed
 
 
-def train(
-    cfg: TrainConfig,
-    model_cfg: ModelConfig,
-    shards: Path,
-    tokenizer: Path,
-    start: Path | None,
-    folder: Path,
-    curriculum: Sequence[Stage],
-    identity: Identity,
-    stop: threading.Event,
-    ranks: Ranks = ALONE,
-    remote: Remote | None = None,
-) -> Generator[Event]:
-    """Train up to `cfg.steps`, from the newest good checkpoint in `folder`, saving there.
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """One training: its configuration, its inputs, and the folder that it writes to.
 
-    start: the model whose weights training begins with; None begins with random ones. remote: where the shard files
-    lie when `shards` has only their indexes.
+    Args:
+        layout: How the ranks share the work, from `layout_of`.
+        shards: A directory with one MDS directory per source.
+        remote: Where the shard files are stored, if `shards` holds only their indexes.
+        tokenizer: A folder that is copied into each checkpoint.
+        start: A checkpoint that provides the initial weights; None initializes them randomly.
+        folder: Checkpoints are saved here. Training resumes from the newest valid one.
+        identity: Key, configuration and inputs, recorded in the manifest of each checkpoint.
+    """
+
+    cfg: TrainConfig
+    model_cfg: ModelConfig
+    layout: Layout
+    shards: Path
+    remote: Remote | None = None
+    tokenizer: Path
+    start: Path | None = None
+    folder: Path
+    curriculum: Sequence[Stage]
+    identity: Identity
+
+
+def train(job: TrainingJob, stop: threading.Event, ranks: Ranks = ALONE) -> Generator[Event]:
+    """Train up to `job.cfg.steps` and save checkpoints in `job.folder`; resume from the newest valid one there.
 
     When `stop` is set on any rank, the step under way is dropped (of several ranks: finished), what was done is saved,
     and the generator ends. Closing it waits for a save under way.
     Raises Failure when training diverges, a checkpoint cannot be saved, or a rank has gone.
     """
+    cfg, model_cfg, layout, folder, identity = job.cfg, job.model_cfg, job.layout, job.folder, job.identity
     keep_freed_memory()
-    layout = layout_of(cfg, model_cfg, ranks)
-    opening = partial(Batches, shards, cfg.seq_len, cfg.sequences_per_batch, cfg.steps, curriculum, cfg.seed, remote)
+    sizes = (cfg.seq_len, cfg.sequences_per_batch, cfg.steps)
+    opening = partial(Batches, job.shards, *sizes, job.curriculum, cfg.seed, job.remote)
     batches = Answer(opening).get(stop)  # None: a slow network, and nothing to save yet
     if ranks.any(batches is None) or batches is None:
         return
@@ -124,12 +136,12 @@ def train(
     compute = choose_compute(cfg, layout, read_state(resumed.path).compute if resumed else None)
     compute = apply_compute(ranks.scatter([compute] * ranks.world_size if ranks.rank == 0 else None))
     mesh = make_mesh(layout, compute["device"], cfg.rank_timeout_s) if layout.split > 1 else None
-    model = begin(cfg, model_cfg, compute, mesh, None if resumed else start)
+    model = begin(cfg, model_cfg, compute, mesh, None if resumed else job.start)
     optimizer = Optimizer(cfg.optimizer, model, ranks, layout.replicate)
     guard, balance = Guard(cfg.guard), Balance(cfg, model, ranks)
     gradients = Gradients(model, cfg, balance, len(batches.source_names), folder, ranks, mesh)
     done = saved = go_on(resumed, model, optimizer, guard) if resumed else 0
-    saving = Checkpoints(folder, cfg.checkpoint, identity, model_cfg, tokenizer, start, ranks)
+    saving = Checkpoints(folder, cfg.checkpoint, identity, model_cfg, job.tokenizer, job.start, ranks)
     threads = compute["threads"] if compute["device"] == "cpu" else 1
     with closing(saving) as checkpoints, closing(Neighbors(threads)) as neighbors:
         figures = Figures(cfg, model_cfg, batches, model.compute_dtype, ranks.world_size)
@@ -212,7 +224,7 @@ def due(cfg: TrainConfig, done: int) -> bool:
 
 
 def layout_of(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Layout:
-    """How the training lies over its processes. Raises InputError when they cannot share the work evenly."""
+    """How the ranks share the work. Raises InputError when they cannot share it evenly."""
     try:
         layout = lay_out(cfg.parallel, ranks.world_size)
     except ValueError as wrong:
