@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -43,6 +42,7 @@ from gristmill.kernels import native
 from gristmill.model import Transformer
 from gristmill.parallel.ranks import ALONE
 from gristmill.recipe import Recipe, curriculum_of, keyed, load_recipe
+from gristmill.stop import Stop
 from gristmill.streaming.batches import Batch, Batches
 from gristmill.tokenizer import Tokenizer
 from gristmill.train.checkpoint import Identity
@@ -156,7 +156,7 @@ def ours(recipe: Recipe, shards: Path, out: Path, key: str) -> Iterator[Started 
         curriculum=curriculum_of(recipe.corpus),
         identity=Identity(key, {"train": keyed(recipe.train), "model": keyed(recipe.model)}, {}),
     )
-    return (event for event in train(job, threading.Event()) if isinstance(event, Started | Step))
+    return (event for event in train(job, Stop()) if isinstance(event, Started | Step))
 
 
 class Theirs:

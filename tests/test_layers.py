@@ -8,7 +8,10 @@ from pathlib import Path
 import gristmill
 
 LAYERS = [
-    ["errors", "background", "cpus", "home", "strict_yaml", "locks", "artifact", "current", "progress", "session"],
+    [
+        *("errors", "background", "cpus", "home", "strict_yaml", "locks", "stop"),
+        *("artifact", "current", "progress", "session"),
+    ],
     ["kernels", "tokenizer", "streaming"],
     ["model", "corpus", "evaluate"],
     ["parallel", "hub"],
@@ -20,7 +23,8 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 SAME_LAYER = {
     *(("locks", "errors"), ("artifact", "locks"), ("session", "locks")),
     *(("current", "artifact"), ("current", "errors"), ("artifact", "errors"), ("home", "errors")),
-    *(("session", "artifact"), ("session", "errors"), ("session", "progress")),
+    *(("session", "artifact"), ("session", "errors"), ("session", "progress"), ("session", "stop")),
+    ("background", "stop"),
     *(("pipeline", "recipe"), ("cli", "pipeline"), ("cli", "recipe")),
 }
 ROOT = Path(gristmill.__file__).parent

@@ -8,6 +8,7 @@ import pytest
 
 from gristmill.progress import console
 from gristmill.session import Signals, Stopped
+from gristmill.stop import Stop
 
 
 def test_a_signal_that_comes_while_the_console_is_written_to_breaks_nothing(
@@ -19,9 +20,9 @@ def test_a_signal_that_comes_while_the_console_is_written_to_breaks_nothing(
         before = signal.signal(signal.SIGALRM, signals._handle)
         try:
             for _ in range(200):
-                signals.event.clear()
+                signals.stop = Stop()
                 signal.setitimer(signal.ITIMER_REAL, 0.001)
-                while not signals.event.is_set():
+                while not signals.stop.is_set():
                     console.print("a line " * 200)
         finally:
             signal.signal(signal.SIGALRM, before)
@@ -42,7 +43,7 @@ def test_what_is_said_of_a_second_signal_is_what_it_does(
         monkeypatch.setattr(console, "_file", log)
         signals.graceful = True
         os.kill(os.getpid(), first)
-        assert signals.event.is_set()
+        assert signals.stop.signum == first
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGTERM)  # changes nothing
         with pytest.raises(Stopped) as stopped:

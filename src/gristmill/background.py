@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from gristmill.stop import Stop
+
 T = TypeVar("T")
 
 
@@ -27,8 +29,11 @@ class Answer(Generic[T]):
         """The value, and what the call raised instead; to be had once. Raises queue.Empty when it takes longer."""
         return self._place.get(timeout=timeout_s)
 
-    def get(self, stop: threading.Event, poll_s: float = 0.1) -> T | None:
-        """The value, raising what the call raised; None when `stop` is set before."""
+    def get(self, stop: Stop, poll_s: float = 0.1) -> T | None:
+        """Return the value or raise what the call raised. None if `stop` is set first.
+
+        It does not raise StopRequested: ranks must agree to stop before one of them leaves.
+        """
         while True:
             try:
                 value, problem = self.within(poll_s)

@@ -49,6 +49,7 @@ from gristmill.recipe import Recipe, curriculum_of, keyed, plain
 from gristmill.report.collect import collect, collect_run
 from gristmill.report.page import write
 from gristmill.session import Signals, Stopped, locked
+from gristmill.stop import StopRequested
 from gristmill.streaming.build import build_shards
 from gristmill.streaming.remote import build_remote, read_manifest, require
 from gristmill.tokenizer import Tokenizer, build_tokenizer
@@ -97,10 +98,6 @@ def run(recipe: Recipe, out: Path | None = None, until: StageName | None = None)
             return _Run(recipe, folder, signals, ranks).stages(wanted, finish=until is None)
         finally:
             ranks.leave()
-
-
-class Abandoned(Exception):
-    """A stop came while the held-out loss was measured."""
 
 
 class _Run:
@@ -306,14 +303,14 @@ class _Run:
             curriculum=curriculum_of(r.corpus),
             identity=identity,
         )
-        events = train(job, self.signals.event, self.ranks)
+        events = train(job, self.signals.stop, self.ranks)
         try:
             if self.ranks.rank == 0:
                 self.watch(events, folder, identity)
             else:
                 self.follow(events)
             if self.stopped(folder):
-                raise Stopped(self.signals.signum if self.signals.event.is_set() else signal.SIGTERM)
+                raise Stopped(self.signals.stop.signum or signal.SIGTERM)  # None: another rank was told to
             return load(checkpoint_path(folder, r.train.steps))
         finally:
             events.close()  # a save under way is finished while the folder is still locked
@@ -327,7 +324,7 @@ class _Run:
     def stopped(self, folder: Path) -> bool:
         """Whether this process, or another rank, was told to stop."""
         last = checkpoint_path(folder, self.recipe.train.steps)
-        return self.signals.event.is_set() or not (last / MANIFEST).exists()
+        return self.signals.stop.is_set() or not (last / MANIFEST).exists()
 
     def follow(self, events: Iterator[Event]) -> None:
         """What a rank does that trains and has nothing to say."""
@@ -345,16 +342,12 @@ class _Run:
         if not self.ranks.from_first(wanted):
             return None
 
-        def heed() -> None:
-            if self.ranks.any(self.signals.event.is_set()):
-                raise Abandoned
-
         assert self.recipe.evaluate.context_length is not None
-        scorer = ModelScorer(at.model, self.recipe.evaluate.context_length, heed, self.ranks)
+        scorer = ModelScorer(at.model, self.recipe.evaluate.context_length, self.ranks, self.signals.stop)
         documents, tokenizer = self.validation
         try:
             return bits_per_byte(documents, scorer, tokenizer)
-        except Abandoned:
+        except StopRequested:
             return None
 
     @cached_property

@@ -14,6 +14,7 @@ from gristmill.artifact import STATE
 from gristmill.errors import Failure, InputError
 from gristmill.locks import lock
 from gristmill.progress import console
+from gristmill.stop import Stop
 
 
 class Stopped(BaseException):
@@ -32,13 +33,12 @@ AGAIN = {  # what a second signal does
 
 
 class Signals:
-    """Turn SIGINT and SIGTERM into Stopped. While `graceful`, the first signal only sets `event`; after it, SIGINT
+    """Turn SIGINT and SIGTERM into Stopped. While `graceful`, the first signal only sets `stop`; after it, SIGINT
     raises Stopped and SIGTERM is ignored."""
 
     def __init__(self) -> None:
-        self.event = threading.Event()
+        self.stop = Stop()
         self.graceful = False
-        self.signum = signal.SIGINT
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -51,16 +51,16 @@ class Signals:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        if self.graceful and self.event.is_set() and signum == signal.SIGTERM:
+        if self.graceful and self.stop.is_set() and signum == signal.SIGTERM:
             return  # schedulers and launchers send SIGTERM more than once
-        self.signum = signal.Signals(signum)
-        if not self.graceful or self.event.is_set():
+        if not self.graceful or self.stop.is_set():
             raise Stopped(signum)
-        self.event.set()
+        self.stop.set(signum)
         if not console.quiet:
             # Not by the console: what this interrupts may be writing there, and a buffer is not entered twice.
             with suppress(OSError, ValueError):
-                said = f"\n  {self.signum.name}: saving what is done, then stopping{AGAIN.get(self.signum, '')}\n"
+                name, again = signal.Signals(signum).name, AGAIN.get(signum, "")
+                said = f"\n  {name}: saving what is done, then stopping{again}\n"
                 os.write(console.file.fileno(), said.encode())
 
 

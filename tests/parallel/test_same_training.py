@@ -1,7 +1,6 @@
 """Three steps on 2 and 4 ranks, however the model is split over them, are three steps of one process: each loss, each
 gradient, each weight; with experts that are unequally busy, and one that gets nothing; several micro-batches a rank."""
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,8 +84,7 @@ def three_steps(ranks: Ranks, cfg: TrainConfig, model_cfg: ModelConfig, dtype: t
     losses, counts, grads = [], [], {}
     for step in range(cfg.steps):
         mine = part_of(batch_of(step), ranks.rank // layout.context, layout.data)
-        sums = gradients.of(mine, threading.Event())
-        assert sums is not None
+        sums = gradients.of(mine)
         losses.append(sums.loss(cfg.batch_tokens) + float(sums.balance))
         counts.append(sums.counts_LE.long().tolist())
         norm = optimizer.clip()
@@ -165,9 +163,7 @@ def one_step_in_bf16(ranks: Ranks, cfg: TrainConfig) -> tuple[dict[str, Tensor],
     for block in model.blocks:
         block.ffn.router.register_forward_hook(lambda router, inputs, output: logits.append(output.detach().clone()))
     mine = part_of(batch_of(0), ranks.rank, ranks.world_size)
-    assert Gradients(model, cfg, Balance(cfg, model, ranks), 2, Path("nowhere"), ranks, mesh).of(
-        mine, threading.Event()
-    )
+    Gradients(model, cfg, Balance(cfg, model, ranks), 2, Path("nowhere"), ranks, mesh).of(mine)
     return {name: whole(param.grad) for name, param in model.named_parameters()}, logits
 
 

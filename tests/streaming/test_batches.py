@@ -9,6 +9,7 @@ import pytest
 from forked import SERVER
 
 from gristmill.errors import InputError
+from gristmill.stop import Stop
 from gristmill.streaming import Batch, Batches, MDSReader, MDSWriter, Stage
 
 EOT = 256
@@ -91,7 +92,7 @@ def slow_reads(patch: pytest.MonkeyPatch, step: int) -> threading.Event:
 def test_a_stop_ends_the_wait_for_a_batch_and_not_the_batches_that_are_there(
     shards: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arrived, stop = slow_reads(monkeypatch, 6), threading.Event()
+    arrived, stop = slow_reads(monkeypatch, 6), Stop()
     ahead = open_batches(shards).ahead(range(STEPS), workers, stop=stop)
     assert all(equal(next(ahead), open_batches(shards).batch(step)) for step in range(5))
     threading.Timer(0.3, stop.set).start()

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +19,7 @@ from gristmill.kernels.experts import experts
 from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.parallel.apply import parallel_model
 from gristmill.parallel.ranks import ALONE, Ranks
+from gristmill.stop import Stop
 from gristmill.streaming import Batch, Batches, Stage
 from gristmill.train.balance import Balance
 from gristmill.train.checkpoint import Identity, SaveFailed, checkpoint_path, latest_checkpoint, read_state
@@ -63,9 +63,9 @@ def job_of(
 
 
 def events(
-    shards: Path, tokenizer: Path, folder: Path, cfg: TrainConfig = CFG, stop: threading.Event | None = None
+    shards: Path, tokenizer: Path, folder: Path, cfg: TrainConfig = CFG, stop: Stop | None = None
 ) -> Iterator[Event]:
-    return train(job_of(shards, tokenizer, folder, cfg), stop or threading.Event())
+    return train(job_of(shards, tokenizer, folder, cfg), stop or Stop())
 
 
 @pytest.mark.parametrize("balance", ["global", "micro_batch"])
@@ -80,7 +80,7 @@ def test_twenty_steps_follow_the_golden_curve(balance: str, shards: Path, tokeni
 
 def test_a_resumed_training_is_bitwise_the_unbroken_one(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
     whole = [event for event in events(shards, tokenizer, tmp_path / "whole") if isinstance(event, Saved)]
-    stop, broken = threading.Event(), tmp_path / "broken"
+    stop, broken = Stop(), tmp_path / "broken"
     for event in events(shards, tokenizer, broken, stop=stop):
         if isinstance(event, Step) and event.step == 7:
             stop.set()
@@ -94,7 +94,7 @@ def test_a_resumed_training_is_bitwise_the_unbroken_one(shards: Path, tokenizer:
 
 
 def test_a_stop_before_the_first_figures_is_saved(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
-    stop = threading.Event()
+    stop = Stop()
 
     def judge(guard: Guard, *figures: float) -> str | None:
         seen.append(figures)
@@ -151,8 +151,7 @@ def test_only_the_last_checkpoints_are_kept(shards: Path, tokenizer: Path, tmp_p
 def leave_gradients(model: Transformer, batch: Batch, cfg: TrainConfig, micro_batch: int | None = None) -> Sums:
     gradients = Gradients(model, cfg, Balance(cfg, model), 2, Path("nowhere"))
     gradients.micro_batch = micro_batch or cfg.micro_batch
-    sums = gradients.of(batch, threading.Event())
-    assert sums is not None
+    sums = gradients.of(batch)
     return sums
 
 
@@ -361,8 +360,8 @@ def poisoned(patch: pytest.MonkeyPatch, *steps: int) -> None:
 
     whole = Gradients.of
 
-    def poison(self: Gradients, batch: Batch, stop: threading.Event) -> Sums | None:
-        sums = whole(self, batch, stop)
+    def poison(self: Gradients, batch: Batch | None) -> Sums:
+        sums = whole(self, batch)
         if torch.initial_seed() - self.cfg.seed in steps:
             self.model.wte.weight.grad[3, 3] = torch.nan
         return sums
@@ -392,7 +391,7 @@ def test_a_step_that_is_not_a_number_is_left_out_and_counted(
     # both policies, and a training that is stopped in between, come to the same end
     monkeypatch.undo()
     poisoned(monkeypatch, 7, 12)
-    stop = threading.Event()
+    stop = Stop()
     for event in events(shards, tokenizer, tmp_path / "broken", replace(CFG, guard=GuardConfig()), stop):
         if isinstance(event, Step) and event.step == 9:
             stop.set()
@@ -434,7 +433,7 @@ def test_a_step_that_is_left_out_moves_no_bias(
     cfg = replace(CFG, balance="bias", steps=2, micro_batch=16)
     model_cfg = replace(MODEL, moe_router_bias=True)
     found: list[torch.Tensor] = []
-    for event in train(job_of(shards, tokenizer, tmp_path, cfg, model_cfg), threading.Event()):
+    for event in train(job_of(shards, tokenizer, tmp_path, cfg, model_cfg), Stop()):
         match event:
             case Started():
                 biases = [block.ffn.router_bias for block in event.model.blocks]
@@ -485,8 +484,8 @@ def test_a_spike_is_left_out_when_asked_for(
 ) -> None:
     whole = Gradients.of
 
-    def spiking(self: Gradients, batch: Batch, stop: threading.Event) -> Sums | None:
-        sums = whole(self, batch, stop)
+    def spiking(self: Gradients, batch: Batch | None) -> Sums:
+        sums = whole(self, batch)
         if torch.initial_seed() - self.cfg.seed == 15:
             self.model.wte.weight.grad *= 1e4
         return sums

@@ -1,6 +1,5 @@
 """A training on two ranks: each draws its own random numbers, and one rank's broken weights stop both."""
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from gristmill.errors import Failure
 from gristmill.parallel.config import ParallelConfig
 from gristmill.parallel.mesh import local
 from gristmill.parallel.ranks import ALONE, Ranks
+from gristmill.stop import Stop
 from gristmill.train.checkpoint import latest_checkpoint, read_state
 from gristmill.train.loop import Event, Started, Step, train
 
@@ -23,7 +23,7 @@ def jitters(ranks: Ranks, shards: Path, tokenizer: Path, folder: Path, stop_afte
     """Step (from 0) -> the factors by which the first router's input was jittered. Stops, saved, after a step."""
     model_cfg = replace(MODEL, moe_jitter_eps=0.1)
     cfg = replace(SHARDED, steps=4, parallel=ParallelConfig(shard=ranks.world_size))
-    stop, factors, inputs = threading.Event(), {}, []
+    stop, factors, inputs = Stop(), {}, []
     step = 0
 
     def before_ffn(ffn: nn.Module, arguments: tuple[Tensor]) -> None:
@@ -69,7 +69,7 @@ def poison_rank_1(ranks: Ranks, shards: Path, tokenizer: Path, folder: Path) -> 
     seen: list[Event] = []
     try:
         job = job_of(shards, tokenizer, folder, SHARDED, ranks=ranks)
-        for event in train(job, threading.Event(), ranks):
+        for event in train(job, Stop(), ranks):
             seen.append(event)
             if isinstance(event, Step) and event.step == 4 and ranks.rank == 1:
                 assert isinstance(seen[0], Started)

@@ -1,7 +1,7 @@
 """The built-in `Scorer`: any model in this process, also one in the middle of its training."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from gristmill.inference.scheduler import EngineConfig
 from gristmill.kernels import native
 from gristmill.model import Transformer
 from gristmill.parallel.ranks import ALONE, Ranks
+from gristmill.stop import Stop
 
 TILE_TOKENS = 8192  # positions in one forward pass
 SHORTEST = 64  # windows are padded to this times a power of two: few shapes, each of which costs a kernel to compile
@@ -33,21 +34,20 @@ class Job(NamedTuple):
 class ModelScorer:
     """`window`: the context in tokens, at most the model's `max_seq_len`; normally the length that it trained at.
 
-    heed: called before each forward pass of `loglikelihood`, which ends with whatever it raises. ranks: those that have
-    the model, whole or in parts; all of them call `loglikelihood` with the same sequences and share the work.
+    stop: checked before each forward pass of `loglikelihood`, which raises StopRequested on all ranks once it is set on
+    one. ranks: those that have the model, whole or in parts; all of them call `loglikelihood` with the same sequences
+    and share the work.
     """
 
-    def __init__(
-        self, model: Transformer, window: int, heed: Callable[[], None] = lambda: None, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, model: Transformer, window: int, ranks: Ranks = ALONE, stop: Stop | None = None) -> None:
         if not 2 <= window <= model.cfg.max_seq_len:
             raise InputError(
                 f"context_length={window} must be from 2 to the model's max_seq_len={model.cfg.max_seq_len}"
             )
         self.model = model
         self.window = window
-        self.heed = heed
         self.ranks = ranks
+        self.stop = stop or Stop()
 
     @torch.no_grad()  # not inference_mode: FSDP counts the versions of tensors
     def loglikelihood(self, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -60,7 +60,7 @@ class ModelScorer:
             return totals.tolist()
         with evaluating(self.model):
             for length, jobs in self._tiles(sequences):
-                self.heed()
+                self.ranks.raise_if_set(self.stop)
                 mine = jobs[self.ranks.rank :: self.ranks.world_size]
                 with self.ranks.meeting():  # all ranks go forward, or a layer would wait
                     nats = self._score(sequences, mine or jobs[:1], length)
@@ -100,7 +100,7 @@ class ModelScorer:
         num_blocks = max((1 + max(max(share.blocks) for share in batch) for batch in plan), default=1)
         runner = Runner(self.model, num_blocks, EngineConfig.block_tokens)
         for batch in plan:
-            self.heed()
+            self.stop.raise_if_set()
             parts, counted, targets, offset = [], [], [], 0
             for share in batch:
                 number, (start, end, first) = jobs[share.number]

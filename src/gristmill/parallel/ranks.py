@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from gristmill.background import Answer
 from gristmill.errors import Failure, InputError
+from gristmill.stop import Stop, StopRequested
 
 T = TypeVar("T")
 
@@ -66,6 +67,11 @@ class Ranks:
         told = torch.tensor(float(here))
         self.sum(told)
         return bool(told)
+
+    def raise_if_set(self, stop: Stop) -> None:
+        """Raises StopRequested on every rank if `stop` is set on any rank."""
+        if self.any(stop.is_set()):
+            raise StopRequested
 
     def gather(self, value: T) -> list[T] | None:
         """Every rank's value, on rank 0. Values travel between our own processes only, and are never stored."""

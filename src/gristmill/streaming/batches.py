@@ -1,7 +1,6 @@
 """Batches of token windows from shards: `Batches.batch(step)` needs nothing but the step."""
 
 import difflib
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 
 from gristmill.background import Answer
 from gristmill.errors import InputError
+from gristmill.stop import Stop
 from gristmill.streaming.ahead import Ahead
 from gristmill.streaming.cache import Cache
 from gristmill.streaming.config import Remote
@@ -158,17 +158,17 @@ class Batches:
         workers: int,
         rank: int = 0,
         world_size: int = 1,
-        stop: threading.Event | None = None,
+        stop: Stop | None = None,
     ) -> Generator[Batch]:
-        """The batches of those steps, prepared by so many threads before they are asked for; 0 prepares none.
+        """Yield the batches of `steps`, which `workers` threads prepare in advance; 0 prepares none.
 
-        Ends early when `stop` is set while the next batch must be waited for; a store on a network can take minutes.
-        Without threads the caller reads each batch itself, and nothing is heard meanwhile.
+        Ends early if `stop` is set during the wait for a batch, since a remote store can take minutes. With workers=0
+        the caller's own thread reads each batch, and `stop` is not checked meanwhile.
         """
         if workers == 0:
             yield from (self.batch(step, rank, world_size) for step in steps)
             return
-        stop = stop or threading.Event()
+        stop = stop or Stop()
         reading: deque[Answer[Batch]] = deque()  # each thread has one to work on while the one before is trained on
         for step in steps:
             oldest = reading.popleft() if len(reading) == workers else None

@@ -1,7 +1,6 @@
 """The gradient of one global batch: this rank's sequences, a micro-batch at a time, added up over all ranks."""
 
 import json
-import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from gristmill.parallel.context import share_sequences
 from gristmill.parallel.mesh import Mesh
 from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.progress import console
+from gristmill.stop import Stop, StopRequested
 from gristmill.streaming.batches import Batch
 from gristmill.train.balance import Balance
 from gristmill.train.config import TrainConfig
@@ -28,7 +28,10 @@ MICRO_BATCH = "micro_batch.json"  # in the training's folder: what memory had ro
 class Gradients:
     """Leaves in each parameter the gradient of the mean loss over all tokens of the global batch.
 
-    mesh: of a sharded model, or None, where every rank has all weights. folder: where a smaller micro-batch is noted.
+    Args:
+        folder: A smaller micro-batch is recorded here.
+        mesh: The mesh of a sharded model; None if every rank has all weights.
+        stop: Checked while a batch is computed.
     """
 
     def __init__(
@@ -40,45 +43,52 @@ class Gradients:
         folder: Path,
         ranks: Ranks = ALONE,
         mesh: Mesh | None = None,
+        stop: Stop | None = None,
     ) -> None:
         self.model, self.cfg, self.balance, self.num_sources = model, cfg, balance, num_sources
-        self.ranks, self.mesh = ranks, mesh
+        self.ranks, self.mesh, self.stop = ranks, mesh, stop or Stop()
         self.note = folder / MICRO_BATCH
         self.micro_batch = ranks.from_first(self._noted())
         if self.micro_batch < cfg.micro_batch:
             said = f"  train.micro_batch={cfg.micro_batch} had no room here before: {self.micro_batch} ({self.note})"
             console.print(said, style="yellow", markup=False)
 
-    def of(self, batch: Batch | None, stop: threading.Event) -> Sums | None:
-        """batch: this rank's part. None, and no gradient, when a rank was asked to stop, or has no batch because of
-        that. Alone a stop is heard between two micro-batches; many ranks agree on it before the first, since from there
-        on they wait for each other inside. Raises Failure when memory has no room."""
-        if self.ranks.any(stop.is_set() or batch is None):
-            return None
+    def of(self, batch: Batch | None) -> Sums:
+        """Compute the gradient of one global batch.
+
+        A single rank checks `stop` before each micro-batch. Several ranks agree to stop before the first one, because
+        after that they wait for each other in collectives.
+
+        Args:
+            batch: This rank's part; None if a stop ended the wait for it.
+
+        Raises:
+            StopRequested: On all ranks, when one of them was asked to stop. No gradient is left.
+            Failure: One sequence does not fit into memory.
+        """
+        if self.ranks.any(batch is None or self.stop.is_set()):
+            raise StopRequested
         assert batch is not None
-        sums = self._attempt(batch, stop)
+        sums = self._attempt(batch)
         while sums is None:
             self._halve()
-            sums = self._attempt(batch, stop)
-        if self.ranks.world_size == 1 and stop.is_set():
-            self._drop()
-            return None
+            sums = self._attempt(batch)
         self.ranks.sum(sums.nll_N, sums.balance, sums.counts_LE)
         if not self.mesh:
             self.ranks.sum(*(param.grad for param in self.model.parameters() if param.grad is not None))
         return sums
 
-    def _attempt(self, batch: Batch, stop: threading.Event) -> Sums | None:
-        """None when memory ran out; what it was filled with is let go when this returns."""
+    def _attempt(self, batch: Batch) -> Sums | None:
+        """None when memory ran out; the tensors that filled it are freed when this returns."""
         try:
             with self.ranks.meeting():
-                return self._own(batch, stop)
+                return self._own(batch)
         except RuntimeError as problem:
             if not out_of_memory(problem):
                 raise
             return None
 
-    def _own(self, batch: Batch, stop: threading.Event) -> Sums:
+    def _own(self, batch: Batch) -> Sums:
         """This rank's part of the sums; its gradients, or with a mesh those of all."""
         model, cfg = self.model, self.cfg
         device = model.output_weight.device
@@ -86,8 +96,9 @@ class Gradients:
         arrays = (batch.tokens, batch.targets, batch.positions, batch.document_ids, batch.sources)
         tensors = [torch.from_numpy(array).to(device) for array in arrays]
         for start in range(0, len(batch.tokens), self.micro_batch):
-            if self.ranks.world_size == 1 and stop.is_set():
-                break
+            if self.ranks.world_size == 1 and self.stop.is_set():
+                self._drop()
+                raise StopRequested
             end = start + self.micro_batch
             if self.mesh:
                 assert isinstance(model, FSDPModule)

@@ -10,7 +10,6 @@ for event in train(job, stop, ranks):
         case SaveFailed(): ...  # or it is not; the older ones stand
 """
 
-import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from gristmill.parallel.apply import parallel_model
 from gristmill.parallel.config import Layout, lay_out, misfit
 from gristmill.parallel.mesh import Mesh, make_mesh
 from gristmill.parallel.ranks import ALONE, Ranks
+from gristmill.stop import Stop, StopRequested
 from gristmill.streaming.batches import Batch, Batches
 from gristmill.streaming.config import Remote
 from gristmill.streaming.order import Stage
@@ -118,7 +118,7 @@ class TrainingJob:
     identity: Identity
 
 
-def train(job: TrainingJob, stop: threading.Event, ranks: Ranks = ALONE) -> Generator[Event]:
+def train(job: TrainingJob, stop: Stop, ranks: Ranks = ALONE) -> Generator[Event]:
     """Train up to `job.cfg.steps` and save checkpoints in `job.folder`; resume from the newest valid one there.
 
     When `stop` is set on any rank, the step under way is dropped (of several ranks: finished), what was done is saved,
@@ -139,7 +139,7 @@ def train(job: TrainingJob, stop: threading.Event, ranks: Ranks = ALONE) -> Gene
     model = begin(cfg, model_cfg, compute, mesh, None if resumed else job.start)
     optimizer = Optimizer(cfg.optimizer, model, ranks, layout.replicate)
     guard, balance = Guard(cfg.guard), Balance(cfg, model, ranks)
-    gradients = Gradients(model, cfg, balance, len(batches.source_names), folder, ranks, mesh)
+    gradients = Gradients(model, cfg, balance, len(batches.source_names), folder, ranks, mesh, stop)
     done = saved = go_on(resumed, model, optimizer, guard) if resumed else 0
     saving = Checkpoints(folder, cfg.checkpoint, identity, model_cfg, job.tokenizer, job.start, ranks)
     threads = compute["threads"] if compute["device"] == "cpu" else 1
@@ -165,8 +165,9 @@ def train(job: TrainingJob, stop: threading.Event, ranks: Ranks = ALONE) -> Gene
         while done < cfg.steps:
             if done not in guard.skipped:
                 torch.manual_seed(jitter_seed(cfg.seed, done, ranks.rank))
-                sums = gradients.of(next(waiting, None), stop)
-                if sums is None:
+                try:
+                    sums = gradients.of(next(waiting, None))
+                except StopRequested:
                     break
                 norm = optimizer.clip()
                 if reason := guard.judge(sums.loss(cfg.batch_tokens), norm):
