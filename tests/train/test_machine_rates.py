@@ -11,6 +11,7 @@ from gristmill.train import figures as module
 from gristmill.train.config import TrainConfig
 from gristmill.train.display import share
 from gristmill.train.figures import Figures
+from gristmill.train.guard import Guard
 from gristmill.train.machine import data_sheet_flops
 
 
@@ -20,7 +21,8 @@ def test_the_largest_of_several_measurements_counts(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     batches: Any = SimpleNamespace(source_names=["notes"])
     model = ModelConfig(vocab_size=256)
-    found = Figures(TrainConfig(steps=1), model, batches, torch.float32, num_ranks=2)
+    cfg = TrainConfig(steps=1)
+    found = Figures(cfg, model, batches, Guard(cfg.guard), torch.float32, num_ranks=2)
     seen = [found.gemm_flops]
     for trained in (1.0, 60.0, 61.0, 120.0):  # seconds: a second after a measurement it is not worth another
         found.seconds = trained

@@ -46,7 +46,7 @@ from gristmill.hub.folder import DOCUMENTS, GENERATION
 from gristmill.model import ModelConfig
 from gristmill.parallel.ranks import Pulse, Ranks
 from gristmill.train.config import CheckpointConfig
-from gristmill.train.remote import Remote
+from gristmill.train.remote import Remote, fetch_latest
 from gristmill.train.storage import FilePlan, read_tensors, write_verified
 
 STATE = "state.json"
@@ -73,6 +73,14 @@ class State:
     step: int
     compute: dict[str, Any]
     guard: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A valid checkpoint on disk, from which training can resume."""
+
+    path: Path
+    state: State
 
 
 @dataclass(frozen=True)
@@ -329,6 +337,10 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def read_state(checkpoint: Path) -> State:
     return State(**json.loads((checkpoint / STATE).read_text()))
 
@@ -342,6 +354,38 @@ def load_tensors(checkpoint: Path, model: Mapping[str, Tensor], optimizer: Mappi
     read_tensors(checkpoint, "model", model)
     if optimizer:
         read_tensors(checkpoint, "optimizer", optimizer)
+
+
+def checkpoint_to_resume(
+    folder: Path, key: str, cfg: CheckpointConfig, ranks: Ranks
+) -> tuple[Checkpoint | None, list[str]]:
+    """Find the newest valid checkpoint and remove the unusable ones. Rank 0 does it for all ranks.
+
+    Returns:
+        The checkpoint, or None if there is none yet; and, on rank 0, what is wrong with newer ones.
+
+    Raises:
+        Failure: There are checkpoints, and all of them are damaged.
+    """
+    step, damage = 0, list[str]()
+    with ranks.turn() as mine:
+        if mine:
+            found, damage = latest_checkpoint(folder, key)
+            if found is None and cfg.copy_to:
+                found, more = fetch_latest(cfg.copy_to, folder, key)
+                damage += more
+            if found is None and damage:
+                raise Failure(
+                    f"no checkpoint in {folder} is whole: {'; '.join(damage)}; put a good copy there, or remove them "
+                    "all to begin anew"
+                )
+            step = step_of(found.path) if found else 0
+            discard_unusable(folder, step)
+    step = ranks.from_first(step)
+    if not step:
+        return None, damage
+    path = load(checkpoint_path(folder, step)).path  # raises Failure on a rank that does not see the folder
+    return Checkpoint(path, read_state(path)), damage
 
 
 def latest_checkpoint(folder: Path, key: str) -> tuple[Artifact | None, list[str]]:
@@ -376,7 +420,7 @@ def discard_unusable(folder: Path, step: int) -> None:
 
 def prune_checkpoints(folder: Path, cfg: CheckpointConfig) -> None:
     """Remove what the rule does not keep."""
-    committed = {int(path.name.removeprefix("step-")): path for path in step_folders(folder) if _is_committed(path)}
+    committed = {step_of(path): path for path in step_folders(folder) if _is_committed(path)}
     for step in sorted(committed.keys() - cfg.kept(committed)):
         remove(committed[step])
 

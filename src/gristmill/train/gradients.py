@@ -73,7 +73,7 @@ class Gradients:
         while sums is None:
             self._halve()
             sums = self._attempt(batch)
-        self.ranks.sum(sums.nll_N, sums.balance, sums.counts_LE)
+        self.ranks.sum(sums.nll_N, sums.tokens_N, sums.balance, sums.counts_LE)
         if not self.mesh:
             self.ranks.sum(*(param.grad for param in self.model.parameters() if param.grad is not None))
         return sums
@@ -115,7 +115,9 @@ class Gradients:
             balance = self.balance.loss(routing, sums.counts_LE + routing.counts_LE) * share
             (nll_sum / cfg.batch_tokens + balance).backward()
             nll_N = torch.zeros_like(sums.nll_N).index_add_(0, sources, nll_T.detach().view_as(tokens).double().sum(1))
-            sums.add(nll_N, balance.detach(), routing.counts_LE)
+            lengths = torch.full_like(sources, tokens.shape[1], dtype=torch.float64)
+            tokens_N = torch.zeros_like(sums.tokens_N).index_add_(0, sources, lengths)
+            sums.add(nll_N, tokens_N, balance.detach(), routing.counts_LE)
         return sums
 
     def _drop(self) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from gristmill.artifact import Artifact, load
 from gristmill.background import Answer
 from gristmill.errors import Failure, InputError
 from gristmill.kernels.memory import keep_freed_memory
@@ -34,16 +33,14 @@ from gristmill.streaming.config import Remote
 from gristmill.streaming.order import Stage
 from gristmill.train.balance import Balance
 from gristmill.train.checkpoint import (
+    Checkpoint,
     Checkpoints,
     Identity,
     Saved,
     SaveFailed,
     State,
-    checkpoint_path,
-    discard_unusable,
-    latest_checkpoint,
+    checkpoint_to_resume,
     load_tensors,
-    read_state,
 )
 from gristmill.train.config import CheckpointConfig, TrainConfig
 from gristmill.train.figures import Figures, Step
@@ -52,7 +49,6 @@ from gristmill.train.guard import Guard
 from gristmill.train.machine import apply_compute, choose_compute
 from gristmill.train.neighbors import Neighbors
 from gristmill.train.optimizer import Optimizer
-from gristmill.train.remote import fetch_latest
 from gristmill.train.schedule import learning_rate_scale
 
 __all__ = ["Reached", "SaveFailed", "Saved", "Skipped", "Started", "Step", "TrainingJob", "layout_of", "train"]
@@ -121,93 +117,182 @@ class TrainingJob:
 def train(job: TrainingJob, stop: Stop, ranks: Ranks = ALONE) -> Generator[Event]:
     """Train up to `job.cfg.steps` and save checkpoints in `job.folder`; resume from the newest valid one there.
 
-    When `stop` is set on any rank, the step under way is dropped (of several ranks: finished), what was done is saved,
-    and the generator ends. Closing it waits for a save under way.
-    Raises Failure when training diverges, a checkpoint cannot be saved, or a rank has gone.
+    When `stop` is set on any rank, the current step is dropped (with several ranks: finished), the completed steps are
+    saved, and the generator ends. Closing the generator waits for a save in progress.
+
+    Raises:
+        Failure: Training diverged, a checkpoint could not be saved, or a rank is gone.
     """
-    cfg, model_cfg, layout, folder, identity = job.cfg, job.model_cfg, job.layout, job.folder, job.identity
+    cfg = job.cfg
     keep_freed_memory()
     sizes = (cfg.seq_len, cfg.sequences_per_batch, cfg.steps)
-    opening = partial(Batches, job.shards, *sizes, job.curriculum, cfg.seed, job.remote)
-    batches = Answer(opening).get(stop)  # None: a slow network, and nothing to save yet
-    if ranks.any(batches is None) or batches is None:
+    batches = Answer(partial(Batches, job.shards, *sizes, job.curriculum, cfg.seed, job.remote)).get(stop)
+    if ranks.any(batches is None) or batches is None:  # stopped while a slow store was read; there is nothing to save
         return
-    resumed, damage = newest(folder, identity.key, cfg.checkpoint, ranks)
-    compute = choose_compute(cfg, layout, read_state(resumed.path).compute if resumed else None)
-    compute = apply_compute(ranks.scatter([compute] * ranks.world_size if ranks.rank == 0 else None))
-    mesh = make_mesh(layout, compute["device"], cfg.rank_timeout_s) if layout.split > 1 else None
-    model = begin(cfg, model_cfg, compute, mesh, None if resumed else job.start)
-    optimizer = Optimizer(cfg.optimizer, model, ranks, layout.replicate)
-    guard, balance = Guard(cfg.guard), Balance(cfg, model, ranks)
-    gradients = Gradients(model, cfg, balance, len(batches.source_names), folder, ranks, mesh, stop)
-    done = saved = go_on(resumed, model, optimizer, guard) if resumed else 0
-    saving = Checkpoints(folder, cfg.checkpoint, identity, model_cfg, job.tokenizer, job.start, ranks)
-    threads = compute["threads"] if compute["device"] == "cpu" else 1
-    with closing(saving) as checkpoints, closing(Neighbors(threads)) as neighbors:
-        figures = Figures(cfg, model_cfg, batches, model.compute_dtype, ranks.world_size)
-        yield Started(done, model, compute, figures.gemm_flops, figures.data_sheet_flops, damage)
-        if done and due(cfg, done):
-            yield Reached(done, figures.trained(done, guard.skipped), model, again=True)
-
-        def save() -> None:
-            if ranks.any(not optimizer.is_finite()):
-                raise Failure(f"weights are not finite at step {done}: training diverged; lower train.optimizer.lr")
-            state = State(done, compute, guard.state())
-            checkpoints.save(state, model.state_dict(), optimizer.state(), figures.summary(done, guard.skipped))
-
-        def upcoming() -> Generator[Batch]:
-            steps = (step for step in range(done, cfg.steps) if step not in guard.skipped)
-            return batches.ahead(steps, cfg.workers, ranks.rank // layout.context, layout.data, stop)
-
-        waiting = upcoming()
+    checkpoint, damage = checkpoint_to_resume(job.folder, job.identity.key, cfg.checkpoint, ranks)
+    state = initial_state(job, batches, checkpoint, stop, ranks)
+    guard, figures = state.guard, state.figures
+    saving = Checkpoints(job.folder, cfg.checkpoint, job.identity, job.model_cfg, job.tokenizer, job.start, ranks)
+    with closing(saving) as checkpoints, closing(state.neighbors):
+        yield Started(state.step, state.model, state.compute, figures.gemm_flops, figures.data_sheet_flops, damage)
+        if state.step and is_due(state.step, cfg.checkpoint.every, cfg.steps):
+            yield Reached(state.step, figures.trained(state.step), state.model, again=True)
+        loader = load_batches(job, batches, state, stop)
         figures.restart_clock()
-        lr = grad_norm = 0.0
-        while done < cfg.steps:
-            if done not in guard.skipped:
-                torch.manual_seed(jitter_seed(cfg.seed, done, ranks.rank))
+        while state.step < cfg.steps:
+            if state.step not in guard.skipped:  # a resumed training passes the steps that it skipped before
                 try:
-                    sums = gradients.of(next(waiting, None))
+                    problem = train_step(state, next(loader, None))
                 except StopRequested:
                     break
-                norm = optimizer.clip()
-                if reason := guard.judge(sums.loss(cfg.batch_tokens), norm):
-                    optimizer.drop()
-                    guard.skip(done)
-                    if cfg.guard.policy != "skip":
-                        yield from settled(checkpoints.wait(), cfg.checkpoint)
-                    if cfg.guard.policy == "stop" or guard.too_many(done):
-                        raise Failure(diverged(cfg, done, reason))
-                    rolls = cfg.guard.policy == "roll_back"
-                    back = newest(folder, identity.key, cfg.checkpoint, ranks)[0] if rolls else None
-                    yield Skipped(done, reason, read_state(back.path).step if back else None)
-                    if back:
-                        waiting.close()
-                        done = saved = go_on(back, model, optimizer, guard)
-                        waiting = upcoming()
-                        figures.drop()
-                        continue
-                else:
-                    lr, grad_norm = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, done, cfg.steps), norm
-                    with ranks.meeting():
-                        optimizer.step(lr)
-                    balance.after(sums.counts_LE)
-                    figures.add(done, sums)
-            done += 1
-            neighbors.look()
-            if (due(cfg, done) or done % cfg.log_every == 0) and not figures.empty:
-                yield figures.since_last(done, lr, grad_norm, guard.skipped)
-            if due(cfg, done):
-                save()  # first: whoever looks may take long, and then a fault costs the looking alone
-                saved = done
-                yield Reached(done, figures.trained(done, guard.skipped), model)
-                figures.restart_clock()  # saving and whatever the caller did are not training time
-            yield from settled(checkpoints.finished(), cfg.checkpoint, last=done == cfg.steps)
+                if problem and (yield from skip_step(job, state, problem, checkpoints)):
+                    loader.close()  # training rolled back
+                    loader = load_batches(job, batches, state, stop)
+                    continue
+            state.step += 1
+            state.neighbors.look()
+            saves = is_due(state.step, cfg.checkpoint.every, cfg.steps)
+            if (saves or state.step % cfg.log_every == 0) and not figures.empty:
+                yield figures.since_last(state.step)
+            if saves:
+                save(state, checkpoints)  # first: a crash while the caller looks at the model then costs only that
+                yield Reached(state.step, figures.trained(state.step), state.model)
+                figures.restart_clock()  # neither saving nor the caller's work is training time
+            yield from settled(checkpoints.finished(), cfg.checkpoint, last=state.step == cfg.steps)
         if not figures.empty:
-            yield figures.since_last(done, lr, grad_norm, guard.skipped)
-        yield from settled(checkpoints.wait(), cfg.checkpoint, last=done == cfg.steps)
-        if ranks.from_first(done > saved or checkpoints.failed):  # stopped between two, or without the last one
-            save()
+            yield figures.since_last(state.step)
+        yield from settled(checkpoints.wait(), cfg.checkpoint, last=state.step == cfg.steps)
+        if ranks.from_first(state.step > state.saved_step or checkpoints.failed):  # stopped, or the last save failed
+            save(state, checkpoints)
         yield from settled(checkpoints.wait(), cfg.checkpoint, last=True)
+
+
+@dataclass
+class TrainState:
+    """Everything that a training step reads or changes.
+
+    Args:
+        compute: The settings that decide how sums are rounded, recorded in each checkpoint.
+        step: Completed steps, including skipped ones.
+        saved_step: The step of the last checkpoint.
+    """
+
+    cfg: TrainConfig
+    ranks: Ranks
+    compute: dict[str, Any]
+    model: Transformer
+    optimizer: Optimizer
+    guard: Guard
+    balance: Balance
+    gradients: Gradients
+    figures: Figures
+    neighbors: Neighbors
+    step: int = 0
+    saved_step: int = 0
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint. Steps that were skipped after it stay skipped."""
+        load_tensors(checkpoint.path, self.model.state_dict(), self.optimizer.state())
+        self.guard.load(checkpoint.state.guard)
+        self.figures.drop()
+        self.step = self.saved_step = checkpoint.state.step
+
+
+def initial_state(
+    job: TrainingJob, batches: Batches, checkpoint: Checkpoint | None, stop: Stop, ranks: Ranks
+) -> TrainState:
+    """The state at the checkpoint, or at step 0."""
+    cfg, layout = job.cfg, job.layout
+    compute = choose_compute(cfg, layout, checkpoint.state.compute if checkpoint else None)
+    compute = apply_compute(ranks.scatter([compute] * ranks.world_size if ranks.rank == 0 else None))
+    mesh = make_mesh(layout, compute["device"], cfg.rank_timeout_s) if layout.split > 1 else None
+    model = begin(cfg, job.model_cfg, compute, mesh, None if checkpoint else job.start)
+    guard, balance = Guard(cfg.guard), Balance(cfg, model, ranks)
+    state = TrainState(
+        cfg=cfg,
+        ranks=ranks,
+        compute=compute,
+        model=model,
+        optimizer=Optimizer(cfg.optimizer, model, ranks, layout.replicate),
+        guard=guard,
+        balance=balance,
+        gradients=Gradients(model, cfg, balance, len(batches.source_names), job.folder, ranks, mesh, stop),
+        figures=Figures(cfg, job.model_cfg, batches, guard, model.compute_dtype, ranks.world_size),
+        neighbors=Neighbors(compute["threads"] if compute["device"] == "cpu" else 1),
+    )
+    if checkpoint:
+        state.restore(checkpoint)
+    return state
+
+
+def load_batches(job: TrainingJob, batches: Batches, state: TrainState, stop: Stop) -> Generator[Batch]:
+    """This rank's part of the batches from `state.step` on, without those of skipped steps."""
+    steps = (step for step in range(state.step, job.cfg.steps) if step not in state.guard.skipped)
+    rank, world_size = state.ranks.rank // job.layout.context, job.layout.data
+    return batches.ahead(steps, job.cfg.workers, rank, world_size, stop)
+
+
+def train_step(state: TrainState, batch: Batch | None) -> str | None:
+    """Update the weights with the gradient of one global batch.
+
+    Args:
+        batch: This rank's part; None if a stop ended the wait for it.
+
+    Returns:
+        None, or why the guard rejected the step; then the weights have not changed.
+
+    Raises:
+        StopRequested: On all ranks, when one of them was asked to stop. The weights have not changed.
+    """
+    cfg, ranks = state.cfg, state.ranks
+    torch.manual_seed(jitter_seed(cfg.seed, state.step, ranks.rank))
+    sums = state.gradients.of(batch)
+    grad_norm = state.optimizer.clip()
+    if problem := state.guard.judge(sums.loss(cfg.batch_tokens), grad_norm):
+        state.optimizer.drop()
+        return problem
+    lr = cfg.optimizer.lr * learning_rate_scale(cfg.schedule, state.step, cfg.steps)
+    with ranks.meeting():
+        state.optimizer.step(lr)
+    state.balance.after(sums.counts_LE)
+    state.figures.add(sums, lr, grad_norm)
+    return None
+
+
+def skip_step(
+    job: TrainingJob, state: TrainState, problem: str, checkpoints: Checkpoints
+) -> Generator[Event, None, bool]:
+    """Skip the current step, and roll back if the policy says so. Returns whether training rolled back.
+
+    Raises Failure if the policy is to stop, or after too many skipped steps in a row.
+    """
+    cfg, policy = job.cfg, job.cfg.guard.policy
+    state.guard.skip(state.step)
+    if policy != "skip":
+        yield from settled(checkpoints.wait(), cfg.checkpoint)
+    if policy == "stop" or state.guard.too_many(state.step):
+        raise Failure(diverged(cfg, state.step, problem))
+    target = None
+    if policy == "roll_back":
+        target, _ = checkpoint_to_resume(job.folder, job.identity.key, cfg.checkpoint, state.ranks)
+    yield Skipped(state.step, problem, target.state.step if target else None)
+    if target:
+        state.restore(target)
+    return target is not None
+
+
+def save(state: TrainState, checkpoints: Checkpoints) -> None:
+    """Start to save a checkpoint. Raises Failure if a weight is not finite on any rank."""
+    if state.ranks.any(not state.optimizer.is_finite()):
+        raise Failure(f"weights are not finite at step {state.step}: training diverged; lower train.optimizer.lr")
+    saved = State(state.step, state.compute, state.guard.state())
+    checkpoints.save(saved, state.model.state_dict(), state.optimizer.state(), state.figures.summary(state.step))
+    state.saved_step = state.step
+
+
+def is_due(step: int, every: int, steps: int) -> bool:
+    """Whether something that happens every `every` steps, and after the last one, happens after `step` steps."""
+    return step % every == 0 or step == steps
 
 
 def jitter_seed(seed: int, step: int, rank: int) -> int:
@@ -217,11 +302,6 @@ def jitter_seed(seed: int, step: int, rank: int) -> int:
     apart there: 4,000 ranks share no seed within 700,000 steps.
     """
     return (seed + step + rank * 0x9E3779B9) % 2**32
-
-
-def due(cfg: TrainConfig, done: int) -> bool:
-    """Whether a checkpoint is saved after so many steps."""
-    return done % cfg.checkpoint.every == 0 or done == cfg.steps
 
 
 def layout_of(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Layout:
@@ -254,36 +334,8 @@ def begin(
     return model
 
 
-def newest(folder: Path, key: str, cfg: CheckpointConfig, ranks: Ranks) -> tuple[Artifact | None, list[str]]:
-    """The checkpoint to go on from, found by rank 0 for all, and what is wrong with newer ones, which are removed."""
-    found: Artifact | None = None
-    damage: list[str] = []
-    with ranks.turn() as mine:
-        if mine:
-            found, damage = latest_checkpoint(folder, key)
-            if found is None and cfg.copy_to:
-                found, more = fetch_latest(cfg.copy_to, folder, key)
-                damage += more
-            if found is None and damage:
-                raise Failure(
-                    f"no checkpoint in {folder} is whole: {'; '.join(damage)}; put a good copy there, or remove them "
-                    "all to begin anew"
-                )
-            discard_unusable(folder, read_state(found.path).step if found else 0)
-    step = ranks.from_first(read_state(found.path).step if found else 0)
-    return (found or load(checkpoint_path(folder, step)) if step else None), damage
-
-
-def go_on(found: Artifact, model: Transformer, optimizer: Optimizer, guard: Guard) -> int:
-    """Everything as it was when the checkpoint was saved; returns its step."""
-    state = read_state(found.path)
-    load_tensors(found.path, model.state_dict(), optimizer.state())
-    guard.load(state.guard)
-    return state.step
-
-
 def settled(events: Sequence[Saved | SaveFailed], cfg: CheckpointConfig, last: bool = False) -> Iterator[Event]:
-    """Pass on what became of saving; raises Failure where training must not go on without it."""
+    """Yield the results of saves. Raises Failure if one failed and training must not continue without it."""
     for event in events:
         yield event
         if isinstance(event, SaveFailed) and not event.stands and (last or cfg.on_error == "stop"):
