@@ -59,13 +59,13 @@ from gristmill.train.display import Display, duration, say_skipped, say_started
 from gristmill.train.log import METRICS, MetricsLog, read_metrics
 from gristmill.train.loop import (
     Event,
-    Reached,
     Saved,
     SaveFailed,
     Skipped,
     Started,
     Step,
     TrainingJob,
+    ValidationDue,
     layout_of,
     train,
 )
@@ -302,6 +302,7 @@ class _Run:
             folder=folder,
             curriculum=curriculum_of(r.corpus),
             identity=identity,
+            validate_every=r.evaluate.validation_interval,
         )
         events = train(job, self.signals.stop, self.ranks)
         try:
@@ -329,12 +330,12 @@ class _Run:
     def follow(self, events: Iterator[Event]) -> None:
         """What a rank does that trains and has nothing to say."""
         for event in events:
-            if isinstance(event, Reached):
+            if isinstance(event, ValidationDue):
                 self.held_out(event, wanted=False)
         with self.ranks.turn():
             pass  # rank 0 has committed the last checkpoint
 
-    def held_out(self, at: Reached, wanted: bool) -> dict[str, float] | None:
+    def held_out(self, at: ValidationDue, wanted: bool) -> dict[str, float] | None:
         """Bits per byte of the validation split, by all ranks together, if rank 0 wants them.
 
         None when one is told to stop meanwhile: whoever goes on from this step measures it first.
@@ -352,7 +353,7 @@ class _Run:
 
     @cached_property
     def validation(self) -> tuple[list[Document], Tokenizer]:
-        """What is measured at each checkpoint."""
+        """The text whose loss is measured during training."""
         documents = read_documents(self.path("corpus"), "validation", self.recipe.evaluate.training_bytes)
         return documents, Tokenizer.load(self.path("tokenizer"))
 
@@ -387,8 +388,8 @@ class _Run:
                             if event.back_to is not None:
                                 log.cut(event.back_to)
                             log.write("skipped", asdict(event))
-                        case Reached():
-                            seen = event.again and log.has("validation", event.step)
+                        case ValidationDue():
+                            seen = event.resumed and log.has("validation", event.step)
                             if bits := self.held_out(event, wanted=not seen):
                                 finite = {name: value for name, value in bits.items() if math.isfinite(value)}
                                 figures = {"step": event.step, "tokens": event.tokens, "bits_per_byte": finite}

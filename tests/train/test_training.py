@@ -27,7 +27,7 @@ from gristmill.train.config import CheckpointConfig, GuardConfig, OptimizerConfi
 from gristmill.train.figures import Sums
 from gristmill.train.gradients import Gradients
 from gristmill.train.guard import Guard
-from gristmill.train.loop import Event, Reached, Saved, Skipped, Started, Step, TrainingJob, layout_of, train
+from gristmill.train.loop import Event, Saved, Skipped, Started, Step, TrainingJob, ValidationDue, layout_of, train
 from gristmill.train.machine import apply_compute
 from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
 from gristmill.train.schedule import learning_rate_scale
@@ -344,7 +344,7 @@ def test_resuming_with_kernels_that_are_not_here_is_refused() -> None:
 def test_a_saved_model_is_the_one_that_was_looked_at(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
     seen: dict[int, dict[str, torch.Tensor]] = {}
     for event in events(shards, tokenizer, tmp_path):
-        if isinstance(event, Reached):  # training goes on while this is written
+        if isinstance(event, ValidationDue):  # training goes on while this is written
             seen[event.step] = {name: tensor.clone() for name, tensor in event.model.state_dict().items()}
         elif isinstance(event, Saved):
             saved = {name: weight.load() for name, weight in open_weights(event.artifact.path).items()}

@@ -9,13 +9,16 @@ class EvaluateConfig:
 
     `context_length`: tokens that the model sees at once; None is the length that it was trained at.
     `validation_bytes`, `test_bytes`: at most about so many bytes of a split, drawn per source by hash; None is all.
-    `training_bytes`: so much of validation, drawn alike, is scored at each checkpoint during training.
+    `every`: how often held-out loss is measured during training: at each `checkpoint`, or after this number of steps.
+    It is always measured after the last step. `training_bytes`: the size of the validation text that is scored then,
+    drawn in the same way.
     `samples` prompts a source are shown in the report; `functions` are completed for the share that parses.
     `prompt_tokens` is a prose prompt's length and the most that a function's head may have.
     """
 
     context_length: int | None = None
     validation_bytes: int | None = 200_000
+    every: int | str = field(default="checkpoint", metadata={"key": False})
     training_bytes: int | None = field(default=40_000, metadata={"key": False})
     test_bytes: int | None = 500_000
     samples: int = 4
@@ -29,6 +32,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.context_length is not None and self.context_length < 2:
             raise ValueError(f"context_length={self.context_length} must be at least 2, or null for the trained length")
+        if self.every != "checkpoint" and (isinstance(self.every, str) or self.every < 1):
+            raise ValueError(f"every={self.every!r} must be `checkpoint` or a number of steps, at least 1")
         for name in ("validation_bytes", "training_bytes", "test_bytes"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1, or null for the whole split")
@@ -37,3 +42,8 @@ class EvaluateConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.temperature > 0:  # the sampler's own bounds are checked in recipe.py
             raise ValueError(f"temperature={self.temperature} must be positive: the greedy completion is made anyway")
+
+    @property
+    def validation_interval(self) -> int | None:
+        """Steps between two validations during training; None: at each checkpoint."""
+        return None if isinstance(self.every, str) else self.every

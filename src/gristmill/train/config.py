@@ -48,7 +48,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The rate over training, in fractions of it: linear warm-up, then `wsd` (stable, linear decay) or `cosine`."""
+    """The learning rate during training: linear warm-up, then `wsd` (constant, then linear decay) or `cosine`.
+
+    `warmup` and `decay` are fractions of all steps; `decay` belongs to `wsd`. `final` is the last rate as a fraction of
+    the peak rate.
+    """
 
     name: Literal["wsd", "cosine"] = "wsd"
     warmup: float = 0.02
@@ -56,7 +60,14 @@ class ScheduleConfig:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
+        if self.name == "cosine":
+            if self.decay != ScheduleConfig.decay:
+                raise ValueError(
+                    f"decay={self.decay} belongs to wsd and cosine does not use it: set it to {ScheduleConfig.decay}"
+                )
+            if not 0 <= self.warmup <= 1:
+                raise ValueError(f"warmup={self.warmup} must be from 0 to 1: the fraction of all steps")
+        elif not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup={self.warmup} and decay={self.decay} must not be negative nor exceed 1 together")
         if not 0 <= self.final <= 1:
             raise ValueError(f"final={self.final} must be from 0 to 1: the share of the peak rate at the end")
@@ -64,8 +75,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """`every`: steps between checkpoints (held-out loss is measured at each). `keep`: how many to leave on disk, and
-    beside them for good those whose step is a multiple of `keep_every`.
+    """`every`: steps between checkpoints; `evaluate.every` says whether held-out loss is measured at each. `keep`: the
+    number of newest checkpoints that stay on disk, in addition to those whose step is a multiple of `keep_every`.
 
     `on_error`: what a checkpoint that could not be saved does to training. `copy_to`: a URL (s3://..., file://...) to
     copy each checkpoint to, under the training's key, by the same rule.

@@ -43,7 +43,7 @@ class Display:
         rows = {
             "step": f"{step.step:,} of {self.steps:,}",
             "loss": f"{step.loss:.3f}",
-            "held-out bits per byte": f"{self._bits:.3f}" if self._bits is not None else "at the first checkpoint",
+            "held-out bits per byte": f"{self._bits:.3f}" if self._bits is not None else "at the first validation",
             "tokens/s": f"{step.tokens_per_second:,.0f}",
             "MFU, of the measured rate": share(step.mfu_measured),
             **({"MFU, of the data sheet": share(step.mfu_data_sheet)} if step.mfu_data_sheet else {}),

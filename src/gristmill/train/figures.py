@@ -24,8 +24,8 @@ class Step:
 
     `step` counts completed steps, including skipped ones. `tokens` and `source_tokens` count what was trained on.
     `seconds`: training time of this process so far, without saving and validation.
-    `gemm_tflops`: the highest rate of matrix products measured so far, over all ranks. `mfu_measured` is relative to it.
-    `mfu_data_sheet` is relative to the GPUs' data sheet; None if that is not known.
+    `gemm_tflops`: the highest rate of matrix products measured so far, summed over all ranks. `mfu_measured` is
+    relative to it, `mfu_data_sheet` to the GPUs' data sheet (None if that is not known).
     """
 
     step: int

@@ -2,12 +2,12 @@
 
 for event in train(job, stop, ranks):
     match event:
-        case Started(): ...     # once, new or resumed
-        case Step(): ...        # the figures since the last one
-        case Skipped(): ...     # a step that was not sane was left out
-        case Reached(): ...     # at a checkpoint's step, also the one gone on from: look at the model, change nothing
-        case Saved(): ...       # a checkpoint is on disk, some time later
-        case SaveFailed(): ...  # or it is not; the older ones stand
+        case Started(): ...        # once, whether new or resumed
+        case Step(): ...           # metrics since the last logged step
+        case Skipped(): ...        # the guard rejected a step
+        case ValidationDue(): ...  # measure the held-out loss now; do not change the model
+        case Saved(): ...          # a checkpoint was written, some steps after its own
+        case SaveFailed(): ...     # a checkpoint was not written; older ones remain
 """
 
 from collections.abc import Generator, Iterator, Sequence
@@ -51,12 +51,12 @@ from gristmill.train.neighbors import Neighbors
 from gristmill.train.optimizer import Optimizer
 from gristmill.train.schedule import learning_rate_scale
 
-__all__ = ["Reached", "SaveFailed", "Saved", "Skipped", "Started", "Step", "TrainingJob", "layout_of", "train"]
+__all__ = ["SaveFailed", "Saved", "Skipped", "Started", "Step", "TrainingJob", "ValidationDue", "layout_of", "train"]
 
 
 @dataclass(frozen=True)
 class Started:
-    """`step`: 0, or where training goes on. `damage`: newer checkpoints that could not be used, and why."""
+    """`step`: 0, or the step that training resumes from. `damage`: what is wrong with newer checkpoints."""
 
     step: int
     model: Transformer
@@ -68,7 +68,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A step (from 0) was left out. `back_to`: the step that training went back to, or None."""
+    """The guard rejected a step (counted from 0). `back_to`: the step that training rolled back to, or None."""
 
     step: int
     reason: str
@@ -76,16 +76,16 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Reached:
-    """`tokens`: trained on so far. `again`: training goes on from here; the process before may have looked, or not."""
+class ValidationDue:
+    """`tokens`: trained on so far. `resumed`: training resumes here, and the process before may have validated."""
 
     step: int
     tokens: int
     model: Transformer
-    again: bool = False
+    resumed: bool = False
 
 
-Event = Started | Step | Skipped | Reached | Saved | SaveFailed
+Event = Started | Step | Skipped | ValidationDue | Saved | SaveFailed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,7 @@ class TrainingJob:
         start: A checkpoint that provides the initial weights; None initializes them randomly.
         folder: Checkpoints are saved here. Training resumes from the newest valid one.
         identity: Key, configuration and inputs, recorded in the manifest of each checkpoint.
+        validate_every: Steps between two ValidationDue events; None: one at each checkpoint. The last step has one too.
     """
 
     cfg: TrainConfig
@@ -112,6 +113,7 @@ class TrainingJob:
     folder: Path
     curriculum: Sequence[Stage]
     identity: Identity
+    validate_every: int | None = None
 
 
 def train(job: TrainingJob, stop: Stop, ranks: Ranks = ALONE) -> Generator[Event]:
@@ -135,8 +137,9 @@ def train(job: TrainingJob, stop: Stop, ranks: Ranks = ALONE) -> Generator[Event
     saving = Checkpoints(job.folder, cfg.checkpoint, job.identity, job.model_cfg, job.tokenizer, job.start, ranks)
     with closing(saving) as checkpoints, closing(state.neighbors):
         yield Started(state.step, state.model, state.compute, figures.gemm_flops, figures.data_sheet_flops, damage)
-        if state.step and is_due(state.step, cfg.checkpoint.every, cfg.steps):
-            yield Reached(state.step, figures.trained(state.step), state.model, again=True)
+        validate_every = job.validate_every or cfg.checkpoint.every
+        if state.step and is_due(state.step, validate_every, cfg.steps):
+            yield ValidationDue(state.step, figures.trained(state.step), state.model, resumed=True)
         loader = load_batches(job, batches, state, stop)
         figures.restart_clock()
         while state.step < cfg.steps:
@@ -152,12 +155,15 @@ def train(job: TrainingJob, stop: Stop, ranks: Ranks = ALONE) -> Generator[Event
             state.step += 1
             state.neighbors.look()
             saves = is_due(state.step, cfg.checkpoint.every, cfg.steps)
-            if (saves or state.step % cfg.log_every == 0) and not figures.empty:
+            validates = is_due(state.step, validate_every, cfg.steps)
+            if (saves or validates or state.step % cfg.log_every == 0) and not figures.empty:
                 yield figures.since_last(state.step)
             if saves:
-                save(state, checkpoints)  # first: a crash while the caller looks at the model then costs only that
-                yield Reached(state.step, figures.trained(state.step), state.model)
-                figures.restart_clock()  # neither saving nor the caller's work is training time
+                save(state, checkpoints)  # before validation: a crash there does not lose the steps
+            if validates:
+                yield ValidationDue(state.step, figures.trained(state.step), state.model)
+            if saves or validates:
+                figures.restart_clock()  # neither is training time
             yield from settled(checkpoints.finished(), cfg.checkpoint, last=state.step == cfg.steps)
         if not figures.empty:
             yield figures.since_last(state.step)
