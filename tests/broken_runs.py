@@ -20,6 +20,7 @@ from forked import SERVER
 from network import Network, enter
 
 from gristmill import artifact
+from gristmill.train.log import read_metrics
 
 
 def child(recipe: str, overrides: Sequence[str], out: str, environment: dict[str, str], log: str, host: str) -> None:
@@ -107,6 +108,12 @@ class Run:
         records = [json.loads(line) for line in (self.training / "metrics.jsonl").read_text().splitlines()]
         kept = [r for r in records if r["kind"] in ("train", "validation")]
         return [{name: value for name, value in r.items() if name not in clocks} for r in kept]
+
+    def validated(self) -> list[int]:
+        """Steps with a validation record, in the order of the file."""
+        file = next(self.out.glob("train/*/metrics.jsonl"), None)
+        records = read_metrics(file) if file else []
+        return [record["step"] for record in records if record["kind"] == "validation"]
 
     def last_logged(self) -> int:
         try:

@@ -85,6 +85,11 @@ def test_a_printed_recipe_means_the_same(name: str, tmp_path: Path) -> None:
         ("=3", r"must look like train\.steps=100"),
         ("train..steps=3", r"must look like train\.steps=100"),
         ("a.b.c=3", r"^a: unknown key"),
+        ("evaluate.every=0", r"evaluate\.every=0 must be `checkpoint` or a number of steps, at least 1"),
+        ("evaluate.every=epoch", r"evaluate\.every='epoch' must be `checkpoint` or a number of steps, at least 1"),
+        ('evaluate.every="20"', r"evaluate\.every='20' must be `checkpoint` or a number of steps, at least 1"),
+        ("train.schedule={name: cosine, decay: 0.2}", r"decay=0\.2 belongs to wsd and cosine does not use it"),
+        ("train.schedule={name: cosine, warmup: 1.5}", r"train\.schedule\.warmup=1\.5 must be from 0 to 1"),
         ("evaluate.sample_tokens=5000", r"sample_tokens=5000 must be together below model\.max_seq_len"),
         ("corpus.sources={a: {path: x, weight: 0}}", r"corpus\.sources: their weights make no curriculum"),
         ("train.tracking.uri=http://me:secret@host", r"uri must hold no password"),
@@ -112,7 +117,8 @@ def test_no_number_of_a_recipe_takes_a_value_that_is_not_finite(text: str) -> No
         *settings
     }
     for setting in settings:
-        with pytest.raises(InputError, match=rf"^{setting}=.*: a finite number is needed"):
+        or_text = "| must be `checkpoint` or" if setting == "evaluate.every" else ""  # it takes a number or a word
+        with pytest.raises(InputError, match=rf"^{setting}=.*(: a finite number is needed{or_text})"):
             load_recipe("quickstart", [f"{setting}={text}"])
 
 

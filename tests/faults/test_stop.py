@@ -111,11 +111,13 @@ def test_a_stop_is_heard_while_a_batch_waits_for_the_network(
 # ---- while the held-out loss is measured ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize(("every", "step"), [("checkpoint", 2), ("checkpoint", 6), ("3", 3), ("5", 5), ("5", 6)])
 def test_a_validation_that_a_stop_ended_is_made_good_before_training_goes_on(
-    recipe: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    recipe: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: str, step: int
 ) -> None:
-    ours = load_recipe(str(recipe), ("train.steps=6", "train.checkpoint.every=2", "shards.size_limit=2048"))
+    """Checkpoints after 2, 4 and 6 steps; a stop during validation after another step saves that step, too."""
+    settings = ("train.steps=6", "train.checkpoint.every=2", f"evaluate.every={every}", "shards.size_limit=2048")
+    ours = load_recipe(str(recipe), settings)
     whole, broken = (Run(recipe, copied(prepared, tmp_path / name)) for name in ("whole", "broken"))
     monkeypatch.setattr("gristmill.inference.scorer.TILE_TOKENS", 128)  # a validation takes several forward passes
     run(ours, whole.out, "train")
@@ -131,13 +133,38 @@ def test_a_validation_that_a_stop_ended_is_made_good_before_training_goes_on(
     with pytest.raises(Stopped):
         run(ours, broken.out, "train")
     assert broken.committed()[-1] == step
-    assert [record["step"] for record in broken.curve() if record["kind"] == "validation"] == list(range(2, step, 2))
+    interval = 2 if every == "checkpoint" else int(every)
+    assert broken.validated() == list(range(interval, step, interval))
     run(ours, broken.out, "train")
     assert broken.curve() == whole.curve()
     assert broken.content() == whole.content()
     before = broken.curve()
     run(ours, broken.out, "train")
     assert broken.curve() == before
+
+
+def test_a_killed_run_has_the_validation_records_of_an_unbroken_one(
+    recipe: Path, prepared: Path, tmp_path: Path
+) -> None:
+    """Checkpoints every 4 steps and validation every 3: each kill comes after a validation that the newest checkpoint
+    does not cover, so that the next process repeats it."""
+    whole, broken = (
+        Run(recipe, copied(prepared, tmp_path / name), ("evaluate.every=3", "shards.size_limit=2048"))
+        for name in ("whole", "broken")
+    )
+    assert whole.finish() == [0], whole.said()
+    repeated = 0
+    for step in (3, 9, 15, 18):
+        processes = broken.start()
+        until(lambda: step in broken.validated(), processes)  # noqa: B023
+        processes[0].kill()
+        wait(processes)
+        repeated += broken.committed()[-1:] < [step]
+    assert repeated >= 2
+    assert broken.finish() == [0], broken.said()
+    assert broken.validated() == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert broken.curve() == whole.curve()
+    assert broken.content() == whole.content()
 
 
 # ---- Ctrl-C, again and again ---------------------------------------------------------------------------

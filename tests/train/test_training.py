@@ -334,11 +334,42 @@ def test_the_schedule_warms_up_holds_and_decays_to_zero() -> None:
     assert cosine[10] == pytest.approx(1.0)
     assert cosine[55] == pytest.approx(0.55)
     assert cosine[100] == pytest.approx(0.1)
+    whole = [learning_rate_scale(ScheduleConfig(name="cosine", warmup=1.0), step, 100) for step in range(100)]
+    assert whole == [(step + 1) / 101 for step in range(100)]  # no decay phase needs room
 
 
 def test_resuming_with_kernels_that_are_not_here_is_refused() -> None:
     with pytest.raises(InputError, match="this training began with riscv kernels, and here are torch"):
         apply_compute({"device": "cpu", "dtype": "float32", "threads": 1, "kernels": "riscv"})
+
+
+def test_validation_has_a_cadence_of_its_own_and_comes_again_only_where_training_resumes(
+    shards: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """Checkpoints after 5, 10, 15 and 20 steps; validation after 6, 12, 18 and 20."""
+
+    def due(stop: Stop | None = None) -> Iterator[tuple[int, int, bool]]:
+        job = replace(job_of(shards, tokenizer, tmp_path, replace(CFG, log_every=20)), validate_every=6)
+        for event in train(job, stop or Stop()):
+            match event:
+                case ValidationDue():
+                    assert steps[-1] == event.step  # its metrics come first
+                    yield event.step, event.tokens, event.resumed
+                case Step():
+                    steps.append(event.step)
+                case Saved():
+                    saved.add(event.step)
+
+    steps, saved = list[int](), set[int]()
+    stop, first = Stop(), []
+    for found in due(stop):
+        first.append(found)
+        if found[0] == 12:
+            stop.set()
+    assert first == [(6, 6 * 512, False), (12, 12 * 512, False)]
+    assert list(due()) == [(12, 12 * 512, True), (18, 18 * 512, False), (20, 20 * 512, False)]
+    assert saved == {5, 10, 12, 15, 20}
+    assert list(due()) == [(20, 20 * 512, True)]
 
 
 def test_a_saved_model_is_the_one_that_was_looked_at(shards: Path, tokenizer: Path, tmp_path: Path) -> None:
