@@ -142,7 +142,7 @@ class Figures:
         flops = tokens / elapsed * self.flops_per_token
         figures = Step(
             step=step,
-            tokens=self.trained(step),
+            tokens=self.trained_tokens(step),
             seconds=self.seconds,
             loss=self.last_loss,
             balance_loss=float(self._sums.balance) / self._steps,
@@ -166,7 +166,7 @@ class Figures:
         """The metrics in a checkpoint's manifest."""
         return {
             "step": step,
-            "train_tokens": self.trained(step),
+            "train_tokens": self.trained_tokens(step),
             "skipped_steps": len(self._skipped(step)),
             "total_params": self.counts.total_params,
             "active_params": self.counts.active_params,
@@ -174,7 +174,7 @@ class Figures:
             "final_loss": self.last_loss if math.isfinite(self.last_loss) else None,
         }
 
-    def trained(self, step: int) -> int:
+    def trained_tokens(self, step: int) -> int:
         """Tokens of the first `step` steps, without the skipped ones."""
         return (step - len(self._skipped(step))) * self.cfg.batch_tokens
 

@@ -139,8 +139,8 @@ def train(job: TrainingJob, stop: Stop, ranks: Ranks = ALONE) -> Generator[Event
         yield Started(state.step, state.model, state.compute, figures.gemm_flops, figures.data_sheet_flops, damage)
         validate_every = job.validate_every or cfg.checkpoint.every
         if state.step and is_due(state.step, validate_every, cfg.steps):
-            yield ValidationDue(state.step, figures.trained(state.step), state.model, resumed=True)
-        loader = load_batches(job, batches, state, stop)
+            yield ValidationDue(state.step, figures.trained_tokens(state.step), state.model, resumed=True)
+        loader = load_batches(state, batches, stop)
         figures.restart_clock()
         while state.step < cfg.steps:
             if state.step not in guard.skipped:  # a resumed training passes the steps that it skipped before
@@ -148,9 +148,9 @@ def train(job: TrainingJob, stop: Stop, ranks: Ranks = ALONE) -> Generator[Event
                     problem = train_step(state, next(loader, None))
                 except StopRequested:
                     break
-                if problem and (yield from skip_step(job, state, problem, checkpoints)):
+                if problem and (yield from skip_step(state, problem, checkpoints)):
                     loader.close()  # training rolled back
-                    loader = load_batches(job, batches, state, stop)
+                    loader = load_batches(state, batches, stop)
                     continue
             state.step += 1
             state.neighbors.look()
@@ -161,16 +161,16 @@ def train(job: TrainingJob, stop: Stop, ranks: Ranks = ALONE) -> Generator[Event
             if saves:
                 save(state, checkpoints)  # before validation: a crash there does not lose the steps
             if validates:
-                yield ValidationDue(state.step, figures.trained(state.step), state.model)
+                yield ValidationDue(state.step, figures.trained_tokens(state.step), state.model)
             if saves or validates:
                 figures.restart_clock()  # neither is training time
-            yield from settled(checkpoints.finished(), cfg.checkpoint, last=state.step == cfg.steps)
+            yield from check_saves(checkpoints.finished(), cfg.checkpoint, last=state.step == cfg.steps)
         if not figures.empty:
             yield figures.since_last(state.step)
-        yield from settled(checkpoints.wait(), cfg.checkpoint, last=state.step == cfg.steps)
+        yield from check_saves(checkpoints.wait(), cfg.checkpoint, last=state.step == cfg.steps)
         if ranks.from_first(state.step > state.saved_step or checkpoints.failed):  # stopped, or the last save failed
             save(state, checkpoints)
-        yield from settled(checkpoints.wait(), cfg.checkpoint, last=True)
+        yield from check_saves(checkpoints.wait(), cfg.checkpoint, last=True)
 
 
 @dataclass
@@ -183,7 +183,7 @@ class TrainState:
         saved_step: The step of the last checkpoint.
     """
 
-    cfg: TrainConfig
+    job: TrainingJob
     ranks: Ranks
     compute: dict[str, Any]
     model: Transformer
@@ -215,7 +215,7 @@ def initial_state(
     model = begin(cfg, job.model_cfg, compute, mesh, None if checkpoint else job.start)
     guard, balance = Guard(cfg.guard), Balance(cfg, model, ranks)
     state = TrainState(
-        cfg=cfg,
+        job=job,
         ranks=ranks,
         compute=compute,
         model=model,
@@ -231,11 +231,11 @@ def initial_state(
     return state
 
 
-def load_batches(job: TrainingJob, batches: Batches, state: TrainState, stop: Stop) -> Generator[Batch]:
+def load_batches(state: TrainState, batches: Batches, stop: Stop) -> Generator[Batch]:
     """This rank's part of the batches from `state.step` on, without those of skipped steps."""
-    steps = (step for step in range(state.step, job.cfg.steps) if step not in state.guard.skipped)
-    rank, world_size = state.ranks.rank // job.layout.context, job.layout.data
-    return batches.ahead(steps, job.cfg.workers, rank, world_size, stop)
+    cfg, layout = state.job.cfg, state.job.layout
+    steps = (step for step in range(state.step, cfg.steps) if step not in state.guard.skipped)
+    return batches.ahead(steps, cfg.workers, state.ranks.rank // layout.context, layout.data, stop)
 
 
 def train_step(state: TrainState, batch: Batch | None) -> str | None:
@@ -250,7 +250,7 @@ def train_step(state: TrainState, batch: Batch | None) -> str | None:
     Raises:
         StopRequested: On all ranks, when one of them was asked to stop. The weights have not changed.
     """
-    cfg, ranks = state.cfg, state.ranks
+    cfg, ranks = state.job.cfg, state.ranks
     torch.manual_seed(jitter_seed(cfg.seed, state.step, ranks.rank))
     sums = state.gradients.of(batch)
     grad_norm = state.optimizer.clip()
@@ -265,19 +265,17 @@ def train_step(state: TrainState, batch: Batch | None) -> str | None:
     return None
 
 
-def skip_step(
-    job: TrainingJob, state: TrainState, problem: str, checkpoints: Checkpoints
-) -> Generator[Event, None, bool]:
+def skip_step(state: TrainState, problem: str, checkpoints: Checkpoints) -> Generator[Event, None, bool]:
     """Skip the current step, and roll back if the policy says so. Returns whether training rolled back.
 
     Raises Failure if the policy is to stop, or after too many skipped steps in a row.
     """
-    cfg, policy = job.cfg, job.cfg.guard.policy
+    job, cfg, policy = state.job, state.job.cfg, state.job.cfg.guard.policy
     state.guard.skip(state.step)
     if policy != "skip":
-        yield from settled(checkpoints.wait(), cfg.checkpoint)
+        yield from check_saves(checkpoints.wait(), cfg.checkpoint)
     if policy == "stop" or state.guard.too_many(state.step):
-        raise Failure(diverged(cfg, state.step, problem))
+        raise Failure(divergence(cfg, state.step, problem))
     target = None
     if policy == "roll_back":
         target, _ = checkpoint_to_resume(job.folder, job.identity.key, cfg.checkpoint, state.ranks)
@@ -302,7 +300,7 @@ def is_due(step: int, every: int, steps: int) -> bool:
 
 
 def jitter_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of the router's jitter: different on each rank and in each step, and the same after a resume.
+    """The seed of the router's jitter, which differs by rank and step and is the same after a resume.
 
     The CPU's generator uses the low 32 bits of a seed. Multiples of 2**32 over the golden ratio keep the ranks far
     apart there: 4,000 ranks share no seed within 700,000 steps.
@@ -340,7 +338,7 @@ def begin(
     return model
 
 
-def settled(events: Sequence[Saved | SaveFailed], cfg: CheckpointConfig, last: bool = False) -> Iterator[Event]:
+def check_saves(events: Sequence[Saved | SaveFailed], cfg: CheckpointConfig, last: bool = False) -> Iterator[Event]:
     """Yield the results of saves. Raises Failure if one failed and training must not continue without it."""
     for event in events:
         yield event
@@ -351,7 +349,8 @@ def settled(events: Sequence[Saved | SaveFailed], cfg: CheckpointConfig, last: b
             )
 
 
-def diverged(cfg: TrainConfig, step: int, reason: str) -> str:
+def divergence(cfg: TrainConfig, step: int, reason: str) -> str:
+    """The error message of a training that diverged."""
     count = f"{cfg.guard.in_a_row} steps in a row were left out, " if cfg.guard.policy != "stop" else ""
     return (
         f"{count}at step {step} {reason}: training diverged; lower train.optimizer.lr (now {cfg.optimizer.lr}); "
