@@ -59,8 +59,9 @@ class Signals:
         if not console.quiet:
             # Not by the console: what this interrupts may be writing there, and a buffer is not entered twice.
             with suppress(OSError, ValueError):
-                name, again = signal.Signals(signum).name, AGAIN.get(signum, "")
-                said = f"\n  {name}: saving what is done, then stopping{again}\n"
+                received = signal.Signals(signum)
+                again = AGAIN.get(received, "")
+                said = f"\n  {received.name}: saving what is done, then stopping{again}\n"
                 os.write(console.file.fileno(), said.encode())
 
 
