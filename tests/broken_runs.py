@@ -30,7 +30,7 @@ def child(recipe: str, overrides: Sequence[str], out: str, environment: dict[str
         enter(host)
     faulthandler.register(signal.SIGUSR1)  # `wait` asks one that does not end where it is
     os.environ |= environment
-    from gristmill.cli import _exit_code
+    from gristmill.cli.exits import exit_code
     from gristmill.pipeline import run
     from gristmill.progress import console
     from gristmill.recipe import load_recipe
@@ -41,7 +41,7 @@ def child(recipe: str, overrides: Sequence[str], out: str, environment: dict[str
         run(load_recipe(recipe, overrides), Path(out), "train")
         return 0
 
-    code = _exit_code(call)
+    code = exit_code(call)
     sys.stderr.flush()
     os._exit(code)  # gloo's threads may wait for a rank that is gone
 

@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlsplit
 
 from forked import SERVER
 
-from gristmill.cli import _exit_code
+from gristmill.cli.exits import exit_code
 
 
 @dataclass
@@ -315,7 +315,7 @@ def attempt(repository: str, revision: str | None, out: Path | None) -> tuple[in
 
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            code = _exit_code(call)
+            code = exit_code(call)
         except BaseException:
             traceback.print_exc()
             code = -1

@@ -141,18 +141,18 @@ def test_characters_that_the_output_does_not_have_are_escaped(home: Path, stdout
 
 
 def test_memory_that_torch_cannot_allocate_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._exit_code(lambda: torch.empty(1 << 50)) == 1
+    assert cli.exits.exit_code(lambda: torch.empty(1 << 50)) == 1
     assert capsys.readouterr().err.startswith("error: not enough memory")
 
 
 def test_an_argument_that_is_not_utf8_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli._exit_code(lambda: "\udcff".encode()) == 2
+    assert cli.exits.exit_code(lambda: "\udcff".encode()) == 2
     assert "error: '\\udcff' holds bytes that are not UTF-8" in capsys.readouterr().err
 
 
 def test_an_error_of_ours_is_not_hidden() -> None:
     with pytest.raises(RuntimeError, match="ours"):
-        cli._exit_code(lambda: (_ for _ in ()).throw(RuntimeError("ours")))
+        cli.exits.exit_code(lambda: (_ for _ in ()).throw(RuntimeError("ours")))
 
 
 def test_messages_of_several_lines_become_one() -> None:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.cli import _exit_code, app
+from gristmill.cli import app
+from gristmill.cli.exits import exit_code
 from gristmill.errors import InputError
 from gristmill.kernels import native
 from gristmill.model import ModelConfig, Transformer, packed
@@ -271,9 +272,9 @@ def test_a_search_takes_the_fastest_that_fits() -> None:
 
 def test_the_page_says_what_the_json_says(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "dbrx-9b", "--gpus", "16", "--mesh", "shard=16,expert=16"]
-    assert _exit_code(lambda: app(arguments, standalone_mode=False)) == 0
+    assert exit_code(lambda: app(arguments, standalone_mode=False)) == 0
     text = capsys.readouterr().out
-    assert _exit_code(lambda: app([*arguments, "--json"], standalone_mode=False)) == 0
+    assert exit_code(lambda: app([*arguments, "--json"], standalone_mode=False)) == 0
     said = json.loads(capsys.readouterr().out)
     assert plan_text(said) == text.rstrip("\n")
     for number in (*said["memory"]["bytes"].values(), said["memory"]["needed_bytes"]):
@@ -287,7 +288,7 @@ def test_the_page_says_what_the_json_says(capsys: pytest.CaptureFixture[str]) ->
 
 def test_exit_codes_and_errors_say_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     def code(*arguments: str) -> int:
-        return _exit_code(lambda: app(["plan", *arguments], standalone_mode=False))
+        return exit_code(lambda: app(["plan", *arguments], standalone_mode=False))
 
     assert code("dbrx-132b", "--gpus", "8") == 1
     assert "does not fit" in capsys.readouterr().out

@@ -1,0 +1,108 @@
+"""Verbs that compute with a model: generate and serve."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gristmill.cli.options import DatabaseOpt, ModelArg, utf8_text
+from gristmill.errors import InputError
+
+
+def generate(
+    model: ModelArg,
+    prompt: Annotated[str, typer.Argument(help="The text to continue; with --chat the user's message to answer.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt as a message in a conversation.")] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="With --chat: the system prompt.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="At most so many new tokens, and no more than the context has room for.")
+    ] = 128,
+    # `Sampling` has the bounds of the settings that follow, and checks them before the model is loaded.
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy. [default: as published with the model, else 0.8]")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep the most probable tokens up to this mass, above 0 up to 1. [default: as published, else 0.95]"
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=0, help="Keep so many of the most probable tokens; 0 is all. [default: as published, else 0]"),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Keep tokens this times as probable as the first, from 0 to 1. [default: as published]"),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="Values above 1 discourage repeated tokens; from 0.01 to 100. [default: as published, else 1: none]"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    json_schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answer with JSON that is valid for this schema.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="At most so much memory, like 16GiB: what does not fit is read when used."),
+    ] = None,
+) -> None:
+    """Continue a text, or answer it, streaming. The prompt is text only: control tokens in it stay characters."""
+    from gristmill.inference import find_model, load_for_answer, parse_bytes, read_schema, stream
+    from gristmill.inference.settings import published_sampling
+
+    if system is not None and not chat:
+        raise InputError("--system only applies to chat; add --chat")
+    prompt, system = utf8_text("PROMPT", prompt), system and utf8_text("--system", system)
+    grammar = read_schema(json_schema) if json_schema is not None else None
+    published = published_sampling(find_model(model))
+    for setting in published.not_applied:
+        print(f"note: the model is published with {setting}, which is not applied", file=sys.stderr)
+    sampling = published.sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    asked = messages if chat else prompt
+    engine = load_for_answer(model, asked, max_tokens, None if memory is None else parse_bytes(memory))
+    answer = stream(engine, asked, sampling, max_tokens, published.stop_ids, grammar)
+    sys.stdout.write("" if chat else prompt)
+    for text in answer:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def serve(
+    model: ModelArg,
+    host: Annotated[str, typer.Option(help="The address to listen on; a public one needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's id for clients. [default: MODEL's last part]")] = None,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds that one request may take.")] = 600,
+    drain_s: Annotated[float, typer.Option("--drain", help="Seconds that what runs gets after SIGTERM.")] = 30,
+    input_price: Annotated[float, typer.Option(min=0, help="Of a million tokens of prompts, for `keys usage`.")] = 0,
+    output_price: Annotated[float, typer.Option(min=0, help="Of a million tokens of answers.")] = 0,
+    database: DatabaseOpt = None,
+) -> None:
+    """Serve a model to OpenAI's clients: completions, chat, tokens, metrics.
+
+    Keys are asked for when one was made before the start (`gristmill keys create NAME`), and with `--database`.
+    """
+    from decimal import Decimal
+
+    from gristmill.serve.config import ServeConfig
+    from gristmill.serve.start import serve as serve_model
+    from gristmill.serve.usage import Prices
+
+    cfg = ServeConfig(host=host, port=port, name=name or model.resolve().name, request_s=timeout_s, drain_s=drain_s)
+    prices = Prices(input=Decimal(str(input_price)), output=Decimal(str(output_price)))
+    raise typer.Exit(serve_model(model, cfg, database, prices))
