@@ -14,7 +14,7 @@ of a square product and of a copy, are measured between the steps by the same ti
 
 `of N ranks` is one process with FSDP's weights split N ways over a process group that sends nothing (torch's `fake`):
 memory is a rank's, the numbers in it are not. Results go to results/plan.json, and in short to
-src/gristmill/parallel/measured.json, so that each plan can say how far off plans were.
+src/gristmill/plan/measured.json, so that each plan can say how far off plans were.
 """
 
 import json
@@ -41,10 +41,11 @@ from gristmill.model import ModelConfig
 from gristmill.model.counts import count_params
 from gristmill.parallel.apply import parallel_model
 from gristmill.parallel.config import Layout, ParallelConfig
-from gristmill.parallel.footprint import Training
-from gristmill.parallel.hardware import cpu
 from gristmill.parallel.mesh import make_mesh
-from gristmill.parallel.plan import LIBRARIES, search
+from gristmill.plan.footprint import Training
+from gristmill.plan.hardware import cpu
+from gristmill.plan.search import LIBRARIES, search
+from gristmill.report.plan import optimizer_cost
 from gristmill.streaming.batches import Batch
 from gristmill.train.balance import Balance
 from gristmill.train.config import OptimizerConfig, TrainConfig
@@ -52,7 +53,7 @@ from gristmill.train.gradients import Gradients
 from gristmill.train.optimizer import Optimizer
 
 RESULTS = Path(__file__).with_name("results") / "plan.json"
-MEASURED = Path(__file__).parents[1] / "src/gristmill/parallel/measured.json"
+MEASURED = Path(__file__).parents[1] / "src/gristmill/plan/measured.json"
 STEPS = 4
 WARM_UP = 1
 # glibc maps every block afresh and gives it back when it is freed.
@@ -202,7 +203,7 @@ def measure(case: Case) -> dict[str, Any]:
 def planned(case: Case, row: dict[str, Any]) -> dict[str, Any]:
     """What a plan says of it, with the rates that were measured."""
     training = Training(model=case.model, seq_len=case.seq_len, batch_tokens=case.batch_tokens,
-                        optimizer=case.optimizer, dtype=case.dtype)  # type: ignore[arg-type] # fmt: skip
+                        optimizer=optimizer_cost(case.optimizer), dtype=case.dtype)  # type: ignore[arg-type] # fmt: skip
     hardware = cpu(row["gemm_flops"], 10**12, row["copy_bytes_per_s"])
     mesh = ParallelConfig(shard=case.ranks)
     said = search(training, hardware, case.ranks, mesh, case.micro_batch, case.recompute).plan  # type: ignore[arg-type]

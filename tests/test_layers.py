@@ -14,7 +14,7 @@ LAYERS = [
     ],
     ["kernels", "tokenizer", "streaming"],
     ["model", "corpus", "evaluate"],
-    ["parallel", "hub"],
+    ["parallel", "plan", "hub"],
     ["train", "inference"],
     ["finetune", "serve", "report"],
     ["recipe", "pipeline", "cli"],
@@ -25,6 +25,7 @@ SAME_LAYER = {
     *(("current", "artifact"), ("current", "errors"), ("artifact", "errors"), ("home", "errors")),
     *(("session", "artifact"), ("session", "errors"), ("session", "progress"), ("session", "stop")),
     ("background", "stop"),
+    ("plan", "parallel"),  # uses the layout of a training
     *(("pipeline", "recipe"), ("cli", "pipeline"), ("cli", "recipe")),
 }
 ROOT = Path(gristmill.__file__).parent

@@ -11,7 +11,7 @@ from gristmill.kernels import native
 from gristmill.kernels.gpu import loss as gpu_loss
 from gristmill.kernels.precision import upcast
 
-CHUNK_LOGITS = 2**26  # at once; below a few hundred tokens adding up the weight's gradient would cost more
+CHUNK_LOGITS = 2**26  # logits of a chunk
 
 
 def cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
@@ -29,6 +29,11 @@ def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tu
         if lowest < 0 or highest >= len(weight_VD):
             raise ValueError(f"targets from {lowest} to {highest}: a vocabulary of {len(weight_VD)} has 0 and up")
     return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T)
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Return the tokens of a chunk. With fewer than 256, adding to the weight's gradient would dominate."""
+    return min(max(CHUNK_LOGITS // vocab_size, 256), 2048)
 
 
 def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         sums = torch.promote_types(hidden_TD.dtype, torch.float32)
         nll_T = torch.empty(len(targets_T), dtype=sums, device=hidden_TD.device)
         dhidden_TD, dweight_VD = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD, dtype=sums)
-        chunk = min(max(CHUNK_LOGITS // len(weight), 256), 2048)
+        chunk = chunk_tokens(len(weight))
         for start in range(0, len(targets_T), chunk):
             rows = slice(start, start + chunk)
             nll_T[rows], dlogits_CV = _loss_and_gradient(hidden_TD[rows] @ weight.T, targets_T[rows])

@@ -13,29 +13,31 @@ import numpy as np
 
 from gristmill.errors import Failure, InputError
 from gristmill.model import ModelConfig
-from gristmill.parallel import traffic
 from gristmill.parallel.config import ParallelConfig, Recompute
-from gristmill.parallel.footprint import FP32, Training
-from gristmill.parallel.hardware import GPUS, Hardware, cpu
-from gristmill.parallel.plan import (
+from gristmill.plan import traffic
+from gristmill.plan.footprint import FP32, OptimizerCost, Training
+from gristmill.plan.hardware import GPUS, Hardware, cpu
+from gristmill.plan.search import (
+    DAY_S,
     FREE,
     MAX_BATCH_TOKENS,
     MAX_GPUS,
     RESERVE,
-    Found,
     Plan,
+    SearchResult,
     default_batch_tokens,
     divisors,
     search,
 )
 from gristmill.report.shape import aligned, short
+from gristmill.train import muon
 from gristmill.train.config import TrainConfig
 from gristmill.train.log import METRICS, read_metrics
 
 T = TypeVar("T")
 
 DEFAULT_TOKENS = 12e12  # what DBRX was trained on
-UNSAID = ("model", "expert_loads")  # of a training, in the figures
+OMITTED = ("model", "expert_loads")  # fields of a training that the figures leave out
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
@@ -52,7 +54,7 @@ def planned(
     optimizer: Literal["adamw", "muon"] | None = None,
     expert_load: str | None = None,
     run: Path | None = None,
-) -> Found:
+) -> SearchResult:
     """A shape's plan. An option that is None comes from the recipe where it has a `train` section: length, batch and
     optimizer, and mesh, micro-batch and recompute where they are not the defaults. The rest is searched for.
 
@@ -74,7 +76,7 @@ def planned(
         model=model,
         seq_len=length,
         batch_tokens=batch,
-        optimizer=_first(optimizer, train.optimizer.name if train else "adamw"),
+        optimizer=optimizer_cost(_first(optimizer, train.optimizer.name if train else "adamw")),
         dtype=(train.dtype if train and train.dtype else _dtype(hardware)),
         expert_loads=_expert_loads(model, expert_load, run),
     )
@@ -91,6 +93,16 @@ def planned(
     if expert_load is not None and config is not None and found.plan.way.layout.expert == 1:
         raise InputError(f"--expert-load {expert_load} has no effect with expert=1; set --mesh ...,expert=N")
     return found
+
+
+def optimizer_cost(name: Literal["adamw", "muon"]) -> OptimizerCost:
+    """Return the memory and work of an optimizer."""
+    match name:
+        case "adamw":
+            return OptimizerCost(name=name, matrix_bytes=2 * FP32, other_bytes=2 * FP32, batch_numel={}, iterations=0)
+        case "muon":
+            return OptimizerCost(name=name, matrix_bytes=FP32, other_bytes=2 * FP32, batch_numel=muon.BATCH_NUMEL,
+                                 iterations=muon.STEPS)  # fmt: skip
 
 
 def _first(given: T | None, default: T) -> T:
@@ -185,13 +197,14 @@ def parse_tokens(text: str) -> float:
 # ---- figures -------------------------------------------------------------------------------------------
 
 
-def figures(name: str, found: Found, tokens: float) -> dict[str, Any]:
+def figures(name: str, found: SearchResult, tokens: float) -> dict[str, Any]:
     """All that the page says, in JSON's types."""
     best = found.plan
     return {
         "name": name,
         "hardware": asdict(best.hardware),
-        "training": {key: value for key, value in asdict(best.training).items() if key not in UNSAID},
+        "training": {key: value for key, value in asdict(best.training).items() if key not in OMITTED}
+        | {"optimizer": best.training.optimizer.name},
         **_of(best, tokens),
         "micro_batches": best.micro_batches,
         "memory": {
@@ -212,7 +225,7 @@ def figures(name: str, found: Found, tokens: float) -> dict[str, Any]:
     }
 
 
-def check_split(said: dict[str, Any], found: Found) -> None:
+def check_split(said: dict[str, Any], found: SearchResult) -> None:
     """Have torch split the model over ranks that are not there, and add what rank 0 then has to the figures.
 
     Raises Failure when that is not what the plan says.
@@ -241,7 +254,7 @@ def _of(one: Plan, tokens: float) -> dict[str, Any]:
         "step_s": one.times.step,
         "mfu": one.mfu,
         "tokens_per_second": one.tokens_per_second,
-        "tokens_per_day": one.tokens_per_second * 86400,
+        "tokens_per_day": one.tokens_per_second * DAY_S,
         "tokens": tokens,
         "days": one.days(tokens),
     }
@@ -265,7 +278,7 @@ def assumptions(best: Plan) -> dict[str, Any]:
 
 def measured() -> dict[str, Any]:
     """How far off plans were, where they were held against a training (benchmarks/plan.py)."""
-    return json.loads(resources.files("gristmill.parallel").joinpath("measured.json").read_text(encoding="utf-8"))
+    return json.loads(resources.files("gristmill.plan").joinpath("measured.json").read_text(encoding="utf-8"))
 
 
 # ---- text ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from gristmill.cpus import usable_cpus
 from gristmill.errors import InputError
 from gristmill.kernels import native
 from gristmill.parallel.config import Layout
-from gristmill.parallel.hardware import GPUS
+from gristmill.plan.hardware import GPUS
 from gristmill.train.config import TrainConfig
 
 

@@ -34,12 +34,17 @@ class Plan:
     by_torch: bool
 
 
-def torch_multiplies(x: Tensor, widths: tuple[int, ...]) -> bool:
-    """Whether torch's grouped GEMM has a kernel here. Elsewhere it copies the offsets to the host and loops there.
+def grouped_mm_supports(dtype: str, widths: tuple[int, ...]) -> bool:
+    """Whether torch's grouped GEMM has a kernel for a dtype and row widths: bf16, in multiples of 16 bytes."""
+    return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)
 
-    It has one for bf16 on compute capabilities 9 and 10, where a row is a multiple of 16 bytes.
+
+def torch_multiplies(x: Tensor, widths: tuple[int, ...]) -> bool:
+    """Whether torch's grouped GEMM has a kernel for x on its device: compute capabilities 9 and 10.
+
+    Without one, it copies the offsets to the host and loops there.
     """
-    if x.dtype != torch.bfloat16 or any(width % 8 for width in widths):
+    if not grouped_mm_supports(str(x.dtype).removeprefix("torch."), widths):
         return False
     return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 

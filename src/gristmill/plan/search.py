@@ -1,8 +1,7 @@
-"""What a training will need before one pays for it: `gristmill plan`. Pure arithmetic, and a search over it.
+"""Plans a training before it runs: `plan` evaluates one choice of settings, `search` finds the fastest that fits.
 
-`plan` says it of one way to train; `search` looks through the ways that a number of GPUs allows and takes the fastest
-that fits. Memory is `footprint.py`'s, time is `traffic.py`'s. None of it was held against a GPU; what it was held
-against stands in `measured.json`.
+Memory comes from footprint.py and time from traffic.py; nothing here computes with tensors. No plan has been compared
+with a GPU yet; measured.json lists the comparisons with CPU trainings.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,21 +12,21 @@ from math import isqrt
 from gristmill.errors import InputError
 from gristmill.model.counts import train_flops_per_token
 from gristmill.parallel.config import Layout, ParallelConfig, Recompute, lay_out, misfit
-from gristmill.parallel.footprint import RECOMPUTE, Footprint, Moment, Training, Way, highest, param_bytes
-from gristmill.parallel.hardware import Hardware
-from gristmill.parallel.traffic import Clock, Times, Traffic
+from gristmill.plan.footprint import RECOMPUTE, Footprint, Moment, Training, Way, highest, param_bytes
+from gristmill.plan.hardware import Hardware
+from gristmill.plan.traffic import Clock, Times, Traffic
 
-# Of a GPU's memory: CUDA's context, NCCL's buffers, what the caching allocator cannot hand out again. An assumption.
+# Assumed share of a GPU's memory for CUDA's context, NCCL's buffers and fragments in the caching allocator.
 RESERVE = 0.08
-FREE = 0.1  # of all memory, which a plan leaves unused: a batch may be less even than the plan assumes
-# On a CPU: code and work areas that a training's first step brings in beyond the imports, and what glibc keeps of freed
-# blocks that no later block fits into. Both were measured (benchmarks/plan.py). The latter was 10 to 35% of what is
-# allocated, 78% for the smallest.
+FREE = 0.1  # share of all memory that a plan leaves unused, because a batch may be less balanced than assumed
+# On a CPU: bytes of code and work areas that the first step loads after the imports, and the share of freed blocks that
+# glibc keeps although no later block fits into them. Both were measured (benchmarks/plan.py). The share was 10 to 35%
+# of the allocated bytes, 78% for the smallest model.
 LIBRARIES = 60_000_000
 KEPT_FREED = 0.2
-MIN_BATCH_TOKENS = 2**22
-MIN_GPU_TOKENS = 4096  # of a batch that nobody gave
-MAX_GPUS = 100_000  # torch splits the model over that many in half a minute
+MIN_BATCH_TOKENS = 2**22  # of a default batch
+MIN_GPU_TOKENS = 4096  # of a default batch, per GPU
+MAX_GPUS = 100_000  # torch splits a model over this many in half a minute
 MAX_BATCH_TOKENS = 10**12
 RUNNERS_UP = 4
 MORE_GPUS = (2, 4, 8, 16, 32, 64)
@@ -36,8 +35,12 @@ DAY_S = 86400.0
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One way to train and what it needs. `reserve`: bytes that are not ours to use. Sizes are of one GPU, the one with
-    the most; `param_bytes` are the masters that rank 0 stores."""
+    """The settings of a training and their cost, for the GPU that needs the most.
+
+    Args:
+        reserve: bytes that libraries and the allocator occupy.
+        param_bytes: bytes of the fp32 masters that rank 0 stores.
+    """
 
     training: Training
     hardware: Hardware
@@ -60,7 +63,7 @@ class Plan:
 
     @property
     def expert_load(self) -> float:
-        """Rows of the busiest rank's experts over the mean."""
+        """Return the rows of the busiest rank's experts over the mean."""
         return self.clock.of.load
 
     @cached_property
@@ -85,27 +88,33 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """What a token takes, without what is computed again, over what the GPUs could have done."""
+        """Return the model FLOPs utilization; recomputed operations do not count."""
         flops = train_flops_per_token(self.training.model, self.training.seq_len)
         return self.tokens_per_second * flops / (self.hardware.flops * self.way.layout.world_size)
 
     def days(self, tokens: float) -> float:
-        """A lower bound: no faults, no checkpoints, and FSDP's traffic hidden as far as it can be."""
+        """Return a lower bound: no failures, no checkpoints, and FSDP's traffic hidden as far as possible."""
         return tokens / (self.tokens_per_second * DAY_S)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """`keys`: what to set, as in a recipe. `plan`: what then comes."""
+    """Recipe keys to set, and the plan that results."""
 
     keys: dict[str, int | str]
     plan: Plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
-    """`plan`: the fastest that fits, or, where nothing does, the one that lacks the least. `others`: runners-up, on
-    other meshes. `changes`: what to change so that it fits. `tried`: how many ways."""
+class SearchResult:
+    """The result of a search.
+
+    Args:
+        plan: the fastest plan that fits or, if none fits, the one that lacks the least memory.
+        others: runners-up on other meshes.
+        changes: changes that would make it fit.
+        tried: number of plans evaluated.
+    """
 
     plan: Plan
     others: Sequence[Plan]
@@ -114,7 +123,7 @@ class Found:
 
 
 def plan(training: Training, hardware: Hardware, way: Way) -> Plan:
-    """Raises InputError where the training cannot be laid out so."""
+    """Evaluate one choice of settings. Raises InputError if the training does not fit the layout."""
     check(training, way.layout, way.micro_batch)
     moment = highest(training, way)
     if hardware.on_gpu:
@@ -126,13 +135,13 @@ def plan(training: Training, hardware: Hardware, way: Way) -> Plan:
 
 
 def check(training: Training, layout: Layout, micro_batch: int = 1) -> None:
-    """Raises InputError that says what was given, the rule and the fix."""
+    """Raise InputError if the training does not fit the layout."""
     if problem := problem_of(training, layout, micro_batch):
         raise InputError(problem)
 
 
 def problem_of(training: Training, layout: Layout, micro_batch: int = 1) -> str | None:
-    """The rules of apply.py and of the loop."""
+    """Return the rule of parallel/apply.py or of the training loop that a layout breaks; None if it breaks none."""
     cfg, context = training.model, layout.context
     if problem := misfit(cfg, layout):
         return problem
@@ -156,8 +165,10 @@ def problem_of(training: Training, layout: Layout, micro_batch: int = 1) -> str 
 
 
 def default_batch_tokens(gpus: int, seq_len: int) -> int:
-    """For a shape that no recipe trains yet: 4,194,304 tokens or 4,096 a GPU, whichever is more, in sequences that the
-    GPUs, or equal groups of them, can share."""
+    """Return the batch for a shape without a recipe: 4,194,304 tokens or 4,096 per GPU, whichever is more.
+
+    The GPUs, or equal groups of them, can divide its sequences.
+    """
     sequences = max(MIN_BATCH_TOKENS, gpus * MIN_GPU_TOKENS) // seq_len
     if sequences >= gpus:
         return -(-sequences // gpus) * gpus * seq_len
@@ -171,8 +182,11 @@ def search(
     mesh: ParallelConfig | None = None,
     micro_batch: int | None = None,
     recompute: Recompute | None = None,
-) -> Found:
-    """The fastest way that fits on so many GPUs; what is given is kept. Raises InputError where no way is possible."""
+) -> SearchResult:
+    """Find the fastest plan that fits on `gpus` GPUs. Settings that are given stay fixed.
+
+    Raises InputError if no mesh is possible.
+    """
     least = 1 if micro_batch is None else micro_batch
     if mesh is not None:
         given = _lay_out(mesh, gpus)
@@ -189,11 +203,10 @@ def search(
         for one in fitting:
             others.setdefault(one.way.layout, one)
         best, *rest = others.values()
-        return Found(plan=best, others=rest[:RUNNERS_UP], changes=(), tried=len(tried))
-    # As asked, where all of it was; else what lacks the least.
+        return SearchResult(plan=best, others=rest[:RUNNERS_UP], changes=(), tried=len(tried))
     nearest = min(tried, key=lambda one: one.needed_bytes)
     free = mesh is None and micro_batch is None and recompute is None
-    return Found(plan=nearest, others=(), changes=list(_changes(nearest, free)), tried=len(tried))
+    return SearchResult(plan=nearest, others=(), changes=list(_changes(nearest, free)), tried=len(tried))
 
 
 def _lay_out(mesh: ParallelConfig, gpus: int) -> Layout:
@@ -213,7 +226,7 @@ def _layouts(training: Training, gpus: int) -> Iterator[Layout]:
 
 
 def _why_none(training: Training, gpus: int, micro_batch: int) -> str:
-    """What stops the meshes that one would try first."""
+    """Return the first rules that rule out meshes."""
     reasons = dict.fromkeys(problem_of(training, layout, micro_batch) for layout in _layouts(training, gpus))
     return "; or ".join([reason for reason in reasons if reason][:2])
 
@@ -225,12 +238,12 @@ def _ways(
     micro_batch: int | None = None,
     recompute: Recompute | None = None,
 ) -> Iterator[Plan]:
-    """Each layout with each kind of recomputing, with the largest micro-batch that fits, or else the smallest."""
+    """Yield a plan per layout and kind of recomputation, with the largest micro-batch that fits, else the smallest."""
     for layout in layouts:
         sizes = divisors(training.sequences // layout.data) if micro_batch is None else [micro_batch]
         for what in RECOMPUTE if recompute is None else [recompute]:
             best: Plan | None = None
-            for size in sizes:  # memory grows with it
+            for size in sizes:  # ascending, as the memory that they need
                 way = Way(layout=layout, micro_batch=size, recompute=what, on_gpu=hardware.on_gpu)
                 one = plan(training, hardware, way)
                 if best is None or one.fits:
@@ -242,7 +255,7 @@ def _ways(
 
 
 def _fastest(training: Training, hardware: Hardware, gpus: int) -> Plan | None:
-    """Of those that fit."""
+    """Return the fastest plan that fits; None if none does."""
     layouts = [layout for layout in _layouts(training, gpus) if problem_of(training, layout) is None]
     fitting = (one for one in _ways(training, hardware, layouts) if one.fits)
     return min(fitting, key=lambda one: one.times.step, default=None)
@@ -252,19 +265,22 @@ def _fastest(training: Training, hardware: Hardware, gpus: int) -> Plan | None:
 
 
 def _changes(one: Plan, free: bool) -> Iterator[Change]:
-    """First each key alone; else all of them; else more GPUs, and shorter sequences. free: the keys were searched."""
+    """Yield changes that make a plan fit: one key; else several; else more GPUs and shorter sequences.
+
+    free: the search was free to choose all keys, so that changing them cannot help.
+    """
     training, hardware, gpus = one.training, one.hardware, one.way.layout.world_size
     if not free:
-        alone = [
+        single = [
             then
             for way in _neighbours(one)
             if problem_of(training, way.layout, way.micro_batch) is None
             and (then := plan(training, hardware, way)).fits
         ]
         together = _fastest(training, hardware, gpus)
-        for then in alone or ([together] if together else []):
+        for then in single or ([together] if together else []):
             yield Change(keys=_keys(one.way, then.way), plan=then)
-        if alone or together:
+        if single or together:
             return
     for times in (times for times in MORE_GPUS if gpus * times <= MAX_GPUS):
         more = replace(training, batch_tokens=_batch_for(training, gpus * times))
@@ -282,13 +298,13 @@ def _changes(one: Plan, free: bool) -> Iterator[Change]:
 
 
 def _batch_for(training: Training, gpus: int) -> int:
-    """The same batch where so many GPUs can share it, else the default one."""
+    """Return the training's batch if `gpus` GPUs can divide it, else the default batch."""
     shared = any(problem_of(training, layout) is None for layout in _layouts(training, gpus))
     return training.batch_tokens if shared else default_batch_tokens(gpus, training.seq_len)
 
 
 def _neighbours(one: Plan) -> Iterator[Way]:
-    """Ways that differ in one key, the cheapest change first."""
+    """Yield settings that differ in one key, the cheapest change first."""
     way, layout, cfg = one.way, one.way.layout, one.training.model
     for size in reversed(divisors(way.micro_batch)[:-1]):
         yield replace(way, micro_batch=size)
@@ -303,7 +319,7 @@ def _neighbours(one: Plan) -> Iterator[Way]:
 
 
 def _keys(old: Way, new: Way) -> dict[str, int | str]:
-    """What a recipe sets to come from one to the other."""
+    """Return the recipe keys that differ, with their new values."""
     pairs: dict[str, tuple[int | str, int | str]] = {
         "train.parallel.shard": (old.layout.shard, new.layout.shard),
         "train.parallel.context": (old.layout.context, new.layout.context),
@@ -316,6 +332,6 @@ def _keys(old: Way, new: Way) -> dict[str, int | str]:
 
 @lru_cache(maxsize=4096)
 def divisors(number: int) -> list[int]:
-    """Ascending."""
+    """Return the divisors in ascending order."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
     return small + [number // n for n in reversed(small) if n * n != number]

@@ -17,7 +17,7 @@ from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.model.counts import count_params, train_flops_per_token
 from gristmill.parallel.apply import apply_recompute
 from gristmill.parallel.config import Layout, ParallelConfig
-from gristmill.parallel.footprint import (
+from gristmill.plan.footprint import (
     RECOMPUTE,
     Footprint,
     Recompute,
@@ -28,15 +28,16 @@ from gristmill.parallel.footprint import (
     param_bytes,
     weights,
 )
-from gristmill.parallel.hardware import GPUS, cpu
-from gristmill.parallel.plan import LIBRARIES, Plan, default_batch_tokens, divisors, plan, problem_of, search
-from gristmill.parallel.traffic import LINK_SHARE, NETWORK_HOP_S, NODE_HOP_S, Clock, Group
+from gristmill.plan.hardware import GPUS, cpu
+from gristmill.plan.search import LIBRARIES, Plan, default_batch_tokens, divisors, plan, problem_of, search
+from gristmill.plan.traffic import LINK_SHARE, NETWORK_HOP_S, NODE_HOP_S, Clock, Group
 from gristmill.recipe import load_shape
 from gristmill.report.plan import (
     check_split,
     figures,
     loads_of_run,
     measured,
+    optimizer_cost,
     parse_mesh,
     parse_tokens,
     plan_text,
@@ -46,6 +47,7 @@ from gristmill.report.plan import (
 from gristmill.report.shape import short
 
 H100 = GPUS["h100"]
+ADAMW, MUON = optimizer_cost("adamw"), optimizer_cost("muon")
 TINY = ModelConfig(
     d_model=64, n_layers=2, n_heads=4, kv_n_heads=2, ffn_hidden_size=32, vocab_size=512, max_seq_len=256,
     moe_num_experts=4, moe_top_k=2,
@@ -80,7 +82,7 @@ def trainings(draw: st.DrawFn) -> tuple[Training, Layout, int]:
     micro_batch = draw(st.sampled_from([1, 2]))
     training = Training(
         model=cfg, seq_len=128, batch_tokens=128 * 2 * micro_batch * layout.data,
-        optimizer=draw(st.sampled_from(["adamw", "muon"])), dtype=draw(st.sampled_from(["bfloat16", "float32"])),
+        optimizer=draw(st.sampled_from([ADAMW, MUON])), dtype=draw(st.sampled_from(["bfloat16", "float32"])),
     )  # fmt: skip
     if layout.split % layout.expert or problem_of(training, layout, micro_batch):
         layout, training = ALONE, replace(training, batch_tokens=128 * 2 * micro_batch)
@@ -187,7 +189,7 @@ def test_what_a_block_keeps_is_what_autograd_saves(dtype: str, changes: dict[str
     """The difference of two depths is a block's. Padding depends on the routing: hence some tolerance."""
     cfg = replace(TINY, n_layers=1, **changes)  # type: ignore[arg-type]
     seen = [saved_bytes(replace(cfg, n_layers=layers), getattr(torch, dtype), 8, 256, "none") for layers in (1, 3)]
-    training = Training(model=cfg, seq_len=256, batch_tokens=8 * 256, dtype=dtype)  # type: ignore[arg-type]
+    training = Training(optimizer=ADAMW, model=cfg, seq_len=256, batch_tokens=8 * 256, dtype=dtype)  # type: ignore[arg-type]
     said = Footprint(training, Way(layout=ALONE, micro_batch=8, on_gpu=False)).kept_by_block()
     assert said == pytest.approx((seen[1] - seen[0]) / 2, rel=0.03)
 
@@ -195,7 +197,7 @@ def test_what_a_block_keeps_is_what_autograd_saves(dtype: str, changes: dict[str
 def test_a_blocks_bytes_by_hand() -> None:
     """16 tokens, width 64, 4 + 2 x 2 heads of 16, 4 experts choose 2 of width 32; fp32, one rank."""
     of = Footprint(
-        Training(model=TINY, seq_len=16, batch_tokens=16, dtype="float32"),
+        Training(optimizer=ADAMW, model=TINY, seq_len=16, batch_tokens=16, dtype="float32"),
         Way(layout=ALONE, micro_batch=1, on_gpu=False),
     )
     assert of.block_input() == 16 * 64 * 4
@@ -210,8 +212,8 @@ def test_a_blocks_bytes_by_hand() -> None:
 
 def test_a_ring_by_hand() -> None:
     """16 GPUs fill two nodes of 8: each sends 15 parts of 16 over the cards of 8; of 15 hops one is between nodes."""
-    clock = Clock(Footprint(Training(model=TINY, seq_len=16, batch_tokens=256), Way(layout=Layout(1, 16, 1, 1),
-                                                                                    micro_batch=1)), H100)  # fmt: skip
+    training = Training(optimizer=ADAMW, model=TINY, seq_len=16, batch_tokens=256)
+    clock = Clock(Footprint(training, Way(layout=Layout(1, 16, 1, 1), micro_batch=1)), H100)
     sent, time = clock._ring(16e9, Group(16))
     assert sent == 15e9
     assert time == pytest.approx(15e9 / (8 * 50e9 * LINK_SHARE) + NETWORK_HOP_S + 14 * NODE_HOP_S)
@@ -249,7 +251,7 @@ def followed(one: Plan, keys: dict[str, int | str]) -> Plan:
 def test_advice_that_is_followed_makes_it_fit(
     gpus: int, mesh: ParallelConfig | None, recompute: Recompute | None
 ) -> None:
-    training = Training(model=DBRX, seq_len=8192, batch_tokens=default_batch_tokens(gpus, 8192))
+    training = Training(optimizer=ADAMW, model=DBRX, seq_len=8192, batch_tokens=default_batch_tokens(gpus, 8192))
     found = search(training, H100, gpus, mesh, recompute=recompute)
     assert not found.plan.fits
     assert found.changes
@@ -260,7 +262,7 @@ def test_advice_that_is_followed_makes_it_fit(
 
 
 def test_a_search_takes_the_fastest_that_fits() -> None:
-    training = Training(model=load_shape("dbrx-9b").model, seq_len=4096, batch_tokens=2**20)
+    training = Training(optimizer=ADAMW, model=load_shape("dbrx-9b").model, seq_len=4096, batch_tokens=2**20)
     found = search(training, H100, 16)
     assert found.plan.fits
     steps = [one.times.step for one in (found.plan, *found.others)]
@@ -330,7 +332,7 @@ def test_no_option_of_a_plan_takes_0_for_nothing_given() -> None:
 
 def test_a_rank_with_few_experts_is_planned_for_twice_the_mean_and_one_with_more_for_less() -> None:
     """Of 16 experts one gets 3.6 times the mean, as one did in a training here, and 15 share the other 12.4."""
-    training = Training(model=DBRX, seq_len=4096, batch_tokens=2**22)
+    training = Training(optimizer=ADAMW, model=DBRX, seq_len=4096, batch_tokens=2**22)
     loads = [expert_load(training, Layout(1, 16, 1, ranks)) for ranks in (1, 2, 4, 8, 16)]
     others = 12.4 / 15
     assert loads == pytest.approx([1.0, (3.6 + 7 * others) / 8, (3.6 + 3 * others) / 4, 2.0, 2.0])
@@ -345,11 +347,9 @@ def test_a_rank_with_few_experts_is_planned_for_twice_the_mean_and_one_with_more
 @settings(max_examples=20)
 @given(st.floats(1, 16), st.floats(1, 16), st.sampled_from([2, 4, 8, 16]))
 def test_a_higher_expert_load_never_needs_less_memory_or_time(one: float, other: float, ranks: int) -> None:
+    training = Training(optimizer=ADAMW, model=DBRX, seq_len=4096, batch_tokens=2**22)
     way = Way(layout=Layout(1, 64, 1, ranks), micro_batch=1, recompute="selective")
-    low, high = (
-        plan(Training(model=DBRX, seq_len=4096, batch_tokens=2**22, expert_loads={ranks: load}), H100, way)
-        for load in sorted((one, other))
-    )
+    low, high = (plan(replace(training, expert_loads={ranks: load}), H100, way) for load in sorted((one, other)))
     assert low.needed_bytes <= high.needed_bytes
     assert low.times.step <= high.times.step
 
@@ -390,7 +390,7 @@ def test_a_recipe_brings_its_own_settings() -> None:
     found = planned(shape.model, shape.train, 1, "h100")
     assert found.plan.training.seq_len == 512
     assert found.plan.training.batch_tokens == 8192
-    assert found.plan.training.optimizer == "muon"
+    assert found.plan.training.optimizer.name == "muon"
     found = planned(shape.model, shape.train, 4, "h100", mesh="shard=2", micro_batch=2, recompute="full")
     assert found.plan.way == Way(layout=Layout(2, 2, 1, 1), micro_batch=2, recompute="full")
 
@@ -416,8 +416,8 @@ def test_the_errors_that_a_plan_prints_are_those_of_todays_plan() -> None:
             ffn_hidden_size=row["ffn_hidden_size"], vocab_size=row["vocab_size"], max_seq_len=row["seq_len"],
         )  # fmt: skip
         tokens = row["seq_len"] * row["micro_batch"] * row["micro_batches"] * row["ranks"]
-        training = Training(model=cfg, seq_len=row["seq_len"], batch_tokens=tokens, optimizer=row["optimizer"],
-                            dtype=row["dtype"])  # fmt: skip
+        training = Training(model=cfg, seq_len=row["seq_len"], batch_tokens=tokens,
+                            optimizer=optimizer_cost(row["optimizer"]), dtype=row["dtype"])  # fmt: skip
         way = Way(layout=Layout(1, row["ranks"], 1, 1), micro_batch=row["micro_batch"], recompute=row["recompute"],
                   on_gpu=False)  # fmt: skip
         said = plan(training, cpu(row["gemm_flops"], 10**12, row["copy_bytes_per_s"]), way)
@@ -439,7 +439,7 @@ def test_sizes_are_read() -> None:
 
 
 def test_figures_are_json(capsys: pytest.CaptureFixture[str]) -> None:
-    training = Training(model=TINY, seq_len=128, batch_tokens=1024)
+    training = Training(optimizer=ADAMW, model=TINY, seq_len=128, batch_tokens=1024)
     said = figures("tiny", search(training, H100, 1), 1e9)
     assert json.loads(json.dumps(said)) == said
 

@@ -1,7 +1,7 @@
-"""What there is to train on: rates and sizes of one GPU and of what connects it, as their makers publish them.
+"""Rates and sizes of one GPU and its links, as published by their makers.
 
-Bandwidths are of one direction: data sheets print NVLink's two together. A GPU's share of its node's network cards is
-`network`.
+Bandwidths are for one direction, whereas data sheets print NVLink's two directions together. `network` is a GPU's share
+of its node's network cards.
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """`flops`: dense bf16 operations a second. `memory_bytes` and `memory_bandwidth`: of its own memory (HBM).
+    """A GPU or CPU.
 
-    `nvlink`, `network`: bytes a second, one way, to the GPUs of its node and beyond it. `dense`, `grouped`,
-    `attention`: shares of `flops` that plain products, those of the experts and those of attention reach: assumptions.
-    `source`: where each number comes from.
+    Args:
+        flops: dense bf16 operations per second.
+        memory_bytes, memory_bandwidth: of its own memory (HBM).
+        nvlink, network: bytes per second in one direction, to the GPUs of its node and to those of other nodes.
+        dense, grouped, attention: assumed shares of `flops` that plain products, the experts' products and
+            attention's products reach.
+        source: the origin of each number.
     """
 
     name: str
@@ -85,8 +89,8 @@ GPUS = {
 
 
 def cpu(flops: float, memory_bytes: int, memory_bandwidth: float = 20e9) -> Hardware:
-    """A process on a CPU, with the rate that was measured or is given. Between processes: gloo, through memory or a
-    10 Gb/s network."""
+    """Return the hardware of a process on a CPU with the given rates. Processes are assumed to communicate through
+    gloo, over memory or a 10 Gb/s network."""
     return Hardware(
         name="cpu",
         flops=flops,

@@ -1,43 +1,43 @@
-"""What ranks send one another in a step, and how long a step takes, by a stated roofline.
+"""Computes the bytes that ranks send each other in a step, and the time of a step, with a roofline model.
 
     step = micro-batches x (max(forward, gather) + max(backward, gather + scatter) + loss + exchange + context)
            + the first gather and the last scatter + repeat + optimizer
 
-forward, backward, loss: each product's operations over its share of the peak, and what element-wise work moves over
-the memory's bandwidth. gather, scatter: FSDP's, which run beside the products of the block before. Not hidden: the
-all-to-all of tokens (exchange), context's keys and values, and the all-reduce over repeats of the shards (repeat).
+forward, backward, loss: the operations of each matrix product over its share of the peak, plus the bytes of
+element-wise work over the memory's bandwidth. gather, scatter: FSDP's, which overlap with the products of the previous
+block. Not overlapped: the all-to-all of tokens (exchange), the keys and values of context parallelism, and the
+all-reduce over replicas (repeat).
 
-A collective of n ranks takes bytes x (n - 1) / n over a bandwidth, and a latency for each hop of its ring. Inside a
-node the bandwidth is NVLink's; beyond it the sum of the network cards of those members that one node holds, since each
-card carries its own part of a ring. All shares and latencies are assumptions, to be replaced by measurements.
+A collective of n ranks takes bytes x (n - 1) / n over a bandwidth, plus a latency per hop of its ring. Inside a node
+the bandwidth is NVLink's. Between nodes it is the sum of the network cards of the group's members in one node, because
+each card carries its own part of a ring. All shares and latencies are assumptions, to be replaced by measurements.
 """
 
 from dataclasses import dataclass
 
 from gristmill.model.counts import Part, count_parts
-from gristmill.parallel.footprint import FP32, Footprint
-from gristmill.parallel.hardware import Hardware
+from gristmill.plan.footprint import FP32, Footprint
+from gristmill.plan.hardware import Hardware
 
-LINK_SHARE = 0.8  # of a link's published bandwidth
-MEMORY_SHARE = 0.8  # of the memory's
-NETWORK_HOP_S = 10e-6  # of a ring between nodes
-NODE_HOP_S = 2e-6  # of a ring inside a node
-SCORES_BACKWARD = 2.5  # products of attention's backward pass for each of its forward pass: five, where that has two
-# Bytes moved for each gathered weight: to lay it out and to cast it; backward again, and its gradient's way to fp32.
+LINK_SHARE = 0.8  # share of a link's published bandwidth
+MEMORY_SHARE = 0.8  # share of the memory's published bandwidth
+NETWORK_HOP_S = 10e-6  # latency of a hop between nodes
+NODE_HOP_S = 2e-6  # latency of a hop inside a node
+SCORES_BACKWARD = 2.5  # attention's products in the backward pass per product in the forward pass: five for two
+# Bytes moved per gathered weight: to reorder and to cast it; the backward pass also casts its gradient to fp32.
 WEIGHT_FORWARD, WEIGHT_BACKWARD = 8, 24
-OPTIMIZER_BYTES = 40  # a parameter's share: weight, gradient and moments read and written, the norm and the clipping
-MUON_STEPS = 5  # train/muon.py
+OPTIMIZER_BYTES = 40  # moved per parameter: weight, gradient and moments read and written, the norm and the clipping
 
 
 @dataclass(frozen=True)
 class Group:
-    """`size` ranks, `stride` apart."""
+    """`size` ranks whose numbers are `stride` apart."""
 
     size: int
     stride: int = 1
 
     def per_node(self, hardware: Hardware) -> int:
-        """Members that lie in one node."""
+        """Return the number of members in one node."""
         return max(1, min(self.size, hardware.per_node // self.stride))
 
     def inside(self, hardware: Hardware) -> bool:
@@ -46,7 +46,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Of one GPU in one step. `bytes_sent` as many as arrive. `hidden`: runs beside the products."""
+    """Traffic of one GPU in one step. It receives `bytes_sent` too. `hidden`: overlaps with matrix products."""
 
     name: str
     ranks: int
@@ -58,7 +58,7 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Seconds of a step's parts, of the busiest rank. Those of `hidden` traffic count beyond what hides them."""
+    """Seconds of a step's parts on the busiest rank. Hidden traffic counts only as far as nothing hides it."""
 
     forward: float
     backward: float
@@ -95,7 +95,7 @@ class Clock:
         return link * LINK_SHARE
 
     def _ring(self, whole: float, group: Group) -> tuple[float, float]:
-        """(bytes that each sends, seconds) of one all-gather or reduce-scatter of `whole` bytes."""
+        """Return (bytes that each rank sends, seconds) of one all-gather or reduce-scatter of `whole` bytes."""
         if group.size == 1:
             return 0.0, 0.0
         sent = whole * (group.size - 1) / group.size
@@ -104,7 +104,10 @@ class Clock:
         return sent, sent / self._bandwidth(group) + latency
 
     def _all_to_all(self, given: float, group: Group) -> tuple[float, float]:
-        """The same, where each rank has `given` bytes, an equal part for each. Both links are used at once."""
+        """Return (bytes sent, seconds) of an all-to-all in which each rank has `given` bytes, an equal part per rank.
+
+        NVLink and the network work at the same time.
+        """
         hw, size = self.hardware, group.size
         if size == 1:
             return 0.0, 0.0
@@ -120,7 +123,10 @@ class Clock:
     # ---- one micro-batch --------------------------------------------------------------------------------
 
     def gathers(self) -> list[tuple[str, Group, float, float]]:
-        """(name, ranks, bytes, seconds) of FSDP in one micro-batch; weights are gathered for each pass."""
+        """Return (name, group, bytes, seconds) of FSDP's collectives in one micro-batch.
+
+        Weights are gathered once for the forward pass and once for the backward pass.
+        """
         of = self.of
         L, found = of.cfg.n_layers, []
         for name, group, numel in (("weights", self.split, of.dense), ("experts", self.expert_split, of.stacks)):
@@ -128,7 +134,7 @@ class Clock:
             scatter, scatter_s = self._ring(FP32 * numel, group)
             found.append((f"all-gather of {name}", group, 2 * L * gather, 2 * L * gather_s))
             found.append((f"reduce-scatter of {name}", group, L * scatter, L * scatter_s))
-        # The embedding in fp32, forward and, where it was let go, backward.
+        # The embedding in fp32, in the forward pass and, if it was released, again in the backward pass.
         times = 1 if of.cfg.tie_word_embeddings else 2
         gather, gather_s = self._ring(of.gathered * of.root + times * FP32 * of.vocabulary, self.split)
         scatter, scatter_s = self._ring(FP32 * (of.root + of.vocabulary), self.split)
@@ -137,7 +143,7 @@ class Clock:
         return found
 
     def exchange(self) -> tuple[float, float]:
-        """Rows to their experts and back, forward, backward, and forward again where that is computed again."""
+        """Return (bytes, seconds) of sending rows to their experts and back, in all passes of a micro-batch."""
         of = self.of
         passes = 4 if of.way.recompute == "none" else 6
         rows = of.tokens * of.cfg.moe_top_k * of.load * of.cfg.d_model * of.a
@@ -146,7 +152,7 @@ class Clock:
         return times * sent, times * seconds
 
     def context_gather(self) -> tuple[float, float]:
-        """Keys and values of all positions, and their gradients back."""
+        """Return (bytes, seconds) of gathering keys and values of all positions and returning their gradients."""
         of = self.of
         whole = of.tokens * of.way.layout.context * 2 * of.cfg.kv_n_heads * of.cfg.head_dim * of.a
         sent, seconds = self._ring(whole, self.context)
@@ -154,13 +160,13 @@ class Clock:
         return times * sent, times * seconds
 
     def _products(self, part: Part) -> float:
-        """Seconds of a part's forward products, all layers."""
+        """Return the seconds of a part's forward products in all layers."""
         hw, load = self.hardware, self.of.load if part.name == "experts" else 1.0
         share = {"experts": hw.grouped, "attention scores": hw.attention}.get(part.name, hw.dense)
         return part.forward_flops * self.of.tokens * load / (hw.flops * share)
 
     def _moved(self, names: str) -> float:
-        """Seconds that all blocks' forward passes take beside products: what is read and written."""
+        """Return the seconds of the element-wise work in all blocks' forward passes, from the bytes that it moves."""
         of, cfg = self.of, self.of.cfg
         D, K, F, a = cfg.d_model, cfg.moe_top_k, cfg.ffn_hidden_size, of.a
         heads = (cfg.n_heads + 2 * cfg.kv_n_heads) * cfg.head_dim
@@ -170,7 +176,7 @@ class Clock:
         return cfg.n_layers * of.tokens * each / (self.hardware.memory_bandwidth * MEMORY_SHARE)
 
     def passes(self) -> tuple[float, float, float]:
-        """Seconds of (all blocks forward, all blocks backward, the loss) of one micro-batch."""
+        """Return the seconds of (all blocks forward, all blocks backward, the loss) of one micro-batch."""
         of, hw = self.of, self.hardware
         parts = {part.name: self._products(part) for part in count_parts(of.cfg, of.training.seq_len)}
         output = parts.pop("output")
@@ -182,7 +188,7 @@ class Clock:
                 backward += sum(parts.get(name, 0.0) for name in ("experts", "router", "dense")) + self._moved("ffn")
             case "full":
                 backward += forward + self._moved("all")
-        # The loss: each chunk's part of the weight's gradient is added to the rest; logits are passed over four times.
+        # Each chunk of the loss adds its part to the weight's gradient, and reads or writes its logits four times.
         added = of.vocabulary * (2 * of.a + 2 * FP32) * -(-of.tokens // of.chunk)
         logits = of.tokens * (of.cfg.vocab_size or 0) * 4 * of.a
         loss = 3 * output + (added + logits) / (hw.memory_bandwidth * MEMORY_SHARE)
@@ -214,16 +220,17 @@ class Clock:
         )
 
     def repeat(self) -> tuple[float, float]:
-        """The gradients of the repeats meet once a step: an all-reduce is a reduce-scatter and an all-gather."""
+        """Return (bytes, seconds) of the gradients' all-reduce over replicas: a reduce-scatter and an all-gather."""
         sent, seconds = self._ring(self.of.state, self.replicas)
         return 2 * sent, 2 * seconds
 
     def optimizer(self) -> float:
         of, hw = self.of, self.hardware
         seconds = of.state / FP32 * OPTIMIZER_BYTES / (hw.memory_bandwidth * MEMORY_SHARE)
-        if of.training.optimizer == "adamw":
+        iterations = of.training.optimizer.iterations
+        if iterations == 0:
             return seconds
-        flops = sum(copies * MUON_STEPS * (4 * few * few * many + 2 * few**3) for few, many, copies in of.matrices())
+        flops = sum(copies * iterations * (4 * few * few * many + 2 * few**3) for few, many, copies in of.matrices())
         return seconds + flops / (hw.flops * hw.dense) + 2 * self._all_to_all(of.alike, self.split)[1]
 
     def traffic(self) -> list[Traffic]:

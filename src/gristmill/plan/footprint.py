@@ -1,10 +1,10 @@
-"""What a rank holds in memory while it trains: by arithmetic alone, from what the code allocates.
+"""Computes the memory that a rank needs for training, from the shapes that the code allocates.
 
-Memory is followed through a step's moments (the loss, the backward pass of the last block, of the first, the
-optimizer); the highest of them is the need. Bytes are of one rank, the one with the most.
+Follows memory through the phases of a step (the loss, the backward pass of the last block, of the first block, the
+optimizer) and reports the highest. All bytes are those of one rank, the one that needs the most.
 
 Shapes, as in model/transformer.py: T tokens of a micro-batch on this rank, D model, H query heads, G key/value heads,
-C head size, L layers, E experts, K experts a token, F hidden, V vocabulary, P rows of the experts, padded.
+C head size, L layers, E experts, K experts per token, F hidden, V vocabulary, P padded rows of the experts.
 """
 
 from collections import Counter
@@ -12,19 +12,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
-from typing import Literal
+from typing import Literal, get_args
 
+from gristmill.kernels import experts as cpu_experts
+from gristmill.kernels.gpu import experts as gpu_experts
+from gristmill.kernels.loss import chunk_tokens
 from gristmill.model.config import ModelConfig
+from gristmill.model.counts import DTYPE_BYTES
 from gristmill.parallel.config import Layout, Recompute
 
-RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
-FP32 = 4
-CHUNK_LOGITS = 2**26  # kernels/loss.py
-BLOCK_ROWS = 4096  # kernels/experts.py
-MUON_NUMEL = {False: 2**20, True: 2**26}  # train/muon.py, on a CPU and on a GPU
-# Rows of the busiest rank's experts over the mean, with expert parallelism: assumptions, where no run says more.
-FEW_EXPERTS_LOAD = 2.0  # of a rank with one or two experts
-BUSIEST_EXPERT = 3.6  # of one expert, the most that a training here had (docs/LOG.md)
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+FP32 = DTYPE_BYTES["float32"]
+# Assumed rows of the busiest rank's experts over the mean, with expert parallelism. A run's own figures replace them.
+FEW_EXPERTS_LOAD = 2.0  # a rank with one or two experts
+BUSIEST_EXPERT = 3.6  # one expert: the highest load of any training here (docs/LOG.md)
 PARTS = (
     "weights",
     "gradients",
@@ -39,21 +40,46 @@ PARTS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class OptimizerCost:
+    """Memory and work of an optimizer. `train` defines the optimizers, and its caller passes their costs here.
+
+    Args:
+        name: as in `train.optimizer.name`.
+        matrix_bytes: state per parameter of a hidden matrix.
+        other_bytes: state per parameter of everything else.
+        batch_numel: device type -> numbers of the matrices that the optimizer processes together; empty if it updates
+            each parameter in place.
+        iterations: matrix iterations of an update; 0 if it updates each parameter in place.
+    """
+
+    name: str
+    matrix_bytes: int
+    other_bytes: int
+    batch_numel: Mapping[str, int]
+    iterations: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
-    """What is trained, on any number of GPUs. `dtype`: of the arithmetic; masters, gradients and moments are fp32.
-    `expert_loads`: ranks that share the experts -> rows of the busiest rank's experts over the mean; None assumes."""
+    """A training, independent of the number of GPUs.
+
+    Args:
+        dtype: dtype of the arithmetic; masters, gradients and moments are fp32.
+        expert_loads: number of ranks that share the experts -> rows of the busiest rank's experts over the mean. None:
+            use the assumptions.
+    """
 
     model: ModelConfig
     seq_len: int
     batch_tokens: int
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: OptimizerCost
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     expert_loads: Mapping[int, float] | None = None
 
     @property
     def width(self) -> int:
-        """Bytes of a number of the arithmetic."""
-        return 2 if self.dtype == "bfloat16" else 4
+        """Bytes per number of the arithmetic."""
+        return DTYPE_BYTES[self.dtype]
 
     @property
     def sequences(self) -> int:
@@ -62,7 +88,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How it is trained: where it lies, sequences at a time, and what is computed again."""
+    """The settings of a training that a plan chooses: layout, sequences per micro-batch, recomputation."""
 
     layout: Layout
     micro_batch: int
@@ -72,13 +98,13 @@ class Way:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of which the model has `copies`: one, or one a layer. `room`: what gathers it, or the experts."""
+    """A parameter that the model has once or once per layer (`copies`). `room`: the FSDP group that gathers it."""
 
     name: str
     shape: tuple[int, ...]
     copies: int
     room: Literal["embedding", "root", "block", "experts"]
-    matrix: bool = False  # that Muon takes
+    matrix: bool = False  # a hidden matrix, which Muon updates
 
     @property
     def numel(self) -> int:
@@ -87,7 +113,7 @@ class Weight:
 
 @lru_cache(maxsize=8)
 def weights(cfg: ModelConfig) -> list[Weight]:
-    """All parameters of model/transformer.py, under their names there."""
+    """Return all parameters of model/transformer.py under their names there."""
     assert cfg.vocab_size is not None
     D, L, V, F, E, C = cfg.d_model, cfg.n_layers, cfg.vocab_size, cfg.ffn_hidden_size, cfg.moe_num_experts, cfg.head_dim
     found = [Weight("wte.weight", (V, D), 1, "embedding"), Weight("norm_f.weight", (D,), 1, "root")]
@@ -110,8 +136,11 @@ def weights(cfg: ModelConfig) -> list[Weight]:
 
 
 def local_shape(weight: Weight, layout: Layout) -> tuple[int, ...]:
-    """What rank 0 stores of it. FSDP cuts the first dimension and rounds up; of the experts' stacks it cuts F, after
-    expert parallelism has cut E."""
+    """Return the shape of rank 0's shard.
+
+    FSDP splits the first dimension and rounds up. Of the experts' stacks it splits F, after expert parallelism has
+    split E.
+    """
     if weight.room == "experts":
         E, F, D = weight.shape
         return (E // layout.expert, F // layout.expert_split, D)
@@ -123,15 +152,15 @@ def local_numel(weight: Weight, layout: Layout) -> int:
 
 
 def param_bytes(cfg: ModelConfig, layout: Layout) -> int:
-    """fp32 masters that rank 0 stores, padding included."""
+    """Return the bytes of the fp32 masters that rank 0 stores, including padding."""
     return FP32 * sum(weight.copies * local_numel(weight, layout) for weight in weights(cfg))
 
 
 def expert_load(training: Training, layout: Layout) -> float:
-    """Rows of the busiest rank's experts over the mean. 1 without expert parallelism: each rank then has all experts.
+    """Return the rows of the busiest rank's experts over the mean; 1 without expert parallelism.
 
-    Where no run says more, a rank with one or two experts gets twice the mean. A rank with more has one expert that is
-    as busy as any was in a training here, and the other experts share the rest evenly.
+    Without figures of a run, a rank with one or two experts is assumed to get twice the mean. A rank with more experts
+    is assumed to have one expert that is as busy as the busiest of any training here; the others share the rest evenly.
     """
     experts, ranks = training.model.moe_num_experts, layout.expert
     if ranks == 1:
@@ -147,7 +176,7 @@ def expert_load(training: Training, layout: Layout) -> float:
 
 @dataclass(frozen=True)
 class Moment:
-    """What lies in memory at once: bytes by part."""
+    """The memory in use at one point of a step: bytes by part."""
 
     name: str
     parts: dict[str, int]
@@ -158,12 +187,12 @@ class Moment:
 
 
 def highest(training: Training, way: Way) -> Moment:
-    """The moment of a step that needs the most."""
+    """Return the point of a step that needs the most memory."""
     return max(Footprint(training, way).moments(), key=lambda moment: moment.total)
 
 
 class Footprint:
-    """The sizes that the moments are made of."""
+    """The sizes from which the moments of a step are computed."""
 
     def __init__(self, training: Training, way: Way) -> None:
         cfg, layout = training.model, way.layout
@@ -173,26 +202,28 @@ class Footprint:
         self.tokens = ceil(way.micro_batch * training.seq_len / layout.context)
         table = weights(cfg)
         local = [(weight, weight.copies * local_numel(weight, layout)) for weight in table]
-        moments = 1 if training.optimizer == "muon" else 2
+        cost = training.optimizer
         self.state = FP32 * sum(numel for _, numel in local)
-        self.moments_bytes = FP32 * sum(numel * (moments if weight.matrix else 2) for weight, numel in local)
-        # Numbers of one block, and of the root, as they are gathered: whole but for the experts of other ranks.
+        self.moments_bytes = sum(
+            numel * (cost.matrix_bytes if weight.matrix else cost.other_bytes) for weight, numel in local
+        )
+        # Parameters of one block and of the root after the gather: all of them, except the experts of other ranks.
         self.dense = sum(weight.numel for weight in table if weight.room == "block")
         self.stacks = sum(weight.numel for weight in table if weight.room == "experts") // layout.expert
         self.root = sum(weight.numel for weight in table if weight.room == "root")
         self.vocabulary = cfg.d_model * (cfg.vocab_size or 0)
-        self.chunk = min(max(CHUNK_LOGITS // (cfg.vocab_size or 1), 256), 2048, self.tokens)  # tokens, of the loss
-        # Muon's: the largest matrix, and what this rank has of all that are alike.
+        self.chunk = min(chunk_tokens(cfg.vocab_size or 1), self.tokens)  # tokens of a chunk of the loss
+        # For Muon: the largest matrix, and this rank's bytes of the largest set of matrices of one shape.
         matrices = [weight for weight in table if weight.matrix]
         self.matrix = max(weight.shape[-1] * weight.shape[-2] for weight in matrices)
         alike: Counter[tuple[int, ...]] = Counter()
         for weight in matrices:
             alike[weight.shape] += FP32 * weight.copies * local_numel(weight, layout)
         self.alike = max(alike.values())
-        # FSDP gathers in the arithmetic's dtype, and gradients come in it before they are reduced in fp32.
+        # FSDP gathers in the dtype of the arithmetic. Gradients have it too until they are reduced in fp32.
         self.gathered = self.a if self.split else FP32
-        self.casts = self.gathered > self.a  # masters are cast where they are used
-        # The embedding comes in fp32, and stays where it is the output too.
+        self.casts = self.gathered > self.a  # masters are cast when they are used
+        # The embedding is gathered in fp32, and stays gathered if it is also the output.
         self.root_bytes = self.gathered * self.root + (FP32 * self.vocabulary if cfg.tie_word_embeddings else 0)
         self.output_bytes = (FP32 if cfg.tie_word_embeddings else self.gathered) * self.vocabulary
         self.micro_batches = max(1, training.sequences // (layout.data * way.micro_batch))
@@ -200,18 +231,17 @@ class Footprint:
         self.rows, self.padded = self._rows()
 
     def _rows(self) -> tuple[int, int]:
-        """(rows that this rank's experts get, the same with padding)."""
+        """Return (rows of this rank's experts, the same with padding)."""
         cfg, layout = self.cfg, self.way.layout
         assignments = self.tokens * cfg.moe_top_k
         if cfg.ffn == "dense":
             return self.tokens, self.tokens
         rows = ceil(assignments * self.load)
         experts = cfg.moe_num_experts // layout.expert
-        if self.way.on_gpu:  # laid out for the most that padding can need; 128 is Triton's tile
-            by_torch = self.a == 2 and cfg.d_model % 8 == 0 and cfg.ffn_hidden_size % 8 == 0
-            return rows, rows + experts * (16 if by_torch or rows < 64 * experts else 128)
-        tile = 128 if rows >= 128 * experts else 16
-        return rows, rows + experts * tile // 2
+        if self.way.on_gpu:  # allocated for the most padding that any routing can need
+            by_torch = gpu_experts.grouped_mm_supports(self.training.dtype, (cfg.ffn_hidden_size, cfg.d_model))
+            return rows, rows + experts * gpu_experts.tile_rows(rows, experts, by_torch)
+        return rows, rows + experts * cpu_experts.tile_rows(rows, experts) // 2
 
     # ---- activations ------------------------------------------------------------------------------------
 
@@ -219,23 +249,23 @@ class Footprint:
         return self.tokens * self.cfg.d_model * self.a
 
     def attention_kept(self) -> int:
-        """norm_1's output, q, k and v before and after they turn, the output and its log-sum-exp, norm_2's input."""
+        """Bytes of norm_1's output, q, k, v before and after rotation, the output, its log-sum-exp, norm_2's input."""
         cfg, T, a, context = self.cfg, self.tokens, self.a, self.way.layout.context
         query, key = cfg.n_heads * cfg.head_dim, cfg.kv_n_heads * cfg.head_dim
-        if cfg.qk_norm:  # the values stay where the projection put them, and a CPU copies what it norms
+        if cfg.qk_norm:  # the values are views of the projection's output; a CPU copies the normalized heads
             turned = 2 * query + 3 * key + (0 if self.way.on_gpu else query + key)
             turned += query + 2 * key if cfg.clip_qkv is not None else 0
         else:
             turned = (query + 2 * key) * (2 if cfg.clip_qkv is not None else 1)
         kept = T * a * (2 * cfg.d_model + turned + query) + T * FP32 * (cfg.n_heads + 4)
-        if context > 1:  # keys and values of all positions; the output of two halves, and the whole of it
+        if context > 1:  # keys and values of all positions; the output as two halves and as a whole
             kept += T * a * (2 * key * context + query)
         if self.casts:
             kept += a * cfg.d_model * (2 * query + 2 * key)
         return kept
 
     def ffn_kept(self) -> int:
-        """norm_2's output, the router's (fp32 input, probabilities, choice), h = [gate, up] and where each row goes."""
+        """Bytes of norm_2's output, the router (fp32 input, probabilities, choice), h = [gate, up], the row indices."""
         cfg, T, a = self.cfg, self.tokens, self.a
         D, E, K, F = cfg.d_model, cfg.moe_num_experts, cfg.moe_top_k, cfg.ffn_hidden_size
         if cfg.ffn == "dense":
@@ -249,10 +279,10 @@ class Footprint:
             kept += T * D * FP32 * (1 if a < FP32 else 2)
         index = 4 if self.way.on_gpu else 8
         kept += self.padded * (2 * F * a + FP32 + index) + self.rows * index
-        return kept + (self.rows * D * a if exchanged else 0)  # what came from the other ranks
+        return kept + (self.rows * D * a if exchanged else 0)  # rows from the other ranks
 
     def kept_by_block(self) -> int:
-        """Of a block whose backward pass is not under way."""
+        """Bytes that a block keeps for its backward pass."""
         match self.way.recompute:
             case "none":
                 return self.block_input() + self.attention_kept() + self.ffn_kept()
@@ -262,12 +292,14 @@ class Footprint:
                 return self.block_input()
 
     def _around(self) -> int:
-        """The rotary angles, the last norm's input, and the final hidden states, which the loop holds on to."""
+        """Bytes of the rotary angles, the last norm's input, and the final hidden states, which the loop references."""
         return self.tokens * self.cfg.head_dim * FP32 + 2 * self.block_input()
 
     def matrices(self) -> list[tuple[int, int, int]]:
-        """(rows, columns, how many) of what Muon orthogonalises on the rank with the most: whole matrices are shared
-        out among the ranks of a shard."""
+        """Return (rows, columns, count) of the matrices that Muon orthogonalizes on the busiest rank.
+
+        The ranks of a shard divide the whole matrices among them.
+        """
         layout, found = self.way.layout, []
         for weight in weights(self.cfg):
             if weight.matrix:
@@ -280,10 +312,10 @@ class Footprint:
     # ---- weights and gradients --------------------------------------------------------------------------
 
     def _gradients(self, above: int, output: bool = True, more: int = 0) -> int:
-        """fp32 gradients as the optimizer will see them, when `above` blocks and perhaps the output have theirs.
+        """Return the bytes of the fp32 gradients once `above` blocks, and the output if `output`, have theirs.
 
-        With several micro-batches those of the earlier ones are all there; without FSDP, `more` new numbers stand
-        beside them until they are added.
+        With several micro-batches, all gradients of the earlier ones exist; without FSDP, `more` new numbers exist in
+        addition until they are added.
         """
         if self.micro_batches > 1:
             return self.state + (0 if self.split else FP32 * more)
@@ -292,13 +324,13 @@ class Footprint:
         return FP32 * (self.vocabulary * output + above * (self.dense + self.stacks) + more)
 
     def _gathered(self, stacks: int = 0, dense: int = 0) -> int:
-        """Bytes of so many blocks' experts and of so many blocks' other weights, and the root's, under FSDP."""
+        """Bytes that FSDP has gathered: the root, `stacks` blocks' experts and `dense` blocks' other weights."""
         if not self.split:
             return 0
         return self.root_bytes + self.gathered * (stacks * self.stacks + dense * self.dense)
 
     def _fresh(self, numel: int, output: bool = True) -> int:
-        """Gradients under FSDP before they are reduced; the output's wait for the embedding's."""
+        """Bytes of gradients that FSDP has not reduced yet; the output's wait for the embedding's."""
         return self.gathered * numel + self.output_bytes * output if self.split else 0
 
     # ---- moments ----------------------------------------------------------------------------------------
@@ -339,15 +371,15 @@ class Footprint:
                             gather=self._gathered(), loss=weight + 2 * self.block_input())  # fmt: skip
 
     def _kept_below(self, layer: int) -> int:
-        """While a block's backward pass runs, besides what is its own: what those below keep, and the gradient of the
-        residual stream."""
+        """Bytes during a block's backward pass that are not its own: activations of the blocks below, and the gradient
+        of the residual stream."""
         return layer * self.kept_by_block() + self._around() + self.block_input()
 
     def _whole_block(self) -> int:
         return self.block_input() + self.attention_kept() + self.ffn_kept()
 
     def _experts_gathered(self, layer: int) -> Moment:
-        """The stacks three times: as they arrive, in order, and as they are used, since they are cut along F."""
+        """The stacks exist three times: as received, in rank order, and as used, because they are split along F."""
         times = 3 if self.cfg.ffn == "moe" else 0
         return self._moment(f"when the experts of block {layer} are gathered",
                             gradients=self._gradients(self.cfg.n_layers - 1 - layer),
@@ -355,12 +387,12 @@ class Footprint:
                             scatter=self._pending(layer), work=self._fresh(0))  # fmt: skip
 
     def _pending(self, layer: int) -> int:
-        """What is still being reduced of the block before."""
+        """Bytes of the previous block that are still being reduced."""
         return FP32 * self.dense if self.split and layer < self.cfg.n_layers - 1 else 0
 
     def _experts_backward(self, layer: int) -> Moment:
         exchange = 0
-        if self.way.layout.expert > 1:  # the gradients of what came, and of what was sent
+        if self.way.layout.expert > 1:  # the gradients of the rows received and of the rows sent
             exchange = (self.rows + self.tokens * self.cfg.moe_top_k) * self.cfg.d_model * self.a
         work = self._experts_work() if self.cfg.ffn == "moe" else self._dense_work()
         return self._moment(f"in the experts' backward pass of block {layer}",
@@ -373,13 +405,13 @@ class Footprint:
         cfg, T, P, a = self.cfg, self.tokens, self.padded, self.a
         D, F, local = cfg.d_model, cfg.ffn_hidden_size, cfg.moe_num_experts // self.way.layout.expert
         stack = local * F * D
-        if not self.way.on_gpu:  # an expert at a time, in blocks of rows
-            rows = min(BLOCK_ROWS, ceil(P / local))
+        if not self.way.on_gpu:  # one expert at a time, in blocks of rows
+            rows = min(cpu_experts.BLOCK_ROWS, ceil(P / local))
             cast = 3 * F * D * a if self.casts else 2 * F * D * a
             return P * D * a + T * D * a + rows * a * (2 * D + 4 * F) + 3 * F * D * a + cast
-        cast = (3 if self.casts else 2) * stack * a  # gate and up below one another; down too where it is fp32
-        down = 0 if self.split else stack * a  # dw2 before it is fp32; else it is counted among the gradients
-        first = P * a * (D + F + 2 * F)  # dy, da (which becomes the activation), dh; h is kept anyway
+        cast = (3 if self.casts else 2) * stack * a  # gate and up stacked; down too if it is fp32
+        down = 0 if self.split else stack * a  # dw2 before the cast to fp32; otherwise it counts as a gradient
+        first = P * a * (D + F + 2 * F)  # dy, da (which becomes the activation), dh; h is counted as kept
         second = P * a * (2 * F + D) + down + 2 * stack * a  # dh, x, and dgate_up, whose halves are copied
         return cast + max(first, second) + T * D * a
 
@@ -387,7 +419,7 @@ class Footprint:
         return self.tokens * self.a * (3 * self.cfg.ffn_hidden_size + self.cfg.d_model)
 
     def _experts_reduced(self, layer: int) -> Moment:
-        """Their gradients are brought into the order of the ranks, a stack at a time, and copied in fp32."""
+        """Their gradients are brought into rank order, one stack at a time, and copied in fp32."""
         return self._moment(f"when the experts' gradients of block {layer} are reduced",
                             gradients=self._gradients(self.cfg.n_layers - 1 - layer),
                             kept=self._kept_below(layer) + self.block_input() + self.attention_kept(),
@@ -395,7 +427,7 @@ class Footprint:
                             work=self._fresh(self.stacks * 4 // 3))  # fmt: skip
 
     def _attention_backward(self, layer: int) -> Moment:
-        """On a CPU dk and dv are made in fp32 for each query head, before those that share a key head are added up."""
+        """On a CPU, dk and dv are computed in fp32 per query head before the heads that share a key head are summed."""
         cfg, T, a = self.cfg, self.tokens, self.a
         query, key = cfg.n_heads * cfg.head_dim, cfg.kv_n_heads * cfg.head_dim
         keys = T * self.way.layout.context
@@ -409,15 +441,16 @@ class Footprint:
 
     def _root_reduced(self) -> Moment:
         embedding = FP32 * self.vocabulary if self.split else 0
-        again = 0 if self.cfg.tie_word_embeddings else embedding  # gathered once more, though nothing asks for it
+        again = 0 if self.cfg.tie_word_embeddings else embedding  # FSDP gathers it again although nothing uses it
         return self._moment("when the embedding's gradient is reduced", gradients=self.state, kept=self._around(),
                             gather=self._gathered() + again, scatter=embedding,
                             work=self._fresh(self.root, output=False) + embedding)  # fmt: skip
 
     def _optimizer(self) -> Moment:
         work = 0
-        if self.training.optimizer == "muon":  # a batch of matrices: the momentum, in the dtype twice, the update
-            work = max(MUON_NUMEL[self.way.on_gpu], self.matrix) * (2 * FP32 + 2 * self.a)
-            if self.split:  # so many of them come together whole: as they are sent, arrive, have moved and go back
-                work += 4 * FP32 * max(MUON_NUMEL[self.way.on_gpu], self.matrix)
+        if batches := self.training.optimizer.batch_numel:
+            numel = max(batches["cuda" if self.way.on_gpu else "cpu"], self.matrix)
+            work = numel * (2 * FP32 + 2 * self.a)  # the momentum, two copies in the dtype, the update
+            if self.split:  # whole matrices: as sent, as received, as updated, as returned
+                work += 4 * FP32 * numel
         return self._moment("in the optimizer", gradients=self.state, kept=self.block_input(), work=work)

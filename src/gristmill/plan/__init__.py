@@ -1,0 +1,1 @@
+"""Estimates of memory, traffic and time of a training before it runs. Uses no device."""
