@@ -13,7 +13,7 @@ import pytest
 from rows import COLUMNS, COMPRESSIONS, FEW_COLUMNS, SIZE_LIMIT, differences, folder_name, rows
 
 from gristmill.streaming import MDSReader, MDSWriter, merge
-from gristmill.streaming.mds import INDEX
+from gristmill.streaming.index import INDEX
 
 HERE = Path(__file__).parent
 THEIR_PYTHON = HERE.parents[1] / ".interop" / "bin" / "python"

@@ -17,7 +17,7 @@ import pytest
 from gristmill.errors import Failure, InputError
 from gristmill.streaming import MDSReader, MDSWriter
 from gristmill.streaming.compression import LEVELS, PIECE, compress, decompress, parse
-from gristmill.streaming.mds import INDEX
+from gristmill.streaming.index import INDEX
 
 ALL = sorted(LEVELS)
 COLUMNS = {"text": "str", "meta": "json", "big": "str_int", "money": "str_decimal", "n": "int", "ids": "ndarray"}

@@ -8,7 +8,7 @@ import pytest
 
 from gristmill.errors import Failure, InputError
 from gristmill.streaming import MDSReader, MDSWriter, merge
-from gristmill.streaming.mds import INDEX
+from gristmill.streaming.index import INDEX
 
 
 def write(out: Path, numbers: range, columns: dict[str, str] | None = None, compression: str | None = None) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels import native
+from gristmill.kernels.attention_reference import packed_attention_reference as packed_attention_reference
 from gristmill.kernels.gpu import attention as gpu_attention
 from gristmill.kernels.precision import upcast
 
@@ -29,21 +30,9 @@ def document_starts(document_ids_BS: Tensor) -> Tensor:
     return torch.where(is_start, index, 0).cummax(1).values
 
 
-def packed_attention_reference(q_BQHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, starts_BS: Tensor) -> Tensor:
-    """The specification: torch's own attention under the explicit mask. Returns [B, Q, H, C].
-
-    Of S positions, whose keys are given, the queries are the last Q.
-    """
-    key = torch.arange(k_BSGC.shape[1], device=q_BQHC.device)
-    query = key[-q_BQHC.shape[1] :, None]
-    visible = (key <= query) & (key >= starts_BS[:, -q_BQHC.shape[1] :, None])
-    q, k, v = (x.transpose(1, 2) for x in (q_BQHC, k_BSGC, v_BSGC))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], enable_gqa=True).transpose(1, 2)
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # what documents there are is read from the device
 def packed_attention(q_BQHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, starts_BS: Tensor) -> Tensor:
-    """The same function, tiled; on CUDA by torch's FlashAttention."""
+    """Compute the same function as `packed_attention_reference` in tiles; on CUDA with torch's FlashAttention."""
     if q_BQHC.is_cuda:
         return gpu_attention.packed_attention(q_BQHC, k_BSGC, v_BSGC, starts_BS)
     if native.serves(q_BQHC) and q_BQHC.shape[3] % 2 == 0 and q_BQHC.shape[1] == k_BSGC.shape[1]:

@@ -15,7 +15,8 @@ from gristmill.stop import Stop
 from gristmill.streaming.ahead import Ahead
 from gristmill.streaming.cache import Cache
 from gristmill.streaming.config import Remote
-from gristmill.streaming.mds import INDEX, MDSReader
+from gristmill.streaming.index import INDEX
+from gristmill.streaming.mds import MDSReader
 from gristmill.streaming.order import Ints, Order, Stage, Windows, boundaries
 from gristmill.streaming.remote import REMOTE
 

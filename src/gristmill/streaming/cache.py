@@ -25,7 +25,7 @@ from gristmill.errors import Failure, InputError
 from gristmill.locks import lock, unlock
 from gristmill.progress import console
 from gristmill.streaming.config import Remote
-from gristmill.streaming.mds import damage, mapped
+from gristmill.streaming.index import damage, mapped
 from gristmill.streaming.remote import download, join, require
 
 LOCK = "shards.lock"

@@ -6,26 +6,24 @@ A sample: uint32 sizes of its variable-sized columns | the columns' bytes; colum
 MosaicML's own writer for the same samples and settings.
 """
 
-import hashlib
 import json
 import mmap
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from gristmill.errors import Failure, InputError
+from gristmill.streaming.cache import ShardFiles
 from gristmill.streaming.compression import compress, decompress, parse
 from gristmill.streaming.encodings import encoding
+from gristmill.streaming.index import INDEX, damage, digest, mapped, read_index, stored
+from gristmill.streaming.order import OPEN_SHARDS
 
-if TYPE_CHECKING:
-    from gristmill.streaming.cache import ShardFiles
-
-INDEX = "index.json"
-OPEN_SHARDS = 16  # of a reader: twice what the order of windows needs at once, for where an epoch passes into the next
+MAX_OPEN_SHARDS = 2 * OPEN_SHARDS  # of a reader: at the end of an epoch, windows of the next one are read too
 
 
 class MDSWriter:
@@ -128,7 +126,7 @@ class MDSReader:
     a shard is missing or damaged.
     """
 
-    def __init__(self, path: Path, files: "ShardFiles | None" = None) -> None:
+    def __init__(self, path: Path, files: ShardFiles | None = None) -> None:
         self._path, self._files = path, files
         try:
             data = (path / INDEX).read_bytes()
@@ -190,7 +188,7 @@ class MDSReader:
             else:
                 for old in list(self._open):
                     evicted = self._files is not None and not self._files.holds(self.stored(old))
-                    if evicted or len(self._open) >= OPEN_SHARDS:
+                    if evicted or len(self._open) >= MAX_OPEN_SHARDS:
                         del self._open[old]
                 self._open[shard] = self._load(self._shards[shard])
             return self._open[shard]
@@ -237,85 +235,6 @@ class MDSReader:
     def _check(self, info: Mapping[str, Any], data: memoryview) -> None:
         if what := damage(info, data):
             raise Failure(f"{self._file(info)} is damaged: {what}")
-
-
-def read_index(data: bytes, where: str) -> list[dict[str, Any]]:
-    """The shards that an index names, their fields checked. `where` names the index in errors.
-
-    Raises InputError when a field is missing or has another type or range than the format says, or for another format.
-    """
-    try:
-        index = json.loads(data)
-        shards: list[dict[str, Any]] = index["shards"]
-        for version, form in [(index["version"], "mds"), *((s["version"], s["format"]) for s in shards)]:
-            if (version, form) != (2, "mds"):
-                raise InputError(f"{where} names {form} shards of version {version}; only mds version 2 is read")
-        for number, shard in enumerate(shards):
-            for name, value, holds in _fields(shard):
-                if not holds:
-                    raise InputError(f"{where} is not an MDS index: {name} of shard {number} is {value!r}")
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as problem:
-        raise InputError(f"{where} is not an MDS index: {problem!r}") from None
-    return shards
-
-
-def _fields(shard: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
-    """Name, value, and whether the value is allowed, for each field that is read."""
-    yield "samples", shard["samples"], _is_whole(shard["samples"], 1)
-    files = {"raw_data": shard["raw_data"]}
-    if shard["zip_data"] is not None:
-        files["zip_data"] = shard["zip_data"]
-        yield "compression", shard["compression"], isinstance(shard["compression"], str)
-    for name, file in files.items():
-        yield f"{name}.basename", file["basename"], isinstance(file["basename"], str) and "\0" not in file["basename"]
-        yield f"{name}.bytes", file["bytes"], _is_whole(file["bytes"], 0)
-        hashes = file["hashes"]
-        yield f"{name}.hashes", hashes, isinstance(hashes, dict) and all(isinstance(v, str) for v in hashes.values())
-    names, kinds, sizes = (shard[f"column_{field}"] for field in ("names", "encodings", "sizes"))
-    yield "column_names", names, all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
-    yield "column_encodings", kinds, all(isinstance(kind, str) for kind in kinds) and len(kinds) == len(names)
-    yield "column_sizes", sizes, all(s is None or _is_whole(s, 0) for s in sizes) and len(sizes) == len(names)
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 1 << 32
-
-
-def stored(shard: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(shard["zip_data"] or shard["raw_data"])
-
-
-def mapped(file: BinaryIO) -> memoryview:
-    try:
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except ValueError:  # an empty file cannot be mapped
-        return memoryview(b"")
-
-
-def damage(info: Mapping[str, Any], data: memoryview) -> str | None:
-    """What of a file does not match the index, or None."""
-    if len(data) != info["bytes"]:
-        return f"it has {len(data)} bytes, the index says {info['bytes']}"
-    for algorithm, expected in info["hashes"].items():
-        if digest(algorithm, data) != expected:
-            return f"its {algorithm} does not match the index"
-    return None
-
-
-def digest(algorithm: str, data: bytes | memoryview) -> str:
-    """Hexadecimal hash by name: hashlib's algorithms, and xxhash's where that package is installed."""
-    if algorithm in hashlib.algorithms_available and not algorithm.startswith("shake_"):
-        return hashlib.new(algorithm, data).hexdigest()
-    try:
-        import xxhash
-    except ImportError:
-        raise InputError(f"hash {algorithm!r} is not in hashlib; one of xxhash's needs: pip install xxhash") from None
-    if algorithm not in xxhash.algorithms_available:
-        raise InputError(f"hash {algorithm!r} is neither in hashlib nor in xxhash")
-    hasher: Callable[[bytes | memoryview], Any] = getattr(xxhash, algorithm)
-    return str(hasher(data).hexdigest())
 
 
 def _columns(path: Path, shard: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from gristmill.artifact import write_atomically
 from gristmill.errors import InputError
-from gristmill.streaming.mds import INDEX, MDSReader
+from gristmill.streaming.index import INDEX
+from gristmill.streaming.mds import MDSReader
 
 
 def merge(folder: Path) -> None:

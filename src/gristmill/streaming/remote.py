@@ -21,7 +21,7 @@ from gristmill.background import Answer
 from gristmill.errors import Failure, InputError
 from gristmill.progress import console
 from gristmill.streaming.config import ShardsConfig
-from gristmill.streaming.mds import INDEX, read_index, stored
+from gristmill.streaming.index import INDEX, read_index, stored
 
 REMOTE = "remote.json"  # in a shards artifact whose shard files lie elsewhere: whose they are
 READ_BYTES = 4 << 20  # asked for at a time: some ten milliseconds of a fast link, little in memory

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gristmill.kernels.attention_reference import packed_attention_reference
+
 # torch 2.11 groups heads without being asked.
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 _segments: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -27,8 +29,6 @@ def packed_attention(q_BQHC: Tensor, k_BSGC: Tensor, v_BSGC: Tensor, starts_BS: 
     """As `kernels.attention.packed_attention`. What FlashAttention does not take (fp32, odd head sizes) runs masked."""
     (B, Q, _H, C), S = q_BQHC.shape, k_BSGC.shape[1]
     if q_BQHC.dtype not in (torch.bfloat16, torch.float16) or C % 8 or C > 256:
-        from gristmill.kernels.attention import packed_attention_reference  # it calls this module
-
         return packed_attention_reference(q_BQHC, k_BSGC, v_BSGC, starts_BS)
     known = _segments.setdefault(starts_BS, {})
     if Q not in known:
