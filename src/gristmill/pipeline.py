@@ -44,7 +44,7 @@ from gristmill.inference.load import find_model, load_model
 from gristmill.inference.scorer import ModelScorer
 from gristmill.model.counts import count_params, train_flops_per_token
 from gristmill.parallel.ranks import Ranks, join
-from gristmill.progress import console, data_size
+from gristmill.progress import console, data_size, quiet
 from gristmill.recipe import Recipe, curriculum_of, keyed, plain
 from gristmill.report.collect import collect, collect_run
 from gristmill.report.page import write
@@ -92,8 +92,7 @@ def run(recipe: Recipe, out: Path | None = None, until: StageName | None = None)
     folder = out or Path("runs") / recipe.name
     wanted = STAGES[: STAGES.index(until) + 1] if until else STAGES
     ranks = join(recipe.train.rank_timeout_s)
-    console.quiet = ranks.rank > 0
-    with locked(folder) if ranks.rank == 0 else nullcontext(), Signals() as signals:
+    with quiet(ranks.rank > 0), locked(folder) if ranks.rank == 0 else nullcontext(), Signals() as signals:
         try:
             return _Run(recipe, folder, signals, ranks).stages(wanted, finish=until is None)
         finally:

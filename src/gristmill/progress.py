@@ -16,6 +16,16 @@ LOG_EVERY_S = 15.0  # in a log file: often enough to see life, seldom enough to 
 
 
 @contextmanager
+def quiet(on: bool) -> Iterator[None]:
+    """While `on`, print nothing to the console: of several ranks only the first reports."""
+    before, console.quiet = console.quiet, on
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+@contextmanager
 def bar(what: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
     """Yields advance(amount). `total` in whatever unit `advance` uses; None when it is not known."""
     if not console.is_terminal:

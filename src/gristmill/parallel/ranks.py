@@ -39,7 +39,10 @@ TIMEOUT_S = 300.0  # for a rank that computes but does not arrive
 
 @dataclass(frozen=True)
 class Ranks:
-    """`rank` of `world_size` processes; every method is a call that all of them make, in the same order."""
+    """`rank` of `world_size` processes; every method is a call that all of them make, in the same order.
+
+    `turns` numbers the calls of `turn`. A single process does not use it, so that `ALONE` has no state.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -96,11 +99,13 @@ class Ranks:
 
         Waiting ends with a Failure when rank 0 has gone.
         """
+        if self.world_size == 1:
+            yield True
+            return
         name = f"turn/{next(self.turns)}"
         if self.rank == 0:
             yield True
-            if self.world_size > 1:
-                self._ask("set", name, "done")
+            self._ask("set", name, "done")
         else:
             self._wait_for(name)
             yield False
