@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gristmill.kernels.memory import CACHE_LINE
 from gristmill.kernels.precision import upcast
 from gristmill.model import Transformer
 from gristmill.model.transformer import DenseGLU, Experts, Linear
 
 TILE = 16
-LINE = 64  # bytes
 Shape: TypeAlias = tuple[int, int, bool, int, torch.dtype]  # of weights: K, N, whether transposed, offset, type
 Multiply: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # x [T, K], w [K, N] -> [T, N]: `product`, or `torch.mm`
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -35,7 +35,9 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 def product(x_TK: Tensor, w_KN: Tensor) -> Tensor:
     """x w in fixed pieces."""
-    if lacking := -x_TK.shape[1] * x_TK.itemsize % LINE // x_TK.itemsize:  # or each row would lie in a way of its own
+    if (
+        lacking := -x_TK.shape[1] * x_TK.itemsize % CACHE_LINE // x_TK.itemsize
+    ):  # or each row would lie in a way of its own
         x_TK, w_KN = F.pad(x_TK, (0, lacking)), F.pad(w_KN.T, (0, lacking)).T
     shape = (*w_KN.shape, w_KN.stride(0) == 1, _offset(w_KN), x_TK.dtype)
     T, sizes, first = len(x_TK), _sizes(shape, torch.get_num_threads(), len(x_TK)), 0
@@ -63,7 +65,7 @@ def _sizes(shape: Shape, threads: int, rows: int) -> tuple[int, ...]:
 
 def _offset(x: Tensor) -> int:
     """Bytes beyond a cache line, which decide between kernels, too. What torch allocates begins at one."""
-    return x.data_ptr() % LINE
+    return x.data_ptr() % CACHE_LINE
 
 
 def pieces(rows: int, agrees: Callable[[int], bool]) -> Iterator[int]:

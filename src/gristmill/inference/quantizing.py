@@ -10,7 +10,7 @@ from gristmill.artifact import Artifact, Built
 from gristmill.corpus import tables
 from gristmill.current import find_ancestor
 from gristmill.errors import InputError
-from gristmill.evaluate import Document, bits_per_byte, read_documents
+from gristmill.evaluate import Document, EvaluateConfig, bits_per_byte, read_documents
 from gristmill.hub import assemble
 from gristmill.hub.card import model_card
 from gristmill.hub.export import license_of, write_directory
@@ -26,7 +26,6 @@ from gristmill.progress import bar, console
 from gristmill.tokenizer import Tokenizer
 
 FORMAT = 1
-MAX_TEST_BYTES = 500_000  # of a run's test documents, as its own evaluation takes by default
 MAX_WINDOW = 2048  # tokens that the model sees at once while it is measured
 
 
@@ -115,7 +114,7 @@ def test_documents(model: Path) -> list[Document]:
     made = artifact.load_ours(model)
     corpus = find_ancestor(made, "corpus") if made else None
     try:
-        return read_documents(corpus.path, "test", MAX_TEST_BYTES) if corpus else []
+        return read_documents(corpus.path, "test", EvaluateConfig.test_bytes) if corpus else []
     except InputError:  # a corpus without a test split
         return []
 

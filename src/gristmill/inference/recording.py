@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gristmill.kernels import native
 from gristmill.kernels.calls import Call
-from gristmill.kernels.packed import LINE, aligned_empty
+from gristmill.kernels.memory import CACHE_LINE
+from gristmill.kernels.packed import aligned_empty
 
 aten = torch.ops.aten
 
@@ -73,7 +74,7 @@ class Scratch:
         """A tensor's copy in here; what else it may be, as it is."""
         if not isinstance(x, Tensor) or not x.is_contiguous() or x.numel() == 0:
             return x
-        size = -(-x.nbytes // LINE) * LINE
+        size = -(-x.nbytes // CACHE_LINE) * CACHE_LINE
         while self._piece < len(self._pieces) and self._next + size > len(self._pieces[self._piece]):
             self._piece, self._next = self._piece + 1, 0
         if self._piece == len(self._pieces):

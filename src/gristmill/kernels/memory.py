@@ -15,6 +15,7 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _MADV_HUGEPAGE = 14  # from sys/mman.h
 HUGE_PAGE = 2**21  # bytes
+CACHE_LINE = 64  # bytes
 
 
 def keep_freed_memory() -> None:

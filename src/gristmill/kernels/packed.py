@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels import native
-from gristmill.kernels.memory import use_huge_pages
+from gristmill.kernels.memory import CACHE_LINE, use_huge_pages
 from gristmill.kernels.quantized import Quantized
 
 PANEL = 64  # outputs that lie beside one another
 INPUTS = 32  # what inputs are rounded up to
 Kind: TypeAlias = Literal["f32", "bf16", "int8", "int4", "bf16_12"]
 KINDS: tuple[Kind, ...] = ("f32", "bf16", "int8", "int4", "bf16_12")
-LINE = 64  # bytes
 # Who decodes 12 bits while the memory brings the next: a plain CPU does it byte by byte; AMX's tiles would wait for it.
 SHORTENING = ("avx2", "avx512", "avx512_bf16")
 
@@ -76,9 +75,9 @@ def _shortened(weight: Tensor) -> Packed | None:
 
 def aligned_empty(num_bytes: int) -> Tensor:
     """uint8, from the beginning of a cache line."""
-    made = torch.empty(num_bytes + LINE, dtype=torch.uint8)
+    made = torch.empty(num_bytes + CACHE_LINE, dtype=torch.uint8)
     use_huge_pages(made)
-    return made[-made.data_ptr() % LINE :][:num_bytes]
+    return made[-made.data_ptr() % CACHE_LINE :][:num_bytes]
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import yaml
 from markupsafe import Markup
 
 from gristmill import artifact
+from gristmill.hub.agreement import TOLERANCE
 from gristmill.report import lineage, pictures
 from gristmill.report.charts import HEAT_EDGES
 from gristmill.report.collect import Report, baselines, figures, held_out, licenses, to_json
@@ -30,7 +31,6 @@ POLICY = (
 )
 MAX_LICENSES = 12
 OWN_DATA = "{notes: {path: ~/notes, license: CC0-1.0}}"
-AGREE = 1e-4  # largest difference of fp32 logits that rounding explains, between our model and its export
 
 DOING = {
     "corpus": "cleaning the corpus",
@@ -171,7 +171,11 @@ def facts(report: Report) -> list[tuple[str, float, str, str, str]]:
     active, total = found["active_params"], found["total_params"]
     share = f"{percent(active / total)} of all" if active and total else ""
     diff = found["export_max_logit_diff"]
-    agrees = "agrees with transformers" if diff is not None and diff < AGREE else f"too much: above {scientific(AGREE)}"
+    agrees = (
+        "agrees with transformers"
+        if diff is not None and diff <= TOLERANCE
+        else f"too much: above {scientific(TOLERANCE)}"
+    )
     rows: list[tuple[str, str, Callable[[float], str], str]] = [
         ("total_params", "Parameters", short, ""),
         ("active_params", "Active per token", short, share),

@@ -19,6 +19,7 @@ import numpy as np
 from gristmill.errors import Failure, InputError
 from gristmill.streaming.cache import ShardFiles
 from gristmill.streaming.compression import compress, decompress, parse
+from gristmill.streaming.config import ShardsConfig
 from gristmill.streaming.encodings import encoding
 from gristmill.streaming.index import INDEX, damage, digest, mapped, read_index, stored
 from gristmill.streaming.order import OPEN_SHARDS
@@ -39,7 +40,7 @@ class MDSWriter:
         out: Path,
         columns: Mapping[str, str],
         *,
-        size_limit: int = 1 << 26,
+        size_limit: int = ShardsConfig.size_limit,
         compression: str | None = None,
         hashes: tuple[str, ...] = ("sha256",),
     ) -> None:
