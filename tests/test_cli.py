@@ -52,6 +52,16 @@ def test_help_teaches_every_verb() -> None:
     assert "goes on where it was" in from_nothing("run", "--help").stdout
 
 
+def test_the_help_does_not_import_torch() -> None:
+    script = (
+        "import sys; from gristmill.cli import app; app(sys.argv[1:], standalone_mode=False); "
+        "assert not {'torch', 'numpy', 'gristmill.pipeline'} & set(sys.modules)"
+    )
+    for arguments in (["--help"], ["serve", "--help"], ["shards", "--help"]):
+        result = subprocess.run([sys.executable, "-c", script, *arguments], env=ENV, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+
 def test_generate_streams_the_same_text_for_the_same_seed(tiny_run: Path) -> None:
     first = gristmill("generate", tiny_run, "kam", "--max-tokens", "12", "--seed", "3")
     second = gristmill("generate", tiny_run, "kam", "--max-tokens", "12", "--seed", "3")

@@ -18,14 +18,14 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Closed(io.TextIOBase):
-    """Standard output that was closed before Python started: only a verb that prints needs it."""
+    """Replaces a standard output that was closed before Python started; raises Failure when a verb prints."""
 
     def write(self, text: str) -> int:
         raise Failure("standard output is closed; redirect it to a file, or to /dev/null to discard it")
 
 
 def prepare_streams() -> None:
-    """Python sets a closed stream to None; and a terminal or a locale may lack characters that we print."""
+    """Replace closed streams, which Python sets to None, and escape characters that the locale cannot encode."""
     codecs.register_error("gristmill", _encodable)
     if sys.stdout is None:
         sys.stdout = _Closed()
@@ -36,7 +36,7 @@ def prepare_streams() -> None:
 
 
 def _encodable(problem: UnicodeError) -> tuple[str | bytes, int]:
-    """Bytes of a file name as they were; characters that the encoding does not have as escapes."""
+    """Return the original bytes of a file name, and escapes for characters that the encoding does not have."""
     try:
         return codecs.lookup_error("surrogateescape")(problem)
     except UnicodeError:
@@ -44,7 +44,7 @@ def _encodable(problem: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def exit_code(call: Callable[[], Any]) -> int:
-    """Run `call` and return its exit code; errors of the user or the environment become one line on standard error."""
+    """Run `call` and return its exit code. Errors of the user or the environment print one line on standard error."""
     try:
         code = int(call() or 0)
         sys.stdout.flush()  # here, because an error at the interpreter's exit would print a traceback
@@ -59,7 +59,7 @@ def exit_code(call: Callable[[], Any]) -> int:
         if "surrogates" not in bad.reason:
             raise
         return _fail(f"{bad.object!r} holds bytes that are not UTF-8, which is only possible in names of files", 2)
-    except BrokenPipeError:  # the reader has left, as `head` does: no message
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does: no message
         _discard_output()
         return 1
     except OSError as problem:
@@ -87,7 +87,7 @@ def _fail(message: object, code: int) -> int:
 
 
 def _usage(bad: Any) -> int:
-    """A wrong command line: the problem and where to read the rule. A missing verb prints the help instead."""
+    """Print what is wrong with a command line and where to read the rule; print the help if no verb is given."""
     command = bad.ctx.command_path if bad.ctx is not None else "gristmill"
     if bad.__class__.__name__ == "NoArgsIsHelpError":
         bad.show()
@@ -97,13 +97,13 @@ def _usage(bad: Any) -> int:
 
 
 def _is_out_of_memory(problem: MemoryError | RuntimeError) -> bool:
-    """torch has no class for this on CPUs; its class for GPUs is not imported here: not every verb needs torch."""
+    """Whether memory ran out. Compares names, because importing torch for its exception would slow every verb down."""
     named = type(problem).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(problem)
     return isinstance(problem, MemoryError) or named
 
 
 def _reason(problem: OSError) -> str:
-    """What the system refused, for which file, and what to do about it."""
+    """Return what the system refused, for which file, and the fix."""
     files = [str(file) for file in (problem.filename, problem.filename2) if file is not None]
     where = f" ({' -> '.join(files)})" if files else ""
     if problem.errno in DISK_FULL:
@@ -116,7 +116,7 @@ def _reason(problem: OSError) -> str:
 
 
 def _discard_output() -> None:
-    """Send what is still buffered nowhere: the interpreter flushes it at its exit, which would fail again."""
+    """Discard buffered output: the interpreter would flush it at exit and fail again."""
     try:
         sys.stdout.flush()
     except OSError:

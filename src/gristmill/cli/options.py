@@ -29,7 +29,10 @@ DatabaseOpt = Annotated[
 
 
 def utf8_text(name: str, given: str) -> str:
-    """Return an argument as text. Python gives lone surrogates for bytes that the locale's encoding does not have."""
+    """Return an argument as text. Python turns bytes that the locale cannot decode into lone surrogates.
+
+    Raises InputError if the argument is not UTF-8.
+    """
     try:
         given.encode()
         return given

@@ -40,7 +40,7 @@ def train(recipe: RecipeArg, out: OutOpt = None, set: SetOpt = None) -> None:
 
 
 class ShardsGroup(TyperGroup):
-    """`shards RECIPE` is `shards build RECIPE`, like the other stages."""
+    """Accepts `shards RECIPE` for `shards build RECIPE`, like the verbs of other stages."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
