@@ -5,6 +5,7 @@ Verbs import other rooms inside their bodies, so that `gristmill --help` does no
 
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -19,7 +20,7 @@ app = typer.Typer(
     help="Build fine-grained mixture-of-experts language models: raw text in, a trained and measured model out.\n\n"
     "Start with `gristmill run quickstart`.",
 )
-VERBS = {  # in the order of `gristmill --help`
+VERBS: dict[str, Callable[..., None]] = {  # in the order of `gristmill --help`
     "run": stages.run,
     "corpus": stages.corpus,
     "tokenizer": stages.tokenizer,
