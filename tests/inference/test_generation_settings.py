@@ -25,7 +25,7 @@ def publish(folder: Path, said: Any, name: str = "generation_config.json") -> Pa
 @pytest.mark.parametrize("name", ["generation_config.json", "generation.json"])
 def test_the_published_settings_are_used(name: str, tmp_path: Path) -> None:
     published = published_sampling(publish(tmp_path, DBRX | {"eos_token_id": [100257, 100279]}, name))
-    assert published.sampling(seed=4) == Sampling(
+    assert published.sampling({"seed": 4}) == Sampling(
         temperature=0.7, top_p=0.95, top_k=50, repetition_penalty=1.01, seed=4
     )
     assert published.stop_ids == {100257, 100279}
@@ -34,27 +34,27 @@ def test_the_published_settings_are_used(name: str, tmp_path: Path) -> None:
 
 def test_without_a_file_ours_are_used(tmp_path: Path) -> None:
     assert published_sampling(tmp_path) == Published()
-    assert Published().sampling() == Sampling(temperature=0.8, top_p=0.95)
+    assert Published().sampling({}) == Sampling(temperature=0.8, top_p=0.95)
 
 
 def test_a_setting_of_the_user_wins_alone_and_a_missing_one_is_ours(tmp_path: Path) -> None:
     published = published_sampling(publish(tmp_path, {"do_sample": True, "top_k": 20, "temperature": None}))
-    assert published.sampling(top_p=0.5) == Sampling(temperature=0.8, top_p=0.5, top_k=20)
-    assert published.sampling(top_k=0, temperature=0.0) == Sampling(temperature=0.0, top_p=0.95, top_k=None)
-    assert published_sampling(publish(tmp_path, {"top_k": 0})).sampling().top_k is None
+    assert published.sampling({"top_p": 0.5}) == Sampling(temperature=0.8, top_p=0.5, top_k=20)
+    assert published.sampling({"top_k": 0, "temperature": 0.0}) == Sampling(temperature=0.0, top_p=0.95, top_k=None)
+    assert published_sampling(publish(tmp_path, {"top_k": 0})).sampling({}).top_k is None
 
 
 def test_do_sample_false_is_greedy_until_a_temperature_is_given(tmp_path: Path) -> None:
     published = published_sampling(publish(tmp_path, DBRX | {"do_sample": False}))
-    assert published.sampling() == Sampling(temperature=0.0, top_p=0.95, top_k=50, repetition_penalty=1.01)
-    assert published.sampling(temperature=0.5, top_p=0.9).temperature == 0.5
+    assert published.sampling({}) == Sampling(temperature=0.0, top_p=0.95, top_k=50, repetition_penalty=1.01)
+    assert published.sampling({"temperature": 0.5, "top_p": 0.9}).temperature == 0.5
     for setting in ({"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}):
         with pytest.raises(InputError, match="give a temperature too"):
-            published.sampling(**setting)
+            published.sampling(setting)
 
 
 def test_a_temperature_counts_where_nothing_is_said_of_sampling(tmp_path: Path) -> None:
-    assert published_sampling(publish(tmp_path, {"temperature": 0.3})).sampling().temperature == 0.3
+    assert published_sampling(publish(tmp_path, {"temperature": 0.3})).sampling({}).temperature == 0.3
     only_ids = {"bos_token_id": 1, "eos_token_id": 2, "transformers_version": "5"}
     published = published_sampling(publish(tmp_path, only_ids))
     assert published == Published(stop_ids=frozenset({2}))
@@ -66,8 +66,8 @@ def test_what_would_change_the_next_token_and_is_not_applied_is_told(tmp_path: P
     said = DBRX | {"num_beams": 4, "typical_p": 0.5, "min_p": 0.05, "max_length": 8192, "use_cache": True}
     published = published_sampling(publish(tmp_path, said))
     assert published.not_applied == ("num_beams=4", "typical_p=0.5")
-    assert published.sampling().min_p == 0.05
-    assert published.sampling(min_p=0.1).min_p == 0.1
+    assert published.sampling({}).min_p == 0.05
+    assert published.sampling({"min_p": 0.1}).min_p == 0.1
 
 
 def test_transformers_defaults_are_among_the_values_that_change_nothing(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_any_file_gives_usable_settings_or_an_error_with_its_name(said: dict[str
     with TemporaryDirectory() as folder:
         told = f"{folder}/generation_config.json: "
         try:
-            published_sampling(publish(Path(folder), said)).sampling()
+            published_sampling(publish(Path(folder), said)).sampling({})
         except InputError as refused:
             told = str(refused)
     assert told.startswith(f"{folder}/generation_config.json: ")

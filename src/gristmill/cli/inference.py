@@ -18,31 +18,40 @@ def generate(
     max_tokens: Annotated[
         int, typer.Option(min=1, help="At most so many new tokens, and no more than the context has room for.")
     ] = 128,
-    # `Sampling` has the bounds of the settings that follow, and checks them before the model is loaded.
+    # The table in inference/sampler.py defines these parameters. A test compares names, helps and defaults with it.
     temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy. [default: as published with the model, else 0.8]")
+        float | None,
+        typer.Option(
+            help="Values above 1 flatten the distribution; 0 always takes the most probable token (greedy). "
+            "[default: as published, else 0.8]"
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
-            help="Keep the most probable tokens up to this mass, above 0 up to 1. [default: as published, else 0.95]"
+            help="Keep the most probable tokens up to this probability mass. [default: as published, else 0.95]"
         ),
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=0, help="Keep so many of the most probable tokens; 0 is all. [default: as published, else 0]"),
+        typer.Option(
+            help="Keep this many of the most probable tokens; 0 keeps all. [default: as published, else 0]", min=0
+        ),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(help="Keep tokens this times as probable as the first, from 0 to 1. [default: as published]"),
+        typer.Option(
+            help="Keep tokens at least this times as probable as the most probable one. [default: as published, else 0]"
+        ),
     ] = None,
     repetition_penalty: Annotated[
         float | None,
         typer.Option(
-            help="Values above 1 discourage repeated tokens; from 0.01 to 100. [default: as published, else 1: none]"
+            help="Values above 1 discourage tokens that the prompt or the answer contains already. "
+            "[default: as published, else 1]"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answer, regardless of the batch.")] = 0,
     json_schema: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Answer with JSON that is valid for this schema.")
     ] = None,
@@ -62,14 +71,15 @@ def generate(
     published = published_sampling(find_model(model))
     for setting in published.not_applied:
         print(f"note: the model is published with {setting}, which is not applied", file=sys.stderr)
-    sampling = published.sampling(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    given = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    sampling = published.sampling(given)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     asked = messages if chat else prompt

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gristmill.inference.errors import SettingError
+from gristmill.inference.parameters import Bounds, Parameter, declared, parameters_of
 
 # Parts of the largest probability. Those above are sorted, of the first that leaves enough: sorting all takes longest.
 BOUNDS = (0.1, 0.01, 1e-3, 1e-4, 0.0)
@@ -26,51 +27,111 @@ BOUNDS = (0.1, 0.01, 1e-3, 1e-4, 0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """`repetition_penalty` above 1 makes each token less probable that the sequence has already, prompt included (CTRL,
-    Keskar et al., 2019, arXiv:1909.05858); 1 is none. `presence_penalty` is subtracted from the logit of each token
-    made since the prompt, `frequency_penalty` as often as it was made. `logit_bias` is added to the ids' logits.
-    `temperature` 0 is greedy. `top_k` keeps the k most probable tokens and those that equal the last of them, then
-    `top_p` the fewest of the most probable ones whose probabilities sum to at least p (nucleus sampling, Holtzman et
-    al., 2020, arXiv:1904.09751), then `min_p` those at least p times as probable as the first (Nguyen et al., 2024,
-    arXiv:2407.01082).
+    """How the next token is chosen: the table of sampling parameters.
+
+    The penalties come first: repetition (CTRL, Keskar et al., 2019, arXiv:1909.05858) by a factor, then presence and
+    frequency as in OpenAI's API. `logit_bias` is added to the logits of token ids. `top_k` keeps the k most probable
+    tokens and those that equal the last of them; None keeps all. Then `top_p` keeps the fewest of the most probable
+    tokens whose probabilities sum to at least p (nucleus sampling, Holtzman et al., 2020, arXiv:1904.09751), and
+    `min_p` those at least p times as probable as the first (Nguyen et al., 2024, arXiv:2407.01082).
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: float = declared(
+        Parameter(
+            help="Values above 1 flatten the distribution; 0 always takes the most probable token (greedy).",
+            default=1.0,
+            bounds=Bounds(low=1e-6, or_zero=True, zero="greedy"),  # below 1e-6, logits would overflow
+            api=Bounds(low=0, high=2, zero="greedy"),
+            generate=0.8,
+            is_published=True,
+        )
+    )
+    top_p: float = declared(
+        Parameter(
+            help="Keep the most probable tokens up to this probability mass.",
+            default=1.0,
+            bounds=Bounds(low=0, high=1, excludes_low=True),
+            generate=0.95,
+            is_published=True,
+            needs_sampling=True,
+        )
+    )
+    top_k: int | None = declared(
+        Parameter(
+            help="Keep this many of the most probable tokens; 0 keeps all.",
+            default=0,
+            bounds=Bounds(low=0, zero="all tokens"),
+            kind=int,
+            is_published=True,
+            needs_sampling=True,
+        ),
+        None,
+    )
+    min_p: float = declared(
+        Parameter(
+            help="Keep tokens at least this times as probable as the most probable one.",
+            default=0.0,
+            bounds=Bounds(low=0, high=1, zero="all tokens"),
+            is_published=True,
+            needs_sampling=True,
+        )
+    )
+    seed: int = declared(
+        Parameter(
+            help="The same seed gives the same answer, regardless of the batch.",
+            default=None,
+            bounds=Bounds(low=0, high=2**63 - 1),
+            api=Bounds(low=-(2**63), high=2**63 - 1),
+            kind=int,
+            generate=0,
+        ),
+        0,
+    )
+    repetition_penalty: float = declared(
+        Parameter(
+            help="Values above 1 discourage tokens that the prompt or the answer contains already.",
+            default=1.0,
+            bounds=Bounds(low=0.01, high=100),
+            is_published=True,
+        )
+    )
+    presence_penalty: float = declared(
+        Parameter(
+            help="Positive values discourage tokens that the answer contains already.",
+            default=0.0,
+            bounds=Bounds(low=-100, high=100, zero="no penalty"),
+            api=Bounds(low=-2, high=2, zero="no penalty"),
+            in_generate=False,
+        )
+    )
+    frequency_penalty: float = declared(
+        Parameter(
+            help="Positive values discourage tokens in proportion to how often the answer contains them.",
+            default=0.0,
+            bounds=Bounds(low=-100, high=100, zero="no penalty"),
+            api=Bounds(low=-2, high=2, zero="no penalty"),
+            in_generate=False,
+        )
+    )
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):  # below it, logits would overflow
-            raise SettingError("temperature", f"temperature={self.temperature} must be 0 (greedy) or at least 1e-6")
-        if self.top_k is not None and self.top_k < 1:
-            raise SettingError("top_k", f"top_k={self.top_k} must be at least 1, or null for all tokens")
-        if not 0 < self.top_p <= 1:
-            raise SettingError("top_p", f"top_p={self.top_p} must be above 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise SettingError("min_p", f"min_p={self.min_p} must be from 0 (all tokens) to 1")
-        if not 0.01 <= self.repetition_penalty <= 100:
-            raise SettingError(
-                "repetition_penalty",
-                f"repetition_penalty={self.repetition_penalty} must be from 0.01 to 100; 1 is no penalty",
-            )
-        for name in ("presence_penalty", "frequency_penalty"):
-            if not -100 <= getattr(self, name) <= 100:
-                raise SettingError(name, f"{name}={getattr(self, name)} must be from -100 to 100; 0 is no penalty")
+        for name, parameter in PARAMETERS.items():
+            value = getattr(self, name)
+            if value is not None and not parameter.bounds.allow(value):
+                raise SettingError(name, f"{name}={value} must be {parameter.bounds}")
+        if self.top_k == 0:
+            raise SettingError("top_k", "top_k=0 must be at least 1, or None for all tokens")
         for id, bias in self.logit_bias.items():
             if id < 0 or not math.isfinite(bias):
                 raise SettingError("logit_bias", f"logit_bias={{{id}: {bias}}} must be a finite number for a token id")
-        if not 0 <= self.seed < 2**63:
-            raise SettingError("seed", f"seed={self.seed} must be from 0 to 2**63 - 1")
 
     @property
     def has_penalties(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+PARAMETERS = parameters_of(Sampling)
 
 
 class History:

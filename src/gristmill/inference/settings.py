@@ -1,10 +1,11 @@
-"""The settings that a model's directory publishes for generation, and what they become with the user's own.
+"""Reads the generation settings that a model's directory publishes, and combines them with the user's own.
 
 A Hugging Face directory has `generation_config.json`, an imported model the same keys in `generation.json`.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from gristmill.errors import InputError
 from gristmill.hub.folder import GENERATION
 from gristmill.hub.published import GENERATION_JSON
 from gristmill.hub.settings import read_json
-from gristmill.inference.sampler import Sampling
+from gristmill.inference.errors import SettingError
+from gristmill.inference.sampler import PARAMETERS, Sampling
 
-OURS = Sampling(temperature=0.8, top_p=0.95)  # for a model that publishes nothing
+# The defaults of `gristmill generate` and of the API, for a model that publishes nothing. None is random.
+GENERATE_DEFAULTS = {name: parameter.generate_default for name, parameter in PARAMETERS.items()}
+API_DEFAULTS = {name: parameter.default for name, parameter in PARAMETERS.items()}
 # Published settings that would change the next token and are not applied here, with the values that change nothing.
 NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -40,58 +44,46 @@ NOT_APPLIED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What a directory says; None where it says nothing.
+    """The generation settings of a model's directory.
 
-    `top_k` 0 is all tokens. `temperature` is 0 where the file says `do_sample: false`. `stop_ids`: its `eos_token_id`.
-    `not_applied`: what else it says of the next token ("num_beams=4"), which has no counterpart here.
+    values: the sampling parameters that it defines, by name; `top_k` 0 is all tokens, `temperature` is 0 where the
+    file says `do_sample: false`. stop_ids: its `eos_token_id`. not_applied: settings that would change the next token
+    ("num_beams=4") and are not supported here.
     """
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
     stop_ids: frozenset[int] = frozenset()
     not_applied: tuple[str, ...] = ()
 
     def sampling(
-        self,
-        *,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int = 0,
+        self, given: Mapping[str, float | None], defaults: Mapping[str, float | None] = GENERATE_DEFAULTS
     ) -> Sampling:
-        """Each setting: the one given (`top_k` 0 is all tokens), else the published one, else ours (OURS).
+        """Return the sampling of a request: each parameter as given, else as published, else the default.
 
-        Raises InputError for an impossible one, and for a top_p, top_k or min_p given to a model published as greedy.
+        Args:
+            given: by name; None is as if it were left out. `top_k` 0 is all tokens.
+            defaults: of all parameters.
+
+        Raises SettingError for an impossible value, and for one that has no effect on a model published as greedy.
         """
-        if self.temperature == 0 and temperature is None and (top_p, top_k, min_p) != (None, None, None):
-            raise InputError(
-                "top_p, top_k and min_p change nothing here: this model is published with do_sample false, which is "
-                "greedy; give a temperature too"
-            )
-        return Sampling(
-            temperature=_first(temperature, self.temperature, OURS.temperature),
-            top_p=_first(top_p, self.top_p, OURS.top_p),
-            top_k=_first(top_k, self.top_k, OURS.top_k) or None,
-            min_p=_first(min_p, self.min_p, OURS.min_p),
-            repetition_penalty=_first(repetition_penalty, self.repetition_penalty, OURS.repetition_penalty),
-            seed=seed,
-        )
-
-
-def _first(*choices: Any) -> Any:
-    return next((choice for choice in choices if choice is not None), None)
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.values.get("temperature") == 0 and "temperature" not in given:
+            for name in given:
+                if PARAMETERS[name].needs_sampling:
+                    raise SettingError(
+                        name,
+                        f"{name} has no effect: this model is published with do_sample false, which is greedy; "
+                        "give a temperature too",
+                    )
+        chosen: dict[str, Any] = {**defaults, **self.values, **given}
+        return Sampling(**{**chosen, "top_k": chosen["top_k"] or None})
 
 
 def published_sampling(folder: Path) -> Published:
-    """What `folder` (see `find_model`) publishes: nothing when it has no such file.
+    """Read the settings that `folder` (see `find_model`) publishes; none when it has no such file.
 
-    `do_sample: false` is greedy. Where `do_sample` is absent a published temperature counts, as in vLLM: who writes one
-    means it, although transformers would be greedy. What the file leaves out is ours (transformers: top_k 50).
+    `do_sample: false` is greedy. Where `do_sample` is absent, a published temperature counts as in vLLM, although
+    transformers would be greedy. Parameters that the file omits have our defaults (transformers: top_k 50).
     Raises Failure when the file is damaged, InputError when it holds an impossible value; both name the file.
     """
     file = folder / GENERATION if (folder / GENERATION).is_file() else folder / GENERATION_JSON
@@ -100,15 +92,11 @@ def published_sampling(folder: Path) -> Published:
         return Published()
     try:
         published = Published(
-            temperature=_number(said, "temperature") if _does_sample(said) else 0.0,
-            top_p=_number(said, "top_p"),
-            top_k=_top_k(said),
-            min_p=_number(said, "min_p"),
-            repetition_penalty=_number(said, "repetition_penalty"),
+            values=_values(said if _does_sample(said) else {**said, "temperature": 0}),
             stop_ids=_stop_ids(said),
             not_applied=tuple(f"{key}={said[key]!r:.40}" for key in NOT_APPLIED if not _changes_nothing(said, key)),
         )
-        published.sampling()
+        published.sampling({})
     except InputError as problem:
         raise InputError(f"{file}: {problem}; correct it, or remove the file to go without") from None
     return published
@@ -121,26 +109,26 @@ def _does_sample(said: dict[str, Any]) -> bool:
     return value is not False
 
 
-def _number(said: dict[str, Any], key: str) -> float | None:
-    value = said.get(key)
-    if value is None:
-        return None
+def _values(said: dict[str, Any]) -> dict[str, float]:
+    names = [name for name, parameter in PARAMETERS.items() if parameter.is_published]
+    return {name: _number(name, said[name]) for name in names if said.get(name) is not None}
+
+
+def _number(name: str, value: Any) -> float:
+    parameter = PARAMETERS[name]
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{key}={value!r:.80} must be a number")
+        raise InputError(f"{name}={value!r:.80} must be a number")
+    if parameter.kind is int:
+        if not isinstance(value, int) or not parameter.bounds.allow(value):
+            raise InputError(f"{name}={value!r:.80} must be a whole number, {parameter.bounds}")
+        return value
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise InputError(f"{key}={number} must be finite")
+        raise InputError(f"{name}={number} must be finite")
     return number
-
-
-def _top_k(said: dict[str, Any]) -> int | None:
-    value = said.get("top_k")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise InputError(f"top_k={value!r:.80} must be a whole number from 0; 0 is all tokens")
-    return value
 
 
 def _stop_ids(said: dict[str, Any]) -> frozenset[int]:

@@ -1,14 +1,19 @@
-"""The page at `/`: files of this package, sent as they are. What it shows it asks of the API, as any client does.
+"""The page at `/`: static files of this package; the form's number fields come from the table of sampling parameters.
 
-It needs no key itself, as it holds nothing; what it asks for does. Its policy lets it load and run these files alone,
-speak to this server alone, and turn no text into markup, so that what a model writes stays text.
+The page is a client of the API like any other. It needs no key itself, as it holds no data; its requests do. Its policy
+lets it load and run only these files, speak only to this server, and turn no text into markup, so a model's text stays
+text.
 """
 
+import math
 from hashlib import sha256
+from html import escape
 from pathlib import Path
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
+
+from gristmill.inference.sampler import PARAMETERS
 
 WEB = Path(__file__).parent / "web"
 KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -31,8 +36,29 @@ HEADERS = {
 router = APIRouter(include_in_schema=False)
 
 
+def form_fields() -> str:
+    """Return one number field for each sampling parameter, as HTML."""
+    fields = []
+    for name, parameter in PARAMETERS.items():
+        default = "random" if parameter.default is None else f"{parameter.default:g}"
+        bounds = parameter.api_bounds
+        attributes = {
+            "min": bounds.low,
+            **({} if bounds.high == math.inf else {"max": bounds.high}),
+            "step": 1 if parameter.kind is int else "any",
+            "placeholder": "as published" if parameter.is_published else default,
+            "title": parameter.help,
+        }
+        said = " ".join(f'{key}="{escape(str(value))}"' for key, value in attributes.items())
+        label = name.replace("_", " ").capitalize()
+        fields.append(
+            f'<p class="field"><label for="{name}">{label}</label><input id="{name}" type="number" {said}></p>'
+        )
+    return "\n".join(fields)
+
+
 def add(path: str, file: Path) -> None:
-    body = file.read_bytes()
+    body = file.read_bytes().replace(b"<!-- sampling parameters -->", form_fields().encode())
     headers = {**HEADERS, "etag": f'"{sha256(body).hexdigest()[:32]}"'}
 
     @router.get(path)

@@ -2,10 +2,12 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gristmill.errors import InputError
 from gristmill.inference import ANY_OBJECT, Grammar, JsonSchema, Request, Sampling
+from gristmill.inference.sampler import PARAMETERS
+from gristmill.inference.settings import API_DEFAULTS
 from gristmill.serve.errors import ApiError
 from gristmill.serve.load import Served
 from gristmill.serve.schema import ChatBody, CompletionBody, ResponseFormat, Sampled, Stops, TokenizeBody
@@ -116,32 +118,11 @@ def room(ids: Sequence[int], max_tokens: int | None, param: str, served: Served,
 
 
 def sampling_of(body: Sampled, served: Served) -> Sampling:
-    """What is given, else what the model was published with, else OpenAI's defaults. Without a seed, chance."""
-    published = served.published
-    if published.temperature == 0 and body.temperature is None:
-        for name in ("top_p", "top_k", "min_p"):
-            if getattr(body, name) is not None:
-                raise ApiError(
-                    400,
-                    f"{name} changes nothing here: this model is published with do_sample false, which is greedy; "
-                    "give a temperature too",
-                    param=name,
-                )
-    return Sampling(
-        temperature=_first(body.temperature, published.temperature, 1.0),
-        top_p=_first(body.top_p, published.top_p, 1.0),
-        top_k=int(_first(body.top_k, published.top_k, 0)) or None,
-        min_p=_first(body.min_p, published.min_p, 0.0),
-        repetition_penalty=_first(body.repetition_penalty, published.repetition_penalty, 1.0),
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias={int(id): bias for id, bias in (body.logit_bias or {}).items()},
-        seed=secrets.randbits(63) if body.seed is None else body.seed % 2**63,
-    )
-
-
-def _first(*choices: float | None) -> float:
-    return next(choice for choice in choices if choice is not None)
+    """Return the sampling of a request, which is random unless it gives a seed."""
+    given = {name: getattr(body, name) for name in PARAMETERS}
+    given["seed"] = secrets.randbits(63) if given["seed"] is None else given["seed"] % 2**63
+    logit_bias = {int(id): bias for id, bias in (body.logit_bias or {}).items()}
+    return replace(served.published.sampling(given, API_DEFAULTS), logit_bias=logit_bias)
 
 
 def stops(given: Stops | None) -> tuple[str, ...]:

@@ -5,12 +5,14 @@ string is not a number. Of parameters that OpenAI has and this server has not, R
 "nothing special" are accepted, as clients send them by themselves.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import from_json
 
+from gristmill.inference.sampler import PARAMETERS
 from gristmill.serve.errors import ApiError
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_BIASES, MAX_PROMPTS, MAX_MESSAGES = 16, 256, 1024, 128, 4096
@@ -69,7 +71,6 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stops = Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=MAX_STOPS)]
 Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
 Label = Annotated[str, Field(max_length=256)]
 
 
@@ -82,33 +83,15 @@ class StreamOptions(Body):
 
 
 class Sampled(Body):
-    """What completions and chat completions have in common. null is as if it was left out."""
+    """The parameters that completions and chat completions share. null is as if it was left out."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        None, description="0 is greedy. Default: as published with the model, else 1."
-    )
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Default: as published, else 1.")
-    top_k: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Keep so many of the most probable tokens; 0 is all. Default: as published, else 0."
-    )
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="Keep tokens this times as probable as the first. Default: as published, else 0."
-    )
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = Field(
-        None, description="Above 1 makes what was said less probable. Default: as published, else 1."
-    )
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[str, Bias], BeforeValidator(_not_too_many), Field(max_length=MAX_BIASES)] | None = Field(
         None, description="What is added to the logits of token ids."
     )
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     best_of: int | None = Field(None, description="As many as n: the server does not choose among answers.")
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
-        None, description="The same seed gives the same answer."
-    )
     stop: Stops | None = None
     ignore_eos: bool | None = Field(
         None, description="Whether to go on to max_tokens (or a stop text) where the model would end its answer."
@@ -139,6 +122,22 @@ class Sampled(Body):
         return self
 
 
+T = TypeVar("T", bound=type[Sampled])
+
+
+def with_sampling(kind: T) -> T:
+    """Return the body with a field for each parameter of the table of sampling parameters."""
+    fields: dict[str, Any] = {}
+    for name, parameter in PARAMETERS.items():
+        bounds = parameter.api_bounds
+        rules: dict[str, Any] = {"gt" if bounds.excludes_low else "ge": bounds.low}
+        if bounds.high < math.inf:
+            rules["le"] = bounds.high
+        fields[name] = parameter.kind | None, Field(None, description=parameter.api_help, **rules)
+    return create_model(kind.__name__, __base__=kind, __doc__=kind.__doc__, **fields)  # type: ignore[return-value]
+
+
+@with_sampling
 class CompletionBody(Sampled):
     """`prompt`: a text gets the tokenizer's start token, if it has one; ids are taken as they are."""
 
@@ -187,6 +186,7 @@ class ResponseFormat(Body):
         return self
 
 
+@with_sampling
 class ChatBody(Sampled):
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="The older name of max_completion_tokens.")

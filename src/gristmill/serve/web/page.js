@@ -5,8 +5,6 @@ import { Inspector } from "./inspect.js";
 import { Server, count, time } from "./server.js";
 
 const TOP = 8; // alternatives of each token
-const SAMPLING = ["temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "frequency_penalty"];
-const NUMBERS = ["max_tokens", ...SAMPLING];
 const EXAMPLES = {
   text: ["def fibonacci(n):", "Once upon a time", "The mill by the river"],
   chat: ["Who are you?", "Explain what a mixture of experts is."],
@@ -94,7 +92,7 @@ function settings() {
     return null;
   }
   const set = { model: card.id, return_experts: card.experts !== null };
-  for (const name of NUMBERS) if (find(name).value !== "") set[name] = Number(find(name).value);
+  for (const { id, value } of form.querySelectorAll("input[type=number]")) if (value !== "") set[id] = Number(value);
   const stops = find("stops").value.split("\n").filter(Boolean);
   if (stops.length) set.stop = stops.map((text) => text.replaceAll("\\n", "\n"));
   return set;
