@@ -19,7 +19,7 @@ def measure(path: Path, memory_bytes: int | None) -> None:
     import torch
 
     from gristmill.inference import EngineConfig, Request, Sampling, load_engine
-    from gristmill.inference.load import resident_bytes
+    from gristmill.inference.memory import resident_bytes
 
     engine = load_engine(path, EngineConfig(cache_tokens=1024, token_budget=64), memory_bytes=memory_bytes)
     vocabulary, rate = engine.model.wte.num_embeddings, 0.0

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 
 from gristmill.errors import InputError
 from gristmill.hub import SpecialIds, in_memory, write_published, write_weights
-from gristmill.inference import Engine, EngineConfig, Request, Sampling, load_engine
+from gristmill.inference import Engine, EngineConfig, Request, Sampling, load_engine, memory
 from gristmill.inference.disk import ExpertCache
 from gristmill.inference.layers import NativeLayers
+from gristmill.inference.memory import resident_bytes
+from gristmill.inference.scheduler import CACHE_TOKENS
 from gristmill.kernels import native
 from gristmill.kernels.packed import pack_experts
 from gristmill.model import Transformer
@@ -83,20 +85,68 @@ def test_too_little_memory_for_a_layer_is_refused_before_anything_runs(tiny: Tin
         NativeLayers(tiny(), in_memory(tiny().state_dict()), 10_000)
 
 
-def test_a_bound_that_could_not_be_kept_is_refused(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:
-    shutil.copytree(tokenizer_dir, tmp_path / "tokenizer")
-    model = tiny(ffn="dense")
-    write_weights(tmp_path, in_memory(model.state_dict()))
-    (tmp_path / "model.json").write_text(json.dumps(asdict(model.cfg)))
-    with pytest.raises(InputError, match="this model is dense; leave it out"):
-        load_engine(tmp_path, memory_bytes=2**30)
+def stored(model: Transformer, tokenizer_dir: Path, folder: Path) -> Path:
+    shutil.copytree(tokenizer_dir, folder / "tokenizer")
+    write_weights(folder, in_memory(model.state_dict()))
+    (folder / "model.json").write_text(json.dumps(asdict(model.cfg)))
+    return folder
+
+
+@pytest.mark.parametrize("ffn", ["dense", "moe"])
+def test_a_bound_that_could_not_be_kept_is_refused(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path, ffn: str) -> None:
+    folder = stored(tiny(ffn=ffn), tokenizer_dir, tmp_path)
+    with pytest.raises(InputError, match=r"the memory has no room .* give .* MiB more"):
+        load_engine(folder, memory_bytes=resident_bytes() + 2**20)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "moe"])
+def test_weights_come_first_and_the_cache_gets_the_rest_up_to_what_can_be_used(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, ffn: str
+) -> None:
+    model, cfg = tiny(ffn=ffn), EngineConfig(max_running=4)
+    weights, token_bytes = in_memory(model.state_dict()), memory.cache_bytes_per_token(model)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 0)
+    without_experts = memory._bytes_without_experts(model, weights, cfg)
+    everything = without_experts + memory._expert_bytes(model, weights)
+    for tokens in (64, 160, 256, 1000):  # a context has 64, and four of them 256
+        bound = everything + tokens * token_bytes
+        assert memory.divide(model, weights, cfg, bound) == (replace(cfg, cache_tokens=min(tokens, 256)), None)
+        given = replace(cfg, cache_tokens=tokens // 16 * 16)
+        assert memory.divide(model, weights, given, bound) == (given, None)
+    too_small = everything + 63 * token_bytes
+    if ffn == "dense":
+        with pytest.raises(InputError, match=r"a cache of 64 tokens; give 1 MiB more"):
+            memory.divide(model, weights, cfg, too_small)
+    else:
+        left = too_small - without_experts - 256 * token_bytes
+        assert memory.divide(model, weights, cfg, too_small) == (replace(cfg, cache_tokens=256), left)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "moe"])
+def test_a_bound_changes_no_answer_and_the_cache_is_as_large_as_planned(
+    tiny: Tiny, tokenizer_dir: Path, tmp_path: Path, ffn: str
+) -> None:
+    model = tiny(ffn=ffn)
+    folder = stored(model, tokenizer_dir, tmp_path)
+    engine = load_engine(folder, EngineConfig(max_running=4), torch.float32, resident_bytes() + 2**30)
+    assert engine.cfg.cache_tokens == 256
+    assert engine.runner.paged.nbytes == 256 * memory.cache_bytes_per_token(engine.model)
+    assert answers(engine) == answers(Engine(model, EngineConfig(cache_tokens=1024)))
+
+
+def test_without_a_bound_the_cache_has_its_usual_size(tiny: Tiny, tokenizer_dir: Path, tmp_path: Path) -> None:
+    folder = stored(tiny(), tokenizer_dir, tmp_path)
+    assert load_engine(folder).cfg.num_blocks * 16 == CACHE_TOKENS
+    for bound in (None, resident_bytes() + 2**30):
+        engine = load_engine(folder, EngineConfig(cache_tokens=4096), torch.float32, bound)
+        assert engine.cfg.cache_tokens == 4096
 
 
 CHILD = """
 import resource, sys, torch
 from pathlib import Path
 from gristmill.inference import EngineConfig, Request, Sampling, load_engine
-from gristmill.inference.load import resident_bytes
+from gristmill.inference.memory import resident_bytes
 
 MIB = 2**20
 torch.randn(512, 512) @ torch.randn(512, 512)  # threads come with memory of their own

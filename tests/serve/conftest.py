@@ -18,6 +18,7 @@ from running_server import Direct, Running
 from gristmill.inference import Engine, EngineConfig
 from gristmill.inference.settings import Published
 from gristmill.model import ModelConfig, Transformer
+from gristmill.serve import config
 from gristmill.serve.app import build_app
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.database import Database
@@ -71,21 +72,27 @@ Serving = Callable[..., AbstractContextManager[Running]]
 
 @pytest.fixture(scope="session")
 def serving(served: Callable[..., Served]) -> Serving:
-    """A server of one's own: `with serving(request_s=1) as running`."""
+    """A server of one's own: `with serving(request_s=1) as running`. Settings are `ServeConfig`'s, and the constants
+    of config.py in lower case (`header_s=0.3`)."""
 
     @contextmanager
     def run(it: Served | None = None, gate: Gate | None = None, **settings: Any) -> Iterator[Running]:
-        cfg = ServeConfig(**{"port": 0, "name": "tiny", **settings})
-        app = build_app(it or served(), cfg, gate or Open())
-        ports: queue.Queue[int] = queue.Queue()
-        server = Server(app, cfg, ports.put)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            yield Running(f"http://127.0.0.1:{ports.get(timeout=60)}", app.state.endpoint, server)
-        finally:
-            server.should_exit = True
-            thread.join()
+        constants = {name: value for name, value in settings.items() if name.upper() in vars(config)}
+        settings = {name: value for name, value in settings.items() if name not in constants}
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in constants.items():
+                patch.setattr(config, name.upper(), value)
+            cfg = ServeConfig(**{"port": 0, "name": "tiny", **settings})
+            app = build_app(it or served(), cfg, gate or Open())
+            ports: queue.Queue[int] = queue.Queue()
+            server = Server(app, cfg, ports.put)
+            thread = threading.Thread(target=server.run)
+            thread.start()
+            try:
+                yield Running(f"http://127.0.0.1:{ports.get(timeout=60)}", app.state.endpoint, server)
+            finally:
+                server.should_exit = True
+                thread.join()
 
     return run
 

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -97,8 +97,42 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on; a public one needs keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's id for clients. [default: MODEL's last part]")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Use at most this much memory, like 16GiB, for weights and cache together. Weights come first and the "
+            "cache gets the rest; experts that do not fit are read from disk when used.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="Compute in this precision. [default: as stored; bfloat16 if quantized]"),
+    ] = None,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Capacity of the key/value cache, of all requests together. A larger cache runs more requests at once "
+            "and keeps more prompts. [default: 32768; with --memory, as many as fit]"
+        ),
+    ] = None,
+    max_running: Annotated[
+        int, typer.Option(help="Sequences in one step. More raise throughput and slow down each of them.")
+    ] = 64,
+    max_waiting: Annotated[
+        int, typer.Option(help="Requests that may wait for the engine. More are refused with 503.")
+    ] = 1024,
+    token_budget: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of one step. More read long prompts faster; fewer shorten the gaps between an answer's tokens."
+        ),
+    ] = 512,
+    max_requests: Annotated[
+        int, typer.Option(help="HTTP requests at once, running, waiting and arriving. More are refused with 503.")
+    ] = 512,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds that one request may take.")] = 600,
-    drain_s: Annotated[float, typer.Option("--drain", help="Seconds that what runs gets after SIGTERM.")] = 30,
+    drain_s: Annotated[float, typer.Option("--drain", help="Seconds for running requests to end after SIGTERM.")] = 30,
     input_price: Annotated[float, typer.Option(min=0, help="Of a million tokens of prompts, for `keys usage`.")] = 0,
     output_price: Annotated[float, typer.Option(min=0, help="Of a million tokens of answers.")] = 0,
     database: DatabaseOpt = None,
@@ -109,10 +143,22 @@ def serve(
     """
     from decimal import Decimal
 
+    from gristmill.inference import EngineConfig, parse_bytes
     from gristmill.serve.config import ServeConfig
     from gristmill.serve.start import serve as serve_model
     from gristmill.serve.usage import Prices
 
-    cfg = ServeConfig(host=host, port=port, name=name or model.resolve().name, request_s=timeout_s, drain_s=drain_s)
+    cfg = ServeConfig(
+        host=host,
+        port=port,
+        name=model.resolve().name if name is None else name,
+        max_requests=max_requests,
+        request_s=timeout_s,
+        drain_s=drain_s,
+    )
+    engine = EngineConfig(
+        cache_tokens=cache_tokens, max_running=max_running, max_waiting=max_waiting, token_budget=token_budget
+    )
+    memory_bytes = None if memory is None else parse_bytes(memory)
     prices = Prices(input=Decimal(str(input_price)), output=Decimal(str(output_price)))
-    raise typer.Exit(serve_model(model, cfg, database, prices))
+    raise typer.Exit(serve_model(model, cfg, engine, dtype, memory_bytes, database, prices))

@@ -6,7 +6,8 @@ May use the model, hub and evaluate's `Scorer`; it changes nothing in them.
 from gristmill.inference.engine import Engine, Stream
 from gristmill.inference.generate import complete, generate, stream
 from gristmill.inference.grammar import ANY_OBJECT, Grammar, JsonSchema, Regex, read_schema
-from gristmill.inference.load import find_model, load_engine, load_for_answer, load_model, parse_bytes
+from gristmill.inference.load import find_model, load_engine, load_for_answer, load_model
+from gristmill.inference.memory import parse_bytes
 from gristmill.inference.requests import Piece, Request, Token
 from gristmill.inference.sampler import Sampling
 from gristmill.inference.scheduler import EngineConfig, QueueFull

@@ -1,6 +1,5 @@
 """Finds and loads a model wherever it stands: a run folder, a checkpoint, a Hugging Face directory."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,18 +12,14 @@ from gristmill.hub.checkpoint import CONFIG
 from gristmill.hub.folder import ModelFolder, open_model
 from gristmill.hub.published import CONFIG_JSON, main_dtype
 from gristmill.hub.tensors import check_names
-from gristmill.inference.disk import AT_ONCE, READERS
 from gristmill.inference.engine import Engine
 from gristmill.inference.generate import prompt_ids
 from gristmill.inference.layers import NativeLayers
-from gristmill.inference.runner import LOGITS_ROWS
+from gristmill.inference.memory import divide
 from gristmill.inference.scheduler import EngineConfig
 from gristmill.kernels import native
 from gristmill.model import Transformer
-from gristmill.model.counts import kv_bytes_per_token
 from gristmill.tokenizer import Tokenizer
-
-SPARE_BYTES = 64 * 2**20  # what libraries take when they are first used, and what lies between pieces of memory
 
 
 def load_model(path: Path, compute_dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
@@ -45,9 +40,9 @@ def load_engine(
     """An engine of the model, whose matrices are packed as they are read: none is in memory twice.
 
     compute_dtype: None is that of the stored weights; bf16 where they are quantized, fp32 where they are fp16.
-    memory_bytes: for the process, everything that cannot be read again included; experts that do not fit stay on
-    disk. The system may keep more of the files in memory that it has to spare. Raises as `load_model`, and InputError
-    when too little is left.
+    memory_bytes: for the process: weights, cache and everything else except pages of files, which the system can drop.
+    Experts that do not fit stay on disk. The cache has the tokens that `cfg` gives, else those that fit (see
+    `memory.divide`). Raises as `load_model`, and InputError when the bound is too small.
     """
     return _engine(*_open(path), cfg or EngineConfig(), compute_dtype, memory_bytes)
 
@@ -90,49 +85,14 @@ def _engine(
     model.load_state_dict(kept, strict=False, assign=True)
     disk_bytes = None
     if memory_bytes is not None:
-        if found.cfg.ffn == "dense":
-            raise InputError("a memory bound leaves experts on disk, and this model is dense; leave it out")
-        disk_bytes = memory_bytes - _taken(model, found.weights, cfg)
+        cfg, disk_bytes = divide(model, found.weights, cfg, memory_bytes)
     return Engine(model, cfg, tokenizer, NativeLayers(model, found.weights, disk_bytes))
-
-
-def parse_bytes(text: str) -> int:
-    """ "16GiB", "900 MB": raises InputError for another form."""
-    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([KMGT])(i?)B", text.strip())
-    if found is None:
-        raise InputError(f"{text!r:.40} is no amount of memory; write it like 16GiB, 900MiB or 1.5TB")
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1))
 
 
 def _stored_dtype(weights: Weights) -> torch.dtype:
     if any(isinstance(weight, QuantizedWeight) for weight in weights.values()):
         return torch.bfloat16
     return torch.bfloat16 if main_dtype(weights) == torch.bfloat16 else torch.float32
-
-
-def _taken(model: Transformer, weights: Weights, cfg: EngineConfig) -> int:
-    """Bytes of a process with everything but the experts: what it has now, and what comes."""
-    shape, itemsize = model.cfg, model.compute_dtype.itemsize
-    matrices = sum(
-        weight.nbytes // weight.dtype.itemsize * itemsize
-        for name, weight in weights.items()
-        if ".experts." not in name and name != "wte.weight"
-    )
-    if shape.tie_word_embeddings:
-        matrices += weights["wte.weight"].nbytes // weights["wte.weight"].dtype.itemsize * itemsize
-    cache = cfg.cache_tokens * kv_bytes_per_token(shape, itemsize) * 32 / min(32, shape.head_dim)
-    expert = 3 * shape.d_model * shape.ffn_hidden_size * itemsize
-    assert shape.vocab_size is not None
-    step = cfg.token_budget * (shape.moe_top_k + 4) * (shape.d_model + shape.ffn_hidden_size) * 4
-    logits = LOGITS_ROWS * shape.vocab_size * 8
-    return SPARE_BYTES + resident_bytes() + matrices + int(cache) + step + logits + (AT_ONCE + 6 * READERS) * expert
-
-
-def resident_bytes() -> int:
-    """Of this process, without the pages of files."""
-    with open("/proc/self/status") as status:
-        return sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 
 def _open(path: Path) -> tuple[ModelFolder, Tokenizer]:

@@ -23,6 +23,7 @@ from gristmill.errors import Failure, InputError
 from gristmill.inference.blocks import Blocks, chained
 from gristmill.inference.errors import SettingError
 
+CACHE_TOKENS = 32768  # the usual capacity of the key/value cache
 Finish = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -32,12 +33,13 @@ class QueueFull(Failure):
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """cache_tokens: whose keys and values are kept, of all sequences together, in blocks of `block_tokens`.
-    token_budget: of one step, prompts and new tokens together. max_running: sequences in one step; of the others
-    `max_waiting` may wait. priority_steps: how many steps later a request of one level more urgent may come and still
-    go first. prefix_cache: whether prompts that begin alike share what was computed."""
+    """cache_tokens: capacity of the key/value cache, of all sequences together, in blocks of `block_tokens`; None is
+    CACHE_TOKENS, or with a memory bound as many as fit. token_budget: the most tokens of one step, prompts and new
+    tokens together. max_running: the most sequences in one step. max_waiting: the most that may wait for it.
+    priority_steps: how many steps later a request of one level more urgent may arrive and still go first.
+    prefix_cache: whether prompts that begin alike share what was computed."""
 
-    cache_tokens: int = 32768
+    cache_tokens: int | None = None
     block_tokens: int = 16
     token_budget: int = 512
     max_running: int = 64
@@ -48,7 +50,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.block_tokens < 2 or 64 % self.block_tokens:
             raise InputError(f"block_tokens={self.block_tokens} must be at least 2 and divide 64; 16 is usual")
-        if self.cache_tokens < self.block_tokens:
+        if self.cache_tokens is not None and self.cache_tokens < self.block_tokens:
             raise InputError(f"cache_tokens={self.cache_tokens} must be at least block_tokens={self.block_tokens}")
         for name in ("max_running", "max_waiting"):
             if getattr(self, name) < 1:
@@ -63,7 +65,7 @@ class EngineConfig:
 
     @property
     def num_blocks(self) -> int:
-        return self.cache_tokens // self.block_tokens
+        return (CACHE_TOKENS if self.cache_tokens is None else self.cache_tokens) // self.block_tokens
 
 
 @dataclass(eq=False, kw_only=True)

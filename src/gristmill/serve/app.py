@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gristmill.errors import Failure, InputError
-from gristmill.serve import page
+from gristmill.serve import config, page
 from gristmill.serve.answers import ChatChunk
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.errors import ApiError, overloaded
@@ -34,7 +34,7 @@ OWN_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 def build_app(served: Served, cfg: ServeConfig, gate: Gate) -> FastAPI:
     """The engine's thread runs from the application's start to its end."""
     metrics = Metrics()
-    worker = Worker(served.engine, metrics, cfg.max_backlog)
+    worker = Worker(served.engine, metrics)
 
     @asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
@@ -80,7 +80,7 @@ class Edge:
         number = f"req_{uuid.uuid4().hex}".encode()
         if scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
-        incoming = Incoming(receive, self.at.cfg.body_s)
+        incoming = Incoming(receive)
 
         async def numbered(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -103,9 +103,9 @@ class Edge:
 
     async def _check(self, request: Request) -> None:
         at, path = self.at, request.scope["path"]
-        if sum(len(name) + len(value) for name, value in request.scope["headers"]) > at.cfg.max_header_bytes:
+        if sum(len(name) + len(value) for name, value in request.scope["headers"]) > config.MAX_HEADER_BYTES:
             # The protocol's own limit is for what has not come whole: what comes at once is larger at times.
-            raise ApiError(400, f"the header is larger than {at.cfg.max_header_bytes} bytes", code="header_too_large")
+            raise ApiError(400, f"the header is larger than {config.MAX_HEADER_BYTES} bytes", code="header_too_large")
         if at.gate.is_open and _host(request) not in OWN_NAMES:
             # A page of another site can have its own name point to this machine, and read the answers.
             raise ApiError(
@@ -141,9 +141,9 @@ class Edge:
 class Incoming:
     """A request's body, of which somebody may have read a part."""
 
-    def __init__(self, receive: Receive, limit_s: float) -> None:
+    def __init__(self, receive: Receive) -> None:
         self.is_begun = self.is_whole = False
-        self._receive, self._limit_s = receive, limit_s
+        self._receive = receive
 
     async def receive(self) -> Message:
         self.is_begun = True
@@ -155,7 +155,7 @@ class Incoming:
         """Read what is left of it, at most DISCARDED_BYTES and for as long as a body may take."""
         num_bytes = 0
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._limit_s):
+            async with asyncio.timeout(config.BODY_S):
                 while not self.is_whole and num_bytes < DISCARDED_BYTES:
                     num_bytes += len((await self.receive()).get("body", b""))
 

@@ -97,7 +97,9 @@ class Database:
 
     def __init__(self, where: str | None = None, *, creates: bool = True) -> None:
         """creates: False raises _Missing where there are no tables yet; see `existing`."""
-        where = where or default_database()
+        where = default_database() if where is None else where
+        if not where:
+            raise InputError("database is empty; give a file or a URL, or leave the option out")
         self._file: Path | None = None  # of SQLite
         self._creates = creates
         try:

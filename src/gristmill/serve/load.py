@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from gristmill.hub.folder import open_model
 from gristmill.hub.importing import chat_template
 from gristmill.inference import Engine, EngineConfig, find_model, load_engine
@@ -38,10 +40,15 @@ class Served:
         return self.engine.model.wte.num_embeddings
 
 
-def load(path: Path, cfg: EngineConfig | None = None) -> Served:
-    """Raises InputError when `path` holds no model, Failure when what it holds is damaged."""
+def load(
+    path: Path, cfg: EngineConfig | None = None, dtype: str | None = None, memory_bytes: int | None = None
+) -> Served:
+    """Load a model to serve; see `load_engine` for the arguments.
+
+    Raises InputError when `path` holds no model, Failure when the model is damaged.
+    """
     folder = find_model(path)
-    engine = load_engine(folder, cfg)
+    engine = load_engine(folder, cfg, None if dtype is None else getattr(torch, dtype), memory_bytes)
     assert engine.tokenizer is not None
     its_tokenizer = open_model(folder).tokenizer
     return Served(

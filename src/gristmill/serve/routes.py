@@ -16,7 +16,7 @@ from gristmill.errors import Failure, InputError
 from gristmill.inference import Grammar
 from gristmill.inference import Request as EngineRequest
 from gristmill.inference.errors import SettingError
-from gristmill.serve import answers, metrics, requests
+from gristmill.serve import answers, config, metrics, requests
 from gristmill.serve.answers import Chat, Completion, Shape
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.errors import ApiError, ErrorBody, overloaded
@@ -253,19 +253,19 @@ async def read(request: Request, kind: type[B]) -> B:
     if media_type != "application/json" or "content-encoding" in request.headers:
         # Also what keeps a web page of another origin from asking in a visitor's name.
         raise ApiError(415, "the body must be sent as content-type: application/json, without a content-encoding")
-    too_large = ApiError(413, f"the body is larger than {at.cfg.max_body_bytes} bytes", code="body_too_large")
-    if int(request.headers.get("content-length", 0)) > at.cfg.max_body_bytes:  # the protocol only lets digits through
+    too_large = ApiError(413, f"the body is larger than {config.MAX_BODY_BYTES} bytes", code="body_too_large")
+    if int(request.headers.get("content-length", 0)) > config.MAX_BODY_BYTES:  # the protocol only lets digits through
         raise too_large
     body = bytearray()
     try:
-        async with asyncio.timeout(at.cfg.body_s):
+        async with asyncio.timeout(config.BODY_S):
             async for part in request.stream():
                 body += part
-                if len(body) > at.cfg.max_body_bytes:
+                if len(body) > config.MAX_BODY_BYTES:
                     raise too_large
     except TimeoutError:
         raise ApiError(
-            408, f"the body did not arrive within {at.cfg.body_s:g} s", code="timeout", headers={"connection": "close"}
+            408, f"the body did not arrive within {config.BODY_S:g} s", code="timeout", headers={"connection": "close"}
         ) from None
     request.state.num_bytes = len(body)
     parsed = await beside(request, parse, kind, bytes(body))
@@ -295,7 +295,7 @@ def operated(request: Request) -> Endpoint:
 
 def limits(request: Request) -> requests.Limits:
     at, tenant = endpoint(request), request.state.tenant
-    return requests.Limits(tenant, at.cfg.max_sequences, at.gate.most_tokens(tenant))
+    return requests.Limits(tenant, config.MAX_ANSWERS, at.gate.most_tokens(tenant))
 
 
 def known(name: str, at: Endpoint) -> None:

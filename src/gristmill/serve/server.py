@@ -15,6 +15,7 @@ from h11 import Response as RawResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gristmill.errors import InputError
+from gristmill.serve import config
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.errors import ApiError
 from gristmill.serve.routes import Endpoint
@@ -31,13 +32,13 @@ class Server(uvicorn.Server):
                 app,
                 host=cfg.host,
                 port=cfg.port,
-                http=protocol(cfg),
+                http=Patient,
                 ws="none",
                 lifespan="on",
                 log_level="error",  # of our mistakes: what clients do and say is not written down
                 server_header=False,
                 proxy_headers=False,
-                h11_max_incomplete_event_size=cfg.max_header_bytes,
+                h11_max_incomplete_event_size=config.MAX_HEADER_BYTES,
                 timeout_graceful_shutdown=int(cfg.drain_s) + 5,  # after ours
             )
         )
@@ -79,96 +80,93 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def protocol(cfg: ServeConfig) -> type[H11Protocol]:
-    """uvicorn's, with an end to patience: for a request that does not come, and for answers that are not read.
+class Patient(H11Protocol):
+    """uvicorn's protocol, with bounds for a request that does not arrive and for an answer that is not read.
 
-    A client that has sent its request may shut its sending side down and still wait for the answer (RFC 9112, 9.6), and
-    TCP does not tell that from a client that is gone. So the answer is sent, and while there is none yet, a client of
-    HTTP/1.1 is sent `100 Continue` from time to time, which it has to skip: one that is gone replies with a reset.
+    A client that has sent its request may close its sending side and still wait for the answer (RFC 9112, 9.6), and TCP
+    does not tell it from a client that is gone. So the answer is sent. Until it begins, a client of HTTP/1.1 is sent
+    `100 Continue` from time to time, which it has to skip; one that is gone replies with a reset.
     """
 
-    class Patient(H11Protocol):
-        _coming: asyncio.TimerHandle | None = None
-        _stalled: asyncio.TimerHandle | None = None
-        _probing: asyncio.TimerHandle | None = None
-        _is_half_closed = False
+    _coming: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
+    _probing: asyncio.TimerHandle | None = None
+    _is_half_closed = False
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._wait()
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._arrived()
-            self._read()
-            if self._probing is not None:
-                self._probing.cancel()
-            super().connection_lost(exc)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._arrived()
+        self._read()
+        if self._probing is not None:
+            self._probing.cancel()
+        super().connection_lost(exc)
 
-        def eof_received(self) -> bool:  # type: ignore[override]
-            """Whether to keep the connection, for the answer to a request that came in full."""
-            if self._is_between or self.conn.their_state not in (DONE, MUST_CLOSE):
-                return False
-            self._is_half_closed = True
-            self._probing = self._probing or self.loop.call_later(cfg.half_closed_s, self._probe)
-            return True
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether to keep the connection, for the answer to a request that came in full."""
+        if self._is_between or self.conn.their_state not in (DONE, MUST_CLOSE):
+            return False
+        self._is_half_closed = True
+        self._probing = self._probing or self.loop.call_later(config.HALF_CLOSED_S, self._probe)
+        return True
 
-        def _probe(self) -> None:
-            if self.transport.is_closing():
-                return
-            if not self._is_between and not self.cycle.response_started and self.conn.their_http_version == b"1.1":
-                event = InformationalResponse(status_code=100, headers=[], reason=b"Continue")
-                self.transport.write(self.conn.send(event))
-            self._probing = self.loop.call_later(cfg.half_closed_s / 2, self._probe)
+    def _probe(self) -> None:
+        if self.transport.is_closing():
+            return
+        if not self._is_between and not self.cycle.response_started and self.conn.their_http_version == b"1.1":
+            event = InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            self.transport.write(self.conn.send(event))
+        self._probing = self.loop.call_later(config.HALF_CLOSED_S / 2, self._probe)
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self._is_half_closed and self._is_between and not self.transport.is_closing():
-                self.transport.close()
-
-        def data_received(self, data: bytes) -> None:
-            if self._is_between:
-                self._wait()
-            super().data_received(data)
-            if not self._is_between:
-                self._arrived()
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._stalled = self._stalled or self.loop.call_later(cfg.stall_s, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._read()
-
-        def send_400_response(self, msg: str) -> None:
-            body = json.dumps(ApiError(400, "this is not an HTTP request, or its header is too large").body()).encode()
-            headers = [
-                ("content-type", "application/json"),
-                ("connection", "close"),
-                ("content-length", str(len(body))),
-            ]
-            response = RawResponse(status_code=400, headers=headers, reason=b"Bad Request")
-            for event in (response, Data(data=body), EndOfMessage(), ConnectionClosed()):
-                if output := self.conn.send(event):
-                    self.transport.write(output)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_half_closed and self._is_between and not self.transport.is_closing():
             self.transport.close()
 
-        @property
-        def _is_between(self) -> bool:
-            """Whether the client is to send a request's header."""
-            return self.cycle is None or self.cycle.response_complete
+    def data_received(self, data: bytes) -> None:
+        if self._is_between:
+            self._wait()
+        super().data_received(data)
+        if not self._is_between:
+            self._arrived()
 
-        def _wait(self) -> None:
-            self._coming = self._coming or self.loop.call_later(cfg.header_s, self.transport.abort)
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self._stalled or self.loop.call_later(config.STALL_S, self.transport.abort)
 
-        def _arrived(self) -> None:
-            if self._coming is not None:
-                self._coming.cancel()
-                self._coming = None
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._read()
 
-        def _read(self) -> None:
-            if self._stalled is not None:
-                self._stalled.cancel()
-                self._stalled = None
+    def send_400_response(self, msg: str) -> None:
+        body = json.dumps(ApiError(400, "this is not an HTTP request, or its header is too large").body()).encode()
+        headers = [
+            ("content-type", "application/json"),
+            ("connection", "close"),
+            ("content-length", str(len(body))),
+        ]
+        response = RawResponse(status_code=400, headers=headers, reason=b"Bad Request")
+        for event in (response, Data(data=body), EndOfMessage(), ConnectionClosed()):
+            if output := self.conn.send(event):
+                self.transport.write(output)
+        self.transport.close()
 
-    return Patient
+    @property
+    def _is_between(self) -> bool:
+        """Whether the client is to send a request's header."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _wait(self) -> None:
+        self._coming = self._coming or self.loop.call_later(config.HEADER_S, self.transport.abort)
+
+    def _arrived(self) -> None:
+        if self._coming is not None:
+            self._coming.cancel()
+            self._coming = None
+
+    def _read(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None

@@ -4,12 +4,15 @@ import gc
 import json
 import signal
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 
 from gristmill.errors import Failure, InputError
+from gristmill.inference import EngineConfig
 from gristmill.kernels.memory import keep_freed_memory
+from gristmill.progress import data_size
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.database import Database
 from gristmill.serve.gate import Gate, Open
@@ -19,8 +22,19 @@ from gristmill.serve.metered import Metered
 from gristmill.serve.usage import Prices
 
 
-def serve(path: Path, cfg: ServeConfig, database: str | None = None, prices: Prices | None = None) -> int:
-    """Serves until SIGTERM (then 0 is returned) or Ctrl-C (130).
+def serve(
+    path: Path,
+    cfg: ServeConfig,
+    engine: EngineConfig | None = None,
+    dtype: str | None = None,
+    memory_bytes: int | None = None,
+    database: str | None = None,
+    prices: Prices | None = None,
+) -> int:
+    """Serve a model until SIGTERM (returns 0) or Ctrl-C (returns 130).
+
+    Args:
+        engine, dtype, memory_bytes: see `load_engine`.
 
     Raises InputError when there is no model, when a public address would be open to all, or the port is taken; Failure
     when the engine has broken.
@@ -35,25 +49,25 @@ def serve(path: Path, cfg: ServeConfig, database: str | None = None, prices: Pri
     gate = open_gate(database, prices)
     check_address(cfg, gate)
     print(f"loading {path} …", flush=True)
-    served = loaded(path)
+    served = loaded(lambda: load(path, engine, dtype, memory_bytes))
     app = build_app(served, cfg, gate)
     gc.collect()
     gc.freeze()  # what is loaded stays: to go through it for garbage would stop all answers for 50 ms and more
-    server = Server(app, cfg, lambda port: print("\n".join(welcome(cfg, gate, port, served.no_chat)), flush=True))
+    server = Server(app, cfg, lambda port: print("\n".join(welcome(cfg, gate, port, served)), flush=True))
     server.run()
     if (problem := app.state.endpoint.worker.broken) is not None:
         raise Failure(f"the engine has stopped: {problem!r}; the log says where")
     return 130 if server.signum == signal.SIGINT else 0
 
 
-def loaded(path: Path) -> Served:
-    """The model, loaded in a thread that has ended: OpenMP keeps a team for each thread that computes, and when they
-    have more members than there are processors, all sleep between two products where they would stay awake."""
+def loaded(load: Callable[[], Served]) -> Served:
+    """Load the model in a thread, and end the thread: OpenMP keeps a team for each thread that computes, and when they
+    have more members than there are processors, all of them sleep between two products."""
     found: Future[Served] = Future()
 
     def run() -> None:
         try:
-            found.set_result(load(path))
+            found.set_result(load())
         except BaseException as problem:
             found.set_exception(problem)
 
@@ -84,8 +98,8 @@ def check_address(cfg: ServeConfig, gate: Gate) -> None:
         )
 
 
-def welcome(cfg: ServeConfig, gate: Gate, port: int, no_chat: str | None) -> list[str]:
-    """What is printed when the server is there, with a first request to copy."""
+def welcome(cfg: ServeConfig, gate: Gate, port: int, served: Served) -> list[str]:
+    """Return the lines that are printed when the server is ready, with a first request to copy."""
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
     host = "127.0.0.1" if cfg.host in ("0.0.0.0", "::") else host
     url = f"http://{host}:{port}"
@@ -95,6 +109,17 @@ def welcome(cfg: ServeConfig, gate: Gate, port: int, no_chat: str | None) -> lis
         f"serving {cfg.name} on {url}" + (" (no keys: open to everyone on this machine)" if gate.is_open else ""),
         f"  curl {url}/v1/completions{key} -H 'content-type: application/json' -d '{asked}'",
         f"in a browser: {url}/",
-        no_chat or f"conversations: {url}/v1/chat/completions",
+        served.no_chat or f"conversations: {url}/v1/chat/completions",
+        cache_text(served),
         "Ctrl-C ends it",
     ]
+
+
+def cache_text(served: Served) -> str:
+    """Return one line about the capacity of the cache."""
+    engine = served.engine
+    tokens = engine.cfg.num_blocks * engine.cfg.block_tokens
+    return (
+        f"cache: {tokens:,} tokens of all requests together ({data_size(engine.runner.paged.nbytes)}); "
+        f"one request may have {served.context:,}"
+    )

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from gristmill.errors import Failure, InputError
 from gristmill.inference import Engine, Piece, QueueFull, Request, Stream
 from gristmill.inference.blocks import chained
+from gristmill.serve import config
 from gristmill.serve.fair import FairQueue, has_room
 from gristmill.serve.metrics import Metrics
 
@@ -129,8 +130,8 @@ class Work:
 class Worker:
     """`submit`, `cancel_all`, `load` and `stop` are for the event loop; all else is the thread's."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, max_backlog: int = 16384) -> None:
-        self.engine, self.metrics, self.max_backlog = engine, metrics, max_backlog
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+        self.engine, self.metrics, self.max_backlog = engine, metrics, config.MAX_BACKLOG
         self.broken: BaseException | None = None  # what ended the thread: a bug, or too little memory
         self.on_broken: Callable[[], None] = lambda: None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
