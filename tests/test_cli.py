@@ -92,7 +92,7 @@ def test_generate_asked_for_a_billion_tokens_gives_what_the_context_has_room_for
         (("kam", "--temperature", "-1"), "temperature=-1.0 must be 0"),
         (("kam", "--top-k", "-1"), "--top-k"),
         (("kam", "--seed", "-1"), "seed=-1 must be from 0"),
-        (("kam " * 300,), "max_seq_len=128"),
+        (("kam " * 300,), "context is 128 tokens"),
     ],
 )
 def test_generate_refuses_what_it_cannot_do_with_one_message_and_prints_no_text(

@@ -252,9 +252,9 @@ def test_a_cancelled_request_says_so_and_gives_its_blocks_back(tiny: Tiny) -> No
     ("changes", "says"),
     [
         ({"prompt": []}, "no token"),
-        ({"prompt": [1] * 64}, "64 tokens; with max_seq_len=64 it must be shorter"),
+        ({"prompt": [1] * 64}, "the context is 64 tokens; the prompt has 64: shorten the prompt"),
         ({"prompt": [300]}, "an id outside of 0 to 299"),
-        ({"prompt": [1] * 60, "max_tokens": 5}, "60 tokens and 5 new ones exceed max_seq_len=64"),
+        ({"prompt": [1] * 60, "max_tokens": 5}, "context is 64 tokens; the prompt has 60 and 5 new ones"),
         ({"max_tokens": -1}, "max_tokens=-1 must not be negative"),
         ({"n": 0}, "n=0 must be from 1 to 128"),
         ({"stop": ("",)}, "must be a tuple of texts that are not empty"),

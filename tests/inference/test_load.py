@@ -155,7 +155,7 @@ def test_a_prompt_that_is_refused_is_refused_before_the_first_piece(
 ) -> None:
     path = save_step(tmp_path / "step-00000001", tiny(), tokenizer_dir).path
     prompt = "river " * 100
-    with pytest.raises(InputError, match="max_seq_len=64"):
+    with pytest.raises(InputError, match="context is 64 tokens"):
         stream(load_for_answer(path, prompt, 5), prompt, Sampling(), 5)
 
 

@@ -213,7 +213,7 @@ def test_the_full_queue_and_what_can_never_run_are_refused_with_the_fix() -> Non
     assert isinstance(full.value, Failure)
     assert len(scheduler.waiting) == 2  # all or none
     with pytest.raises(
-        InputError, match=r"60 tokens and 5 new ones exceed the cache of 64 tokens; .* raise cache_tokens"
+        InputError, match=r"cache has 64 tokens; the prompt has 60 and 5 new ones .* raise cache_tokens"
     ):
         scheduler.submit([job(60, 5)])
     with pytest.raises(InputError, match="no token"):

@@ -22,7 +22,7 @@ from gristmill.serve import config
 from gristmill.serve.app import build_app
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.database import Database
-from gristmill.serve.gate import Gate, Open
+from gristmill.serve.gate import Gate
 from gristmill.serve.load import Served
 from gristmill.serve.server import Server
 from gristmill.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
@@ -83,7 +83,7 @@ def serving(served: Callable[..., Served]) -> Serving:
             for name, value in constants.items():
                 patch.setattr(config, name.upper(), value)
             cfg = ServeConfig(**{"port": 0, "name": "tiny", **settings})
-            app = build_app(it or served(), cfg, gate or Open())
+            app = build_app(it or served(), cfg, gate or Gate())
             ports: queue.Queue[int] = queue.Queue()
             server = Server(app, cfg, ports.put)
             thread = threading.Thread(target=server.run)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gristmill.inference.scheduler import EngineConfig, Job, Scheduler
-from gristmill.serve.fair import FairQueue, Turn, has_room
+from gristmill.serve.fair import FairQueue, Turn
 
 KEYS = "abcd"
 pushes = st.tuples(st.sampled_from(KEYS), st.integers(1, 50))
@@ -182,7 +182,7 @@ def run(scheduler: Scheduler, fair: FairQueue[Job], late: dict[int, list[Job]], 
     while any(job.finish is None for job in until):
         for job in late.get(steps, ()):
             fair.push("few", job, len(job.prompt) + job.max_tokens)
-        while has_room(scheduler) and (turn := fair.pop()):
+        while scheduler.has_room and (turn := fair.pop()):
             scheduler.submit([turn.item])
         plan = scheduler.schedule()
         scheduler.postprocess(plan, [1 for part in plan.parts if part.samples])

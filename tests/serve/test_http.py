@@ -16,8 +16,8 @@ from test_server import LONG, head, is_idle, until
 
 from gristmill.serve import keys, page
 from gristmill.serve.database import Database
+from gristmill.serve.gate import Gate
 from gristmill.serve.limits import Limits
-from gristmill.serve.metered import Metered
 from gristmill.serve.usage import used
 
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 4, "temperature": 0}
@@ -38,7 +38,7 @@ def rest(connection: socket.socket) -> bytes:
 
 def test_head_is_get_without_a_body_on_every_route(serving: Any, database: Database) -> None:
     key = keys.create(database, "operator", Limits(), is_operator=True)
-    with serving() as open_to_all, serving(gate=Metered(database)) as gated:
+    with serving() as open_to_all, serving(gate=Gate(database)) as gated:
         paths = [p.replace("{model}", "tiny") for p, m in open_to_all.get("/openapi.json").json()["paths"].items()]
         for path in [*paths, *page.FILES, "/openapi.json", "/nowhere", "/v1/models/other"]:
             for running in (open_to_all, gated):
@@ -122,7 +122,7 @@ def sent_slowly(connection: socket.socket, body: bytes) -> None:
 def test_an_error_reaches_a_client_that_sends_a_large_body_first(
     serving: Any, database: Database, refusal: str, chunked: bool
 ) -> None:
-    with serving(gate=Metered(database)) as running:
+    with serving(gate=Gate(database)) as running:
         key = keys.create(database, "alice", Limits()) if refusal != "no key" else "gm-wrong"
         path = {"no route": "/nowhere", "no POST": "/v1/models"}.get(refusal, "/v1/completions")
         kind = "text/plain" if refusal == "no type" else "application/json"
@@ -196,7 +196,7 @@ def test_the_time_limit_holds_while_usage_cannot_be_written_and_it_is_written_la
     file = tmp_path / "serve.sqlite"
     database = Database(str(file))
     key = keys.create(database, "alice", Limits())
-    with serving(gate=Metered(database), request_s=0.5) as running:
+    with serving(gate=Gate(database), request_s=0.5) as running:
         headers = {"authorization": f"Bearer {key}"}
         with locked(file):
             started = time.monotonic()
@@ -216,7 +216,7 @@ def test_the_time_limit_holds_while_usage_cannot_be_written_and_it_is_written_la
 
 def test_a_lookup_of_a_key_that_takes_too_long_is_503(serving: Any, database: Database) -> None:
     key = keys.create(database, "alice", Limits())
-    gate, may_go = Metered(database), threading.Event()
+    gate, may_go = Gate(database), threading.Event()
     with serving(gate=gate, request_s=0.3) as running:
         before = database.begin
         database.begin = lambda: may_go.wait(20) and before()  # type: ignore[assignment, method-assign, return-value]
@@ -233,7 +233,7 @@ def test_a_database_that_is_not_in_its_place_any_more_is_noticed(serving: Any, t
     file = tmp_path / "serve.sqlite"
     database = Database(str(file))
     key = keys.create(database, "alice", Limits())
-    with serving(gate=Metered(database)) as running:
+    with serving(gate=Gate(database)) as running:
         headers = {"authorization": f"Bearer {key}"}
         assert running.post("/v1/completions", BODY, headers=headers).is_success
         aside = file.rename(tmp_path / "aside.sqlite")
@@ -258,7 +258,7 @@ def test_a_key_reads_its_own_usage_and_an_operators_key_the_whole_server(serving
     plain, other = (keys.create(database, name, Limits()) for name in ("alice", "bob"))
     operator = keys.create(database, "carol", Limits(), is_operator=True)
     alice, bob, carol = ({"authorization": f"Bearer {key}"} for key in (plain, other, operator))
-    with serving(gate=Metered(database)) as running:
+    with serving(gate=Gate(database)) as running:
         for headers, n in ((alice, 2), (bob, 3), (alice, 1)):
             assert running.post("/v1/completions", {**BODY, "n": n}, headers=headers).is_success
         for headers, requests, made in ((alice, 2, 12), (bob, 1, 12), (carol, 0, 0)):

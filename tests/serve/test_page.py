@@ -20,9 +20,9 @@ from gristmill.kernels.attention import packed_attention_reference
 from gristmill.model import ModelConfig, Transformer
 from gristmill.serve import keys, page
 from gristmill.serve.database import Database
+from gristmill.serve.gate import Gate
 from gristmill.serve.limits import Limits
 from gristmill.serve.load import Served
-from gristmill.serve.metered import Metered
 from gristmill.tokenizer import Tokenizer
 
 PROMPT = "The miller's"
@@ -281,7 +281,7 @@ def test_a_model_without_chat_or_experts_offers_neither(serving: Any, opening: O
 
 def test_a_key_is_asked_for_used_and_kept_in_the_tab_alone(serving: Any, opening: Opening, database: Database) -> None:
     key = keys.create(database, "alice", Limits(output_tokens_per_minute=10))
-    with serving(gate=Metered(database)) as running:
+    with serving(gate=Gate(database)) as running:
         it = opening(running, is_ready=False)
         for given in ("gm-wrong", key):
             it.locator("#key").wait_for()
@@ -307,7 +307,7 @@ def test_a_key_is_asked_for_used_and_kept_in_the_tab_alone(serving: Any, opening
 
 def test_the_figures_of_the_whole_server_are_for_operators(serving: Any, opening: Opening, database: Database) -> None:
     plain, operator = (keys.create(database, name, Limits(), is_operator=name == "b") for name in ("a", "b"))
-    with serving(gate=Metered(database)) as running:
+    with serving(gate=Gate(database)) as running:
         for given in (plain, operator):
             it = opening(running, is_ready=False)
             it.locator("#key").wait_for()
@@ -423,7 +423,7 @@ def test_axe_finds_nothing(
     assert it.evaluate("document.documentElement.scrollWidth") <= size["width"]
     if size != PHONE:
         keys.create(database, "alice", Limits())
-        with serving(gate=Metered(database)) as running:
+        with serving(gate=Gate(database)) as running:
             it = opening(running, is_ready=False, color_scheme=scheme)
             it.locator("#key").wait_for()
             check(it)
@@ -446,7 +446,7 @@ def test_on_a_phone_a_token_opens_the_insight_and_its_tab_closes_it(server: Runn
 
 def test_the_page_needs_no_key_names_no_other_host_and_runs_nothing_else(serving: Any, database: Database) -> None:
     keys.create(database, "alice", Limits())
-    with serving(gate=Metered(database)) as running:
+    with serving(gate=Gate(database)) as running:
         for path in page.FILES:
             answer = running.get(path)
             assert answer.status_code == 200

@@ -24,8 +24,8 @@ from gristmill.errors import InputError
 from gristmill.serve import keys
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.database import Database
+from gristmill.serve.gate import Gate
 from gristmill.serve.limits import Limits
-from gristmill.serve.metered import Metered
 from gristmill.serve.start import check_address, open_gate, serve
 from gristmill.serve.usage import used
 
@@ -48,7 +48,7 @@ def is_idle(running: Running) -> bool:
 
 @pytest.fixture
 def gated(serving: Any, database: Database) -> Iterator[Running]:
-    with serving(gate=Metered(database), half_closed_s=0.2) as running:
+    with serving(gate=Gate(database), half_closed_s=0.2) as running:
         yield running
 
 
@@ -239,7 +239,7 @@ def test_when_it_is_full_it_says_so_and_admitted_requests_are_answered(serving: 
 def test_a_key_with_many_requests_does_not_stand_before_another_key(
     serving: Any, served: Any, database: Database
 ) -> None:
-    with serving(served(max_running=1), gate=Metered(database)) as running, ThreadPoolExecutor(8) as pool:
+    with serving(served(max_running=1), gate=Gate(database)) as running, ThreadPoolExecutor(8) as pool:
         ended: list[str] = []
 
         def ask(name: str, key: str) -> None:

@@ -89,13 +89,13 @@ class Engine:
     ) -> None:
         self.model, self.cfg, self.tokenizer = model, cfg or EngineConfig(), tokenizer
         self.runner = Runner(model, self.cfg.num_blocks, self.cfg.block_tokens, layers)  # first: it checks the memory
-        self.scheduler = Scheduler(self.cfg)
+        self.scheduler = Scheduler(self.cfg, model.cfg.max_seq_len)
         self.grammars = Grammars(tokenizer, model.wte.num_embeddings) if tokenizer else None
         self._choices: dict[Job, Choice] = {}
 
     def submit(self, request: Request) -> Stream:
         """Raises InputError for what can never be done, QueueFull for what cannot be done now."""
-        max_tokens = self._check(request)
+        max_tokens = self.check(request)
         stream, vocab_size = Stream(self, request), self.model.wte.num_embeddings
         stop_ids = request.stop_ids | ({self.tokenizer.eot_id} if request.grammar and self.tokenizer else set())
         for number in range(request.n):
@@ -141,18 +141,13 @@ class Engine:
             self._deliver(self._choices[part.job], tokens.get(part.job))
         return True
 
-    def _check(self, request: Request) -> int:
-        """The largest number of new tokens."""
+    def check(self, request: Request) -> int:
+        """Return the largest number of new tokens. Raises SettingError for a request that could never be answered.
+
+        Any thread may call it.
+        """
         vocab_size, prompt = self.model.wte.num_embeddings, request.prompt
-        context = self.model.cfg.max_seq_len
-        if not prompt:
-            raise SettingError(
-                "prompt", "the prompt has no token, and the tokenizer adds no start token; give some text"
-            )
-        if len(prompt) >= context:
-            raise SettingError(
-                "prompt", f"the prompt has {len(prompt)} tokens; with max_seq_len={context} it must be shorter"
-            )
+        max_tokens = self.scheduler.new_tokens(len(prompt), request.max_tokens)
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise SettingError(
                 "prompt",
@@ -166,19 +161,13 @@ class Engine:
             raise SettingError("stop", "stop strings need a tokenizer, and this engine has none; give stop_ids")
         if request.experts and self.model.cfg.ffn != "moe":
             raise SettingError(
-                "experts", "experts were asked for, and this model is dense: it has none; leave experts out"
+                "experts",
+                "experts were asked for, and this model is dense: it has none; leave experts out",
+                code="no_experts",
             )
         if request.grammar is not None and self.tokenizer is None:
             raise SettingError("grammar", "a grammar needs a tokenizer, and this engine has none; leave it out")
-        if request.max_tokens is None:
-            return min(context, self.cfg.num_blocks * self.cfg.block_tokens) - len(prompt)
-        if len(prompt) + request.max_tokens > context:
-            raise SettingError(
-                "max_tokens",
-                f"a prompt of {len(prompt)} tokens and {request.max_tokens} new ones exceed max_seq_len={context}; "
-                "lower max_tokens or shorten the prompt",
-            )
-        return request.max_tokens
+        return max_tokens
 
     @torch.inference_mode()
     def _sample(self, plan: Plan, hidden_TD: Tensor, routes: Routes) -> dict[Job, Token]:

@@ -4,8 +4,8 @@ from gristmill.errors import InputError
 
 
 class SettingError(InputError):
-    """Bad input in one setting of a request. setting: its name in `Request` or `Sampling`."""
+    """Bad input in one setting of a request. setting: its name in `Request` or `Sampling`. code: for programs."""
 
-    def __init__(self, setting: str, message: str) -> None:
+    def __init__(self, setting: str, message: str, code: str | None = None) -> None:
         super().__init__(message)
-        self.setting = setting
+        self.setting, self.code = setting, code

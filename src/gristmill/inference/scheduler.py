@@ -15,6 +15,7 @@ at last: nobody starves, and nobody is thrown out for ever.
 
 import heapq
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,7 +25,8 @@ from gristmill.inference.blocks import Blocks, chained
 from gristmill.inference.errors import SettingError
 
 CACHE_TOKENS = 32768  # the usual capacity of the key/value cache
-Finish = Literal["stop", "length", "cancelled", "error"]
+Complete = Literal["stop", "length"]
+Finish = Complete | Literal["cancelled", "error"]
 
 
 class QueueFull(Failure):
@@ -122,8 +124,11 @@ class Plan:
 
 
 class Scheduler:
-    def __init__(self, cfg: EngineConfig) -> None:
+    """max_seq_len: the model's; None has no bound but the cache."""
+
+    def __init__(self, cfg: EngineConfig, max_seq_len: int | None = None) -> None:
         self.cfg = cfg
+        self.max_seq_len = math.inf if max_seq_len is None else max_seq_len
         self.blocks = Blocks(cfg.num_blocks)
         self.running: list[Job] = []  # in order
         self.waiting: list[Job] = []  # a heap
@@ -134,20 +139,49 @@ class Scheduler:
     def is_idle(self) -> bool:
         return not self.running and not self.waiting
 
+    @property
+    def context(self) -> int:
+        """The most tokens of one sequence, prompt and answer together."""
+        return int(min(self.max_seq_len, self.cfg.num_blocks * self.cfg.block_tokens))
+
+    def new_tokens(self, num_prompt: int, max_tokens: int | None) -> int:
+        """Return the largest number of new tokens: `max_tokens`, or all that fit when it is None.
+
+        Raises SettingError for an empty prompt and for one that does not fit. No other code checks lengths.
+        """
+        if not num_prompt:
+            raise SettingError(
+                "prompt", "the prompt has no token, and the tokenizer adds no start token; give some text"
+            )
+        least = 1 if max_tokens is None else max_tokens
+        if num_prompt + least > self.context or num_prompt >= self.max_seq_len:
+            has_model_bound = self.context == self.max_seq_len
+            raise SettingError(
+                "prompt",
+                f"the {'context is' if has_model_bound else 'cache has'} {self.context} tokens; the prompt has "
+                f"{num_prompt}{f' and {max_tokens} new ones are asked for' if max_tokens else ''}: shorten the prompt"
+                f"{' or lower max_tokens' if max_tokens else ''}{'' if has_model_bound else ', or raise cache_tokens'}",
+                code="context_length_exceeded",
+            )
+        return self.context - num_prompt if max_tokens is None else max_tokens
+
+    def cached_tokens(self, job: Job) -> int:
+        """Return how many tokens of the beginning of its prompt are in the cache now."""
+        return len(self._shared(job)) * self.cfg.block_tokens
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the next step could begin one more sequence, as far as sequences and tokens go. When the blocks do
+        not suffice, less than one step's prompts wait for them."""
+        return (
+            len(self.running) + len(self.waiting) < self.cfg.max_running
+            and sum(job.pending for job in self.waiting) < self.cfg.token_budget
+        )
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """All of them or none. Raises QueueFull, and InputError for one that could never run."""
-        capacity = self.cfg.num_blocks * self.cfg.block_tokens
         for job in jobs:
-            if not job.prompt:
-                raise SettingError(
-                    "prompt", "the prompt has no token, and the tokenizer adds no start token; give some text"
-                )
-            if len(job.prompt) + job.max_tokens > capacity:
-                raise SettingError(
-                    "max_tokens",
-                    f"a prompt of {len(job.prompt)} tokens and {job.max_tokens} new ones exceed the cache of "
-                    f"{capacity} tokens; ask for less, or raise cache_tokens",
-                )
+            self.new_tokens(len(job.prompt), job.max_tokens)
         if len(self.waiting) + len(jobs) > self.cfg.max_waiting:
             raise QueueFull(
                 f"{len(self.waiting)} sequences wait already, of at most max_waiting={self.cfg.max_waiting}; "

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from gristmill.inference import Piece, Token
+from gristmill.inference import Piece, Request, Token
+from gristmill.inference.scheduler import Complete
 from gristmill.tokenizer import StreamDecoder, Tokenizer
 
 Json = dict[str, Any]
@@ -24,11 +25,9 @@ class Shape:
     whole_object: str
     chunk_object: str
 
-    def __init__(
-        self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool, skip_control: bool
-    ) -> None:
-        self.tokenizer, self.has_logprobs, self.has_experts = tokenizer, has_logprobs, has_experts
-        self.skip_control = skip_control
+    def __init__(self, model: str, tokenizer: Tokenizer, request: Request) -> None:
+        self.tokenizer, self.skip_control = tokenizer, request.skip_control
+        self.has_logprobs, self.has_experts = request.logprobs is not None, request.experts
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def chunk(self, choices: Sequence[Json], usage: Json | None, tells_usage: bool) -> Json:
@@ -68,10 +67,8 @@ class Shape:
 class Completion(Shape):
     prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(
-        self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool, skip_control: bool
-    ) -> None:
-        super().__init__(model, tokenizer, has_logprobs, has_experts, skip_control)
+    def __init__(self, model: str, tokenizer: Tokenizer, request: Request) -> None:
+        super().__init__(model, tokenizer, request)
         self._places: dict[int, Place] = {}
 
     def deltas(self, index: int, piece: Piece) -> list[Json]:
@@ -114,11 +111,9 @@ class Place:
 class Chat(Shape):
     prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self, model: str, tokenizer: Tokenizer, has_logprobs: bool, has_experts: bool, skip_control: bool
-    ) -> None:
-        super().__init__(model, tokenizer, has_logprobs, has_experts, skip_control)
-        self._control = tokenizer.control_ids if skip_control else frozenset()
+    def __init__(self, model: str, tokenizer: Tokenizer, request: Request) -> None:
+        super().__init__(model, tokenizer, request)
+        self._control = tokenizer.control_ids if request.skip_control else frozenset()
         self._begun: set[int] = set()
 
     def deltas(self, index: int, piece: Piece) -> list[Json]:
@@ -180,10 +175,6 @@ def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> Jso
     }
 
 
-Finish = Literal["stop", "length"]
-ONLY_ASKED = "Only with return_experts: of each token."
-
-
 class PromptDetails(BaseModel):
     cached_tokens: int = Field(description="Of the prompt's, those that were in the cache when the request came.")
 
@@ -218,23 +209,29 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class CompletionChoice(BaseModel):
+class Choice(BaseModel):
     index: int
-    text: str
-    logprobs: CompletionLogprobs | None
-    finish_reason: Finish | None
-    experts: list[TokenExperts] | None = Field(None, description=ONLY_ASKED)
+    finish_reason: Complete | None
+    experts: list[TokenExperts] | None = Field(None, description="Only with return_experts: of each token.")
 
 
-class CompletionAnswer(BaseModel):
-    """With `stream`: the same as chunks, `data: …` each, then `data: [DONE]`."""
-
+class Answered(BaseModel):
     id: str
-    object: Literal["text_completion"]
     created: int
     model: str
-    choices: list[CompletionChoice]
     usage: Usage | None = None
+
+
+class CompletionChoice(Choice):
+    text: str
+    logprobs: CompletionLogprobs | None
+
+
+class CompletionAnswer(Answered):
+    """With `stream`: the same as chunks, `data: …` each, then `data: [DONE]`."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
 
 
 class ChatToken(BaseModel):
@@ -260,19 +257,14 @@ class ChatMessage(BaseModel):
     refusal: None
 
 
-class ChatChoice(BaseModel):
-    index: int
+class ChatChoice(Choice):
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Finish
-    experts: list[TokenExperts] | None = Field(None, description=ONLY_ASKED)
+    finish_reason: Complete
 
 
-class ChatAnswer(BaseModel):
-    id: str
+class ChatAnswer(Answered):
     object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -283,23 +275,16 @@ class ChatDelta(BaseModel):
     refusal: None = None
 
 
-class ChatChunkChoice(BaseModel):
-    index: int
+class ChatChunkChoice(Choice):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Finish | None
-    experts: list[TokenExperts] | None = Field(None, description=ONLY_ASKED)
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(Answered):
     """With `stream`: `data: …` each, then `data: [DONE]`."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
 
 
 class Model(BaseModel):

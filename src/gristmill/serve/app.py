@@ -19,7 +19,7 @@ from gristmill.serve import config, page
 from gristmill.serve.answers import ChatChunk
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.errors import ApiError, overloaded
-from gristmill.serve.gate import Gate, Refused
+from gristmill.serve.gate import Gate
 from gristmill.serve.load import Served
 from gristmill.serve.metrics import Metrics
 from gristmill.serve.routes import Endpoint, now, router, told_by
@@ -52,7 +52,7 @@ def build_app(served: Served, cfg: ServeConfig, gate: Gate) -> FastAPI:
     app.include_router(router)
     app.include_router(page.router)
     app.add_middleware(Edge, endpoint=at)
-    for known in (ApiError, Refused, InputError, Failure):
+    for known in (ApiError, InputError, Failure):
         app.add_exception_handler(known, lambda request, error: told_by(error, request.url.path).response())
     app.add_exception_handler(HTTPException, _routing)
     app.add_exception_handler(ClientDisconnect, lambda _, __: Response(status_code=400))  # nobody reads it
@@ -94,8 +94,8 @@ class Edge:
         self.at.num_requests += 1
         try:
             await self._check(Request(scope))
-        except (ApiError, Refused) as refusal:
-            await told_by(refusal, scope["path"]).response()(scope, incoming.receive, numbered)
+        except ApiError as refusal:
+            await refusal.response()(scope, incoming.receive, numbered)
         else:
             await self.app(scope, incoming.receive, numbered)
         finally:

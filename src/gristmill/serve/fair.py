@@ -4,7 +4,7 @@ The engine serves in the order of arrival, so a thousand requests of one key tha
 one. Therefore they wait here, in a queue for each key, and the engine is given no more than its next step can begin:
 
     displaced = queue.push(key, item, cost)                              # a request came
-    while has_room(engine.scheduler) and (turn := queue.pop()):          # before each step
+    while engine.scheduler.has_room and (turn := queue.pop()):           # before each step
         engine.submit(...)
     queue.credit(turn.key, unused)                                       # it is complete
 
@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from gristmill.errors import InputError
-from gristmill.inference.scheduler import Scheduler
 
 T = TypeVar("T")
 
@@ -40,16 +39,6 @@ class Lane(Generic[T]):
 
     clock: int = 0
     turns: deque[Turn[T]] = field(default_factory=deque)
-
-
-def has_room(scheduler: Scheduler) -> bool:
-    """Whether the engine's next step could begin one more, as far as sequences and tokens go. When its blocks do not
-    suffice, less than one step's prompts wait in it before all that wait here."""
-    cfg = scheduler.cfg
-    return (
-        len(scheduler.running) + len(scheduler.waiting) < cfg.max_running
-        and sum(job.pending for job in scheduler.waiting) < cfg.token_budget
-    )
 
 
 class FairQueue(Generic[T]):

@@ -25,7 +25,7 @@ class Served:
     @property
     def context(self) -> int:
         """Tokens that a prompt and its answer may have together."""
-        return min(self.engine.model.cfg.max_seq_len, self.engine.cfg.num_blocks * self.engine.cfg.block_tokens)
+        return self.engine.scheduler.context
 
     @property
     def experts(self) -> dict[str, int] | None:

@@ -2,12 +2,13 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from gristmill.errors import InputError
 from gristmill.inference import ANY_OBJECT, Grammar, JsonSchema, Request, Sampling
 from gristmill.inference.sampler import PARAMETERS
 from gristmill.inference.settings import API_DEFAULTS
+from gristmill.serve.config import MAX_ANSWERS
 from gristmill.serve.errors import ApiError
 from gristmill.serve.load import Served
 from gristmill.serve.schema import ChatBody, CompletionBody, ResponseFormat, Sampled, Stops, TokenizeBody
@@ -15,33 +16,14 @@ from gristmill.serve.schema import ChatBody, CompletionBody, ResponseFormat, Sam
 COMPLETION_TOKENS = 16  # OpenAI's default
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Who asks, and for how much: answers of one request, and tokens of all of them where the request says nothing."""
-
-    tenant: str
-    max_sequences: int
-    most_tokens: int | None
-
-
 def completion_prompts(body: CompletionBody, served: Served) -> list[Sequence[int]]:
     """The ids of each prompt. A text gets the tokenizer's start token, if it has one; ids are taken as they are."""
     given = body.prompt
     if isinstance(given, str):
-        return [text_prompt(given, served)]
+        return [served.tokenizer.encode_prompt(given)]
     if isinstance(given[0], int):
         return [given]
-    return [text_prompt(one, served) if isinstance(one, str) else one for one in given]
-
-
-def text_prompt(text: str, served: Served) -> Sequence[int]:
-    """Raises ApiError for an empty text where the tokenizer has no start token."""
-    ids = served.tokenizer.encode_prompt(text)
-    if not ids:
-        raise ApiError(
-            400, "the prompt is empty, and this model's tokenizer adds no start token; give some text", param="prompt"
-        )
-    return ids
+    return [served.tokenizer.encode_prompt(one) if isinstance(one, str) else one for one in given]
 
 
 def chat_prompt(body: ChatBody | TokenizeBody, served: Served) -> Sequence[int]:
@@ -54,33 +36,40 @@ def chat_prompt(body: ChatBody | TokenizeBody, served: Served) -> Sequence[int]:
 
 
 def engine_requests(
-    body: CompletionBody | ChatBody, prompts: Sequence[Sequence[int]], served: Served, limits: "Limits"
+    body: CompletionBody | ChatBody,
+    prompts: Sequence[Sequence[int]],
+    served: Served,
+    tenant: str,
+    most_tokens: int | None,
 ) -> list[Request]:
-    """One for each prompt. Raises ApiError for what does not fit, InputError for what the engine's checks refuse."""
-    n = body.n or 1
-    if len(prompts) * n > limits.max_sequences:
+    """Return a request for each prompt.
+
+    Args:
+        most_tokens: of all answers together, when the body gives no number; None has no bound.
+
+    Raises ApiError, or SettingError for a request that the engine refuses.
+    """
+    num_answers = len(prompts) * (n := body.n or 1)
+    if num_answers > MAX_ANSWERS:
         raise ApiError(
             400,
-            f"{len(prompts)} prompts with n={n} are {len(prompts) * n} answers, of at most {limits.max_sequences}; "
-            "split the request",
+            f"{len(prompts)} prompts with n={n} are {num_answers} answers, of at most {MAX_ANSWERS}; split the request",
             param="n",
         )
     if isinstance(body, ChatBody):
-        param, echo, grammar = "messages", False, grammar_of(body.response_format)
+        echo, grammar = False, grammar_of(body.response_format)
         max_tokens = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
     else:
-        param, echo, grammar = "prompt", bool(body.echo), None
+        echo, grammar = bool(body.echo), None
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         logprobs = body.logprobs
-    if body.return_experts and served.experts is None:
-        raise ApiError(400, "this model is dense: it has no experts", param="return_experts", code="no_experts")
     sampling, stop = sampling_of(body, served), stops(body.stop)
-    most = served.context if limits.most_tokens is None else max(1, limits.most_tokens // (len(prompts) * n))
-    return [
+    most = served.context if most_tokens is None else max(1, most_tokens // num_answers)
+    found = [
         Request(
             prompt=prompt,
-            max_tokens=room(prompt, max_tokens, param, served, most),
+            max_tokens=default_tokens(prompt, served, most) if max_tokens is None else max_tokens,
             sampling=sampling,
             n=n,
             stop_ids=stop_ids(body, served, stop),
@@ -90,10 +79,19 @@ def engine_requests(
             logprobs=logprobs,
             echo=echo,
             experts=bool(body.return_experts),
-            tenant=limits.tenant,
+            tenant=tenant,
         )
         for prompt in prompts
     ]
+    for request in found:
+        served.engine.check(request)
+    return found
+
+
+def default_tokens(prompt: Sequence[int], served: Served, most: int) -> int | None:
+    """Return the new tokens that fit, at most `most`; None when the prompt does not fit, which the engine refuses."""
+    free = served.context - len(prompt)
+    return min(most, free) if free > 0 else None
 
 
 def stop_ids(body: Sampled, served: Served, stop: Sequence[str]) -> frozenset[int]:
@@ -101,20 +99,6 @@ def stop_ids(body: Sampled, served: Served, stop: Sequence[str]) -> frozenset[in
     ends = served.published.stop_ids | {served.tokenizer.eot_id, served.tokenizer.im_end_id}
     named = {id for name, id in served.tokenizer.control_tokens.items() if name in stop}
     return frozenset(named if body.ignore_eos else named | ends)
-
-
-def room(ids: Sequence[int], max_tokens: int | None, param: str, served: Served, most: int) -> int:
-    """max_tokens, or all that there is room for, at most `most`."""
-    if len(ids) + (max_tokens or 0) > served.context or len(ids) >= served.context:
-        raise ApiError(
-            400,
-            f"the model's context is {served.context} tokens; the prompt has {len(ids)}"
-            + (f" and {max_tokens} new ones are asked for" if max_tokens else "")
-            + ": shorten the prompt or lower max_tokens",
-            param=param,
-            code="context_length_exceeded",
-        )
-    return min(most, served.context - len(ids)) if max_tokens is None else max_tokens
 
 
 def sampling_of(body: Sampled, served: Served) -> Sampling:

@@ -2,14 +2,13 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Request
 from starlette.datastructures import State
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from gristmill.errors import Failure, InputError
@@ -20,9 +19,9 @@ from gristmill.serve import answers, config, metrics, requests
 from gristmill.serve.answers import Chat, Completion, Shape
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.errors import ApiError, ErrorBody, overloaded
-from gristmill.serve.gate import Gate, Refused
+from gristmill.serve.gate import Gate
 from gristmill.serve.load import Served
-from gristmill.serve.respond import Answer, Asked, gone
+from gristmill.serve.respond import Answer, while_connected
 from gristmill.serve.schema import Body, ChatBody, CompletionBody, DetokenizeBody, Sampled, TokenizeBody, parse
 from gristmill.serve.usage import plain
 from gristmill.serve.worker import Worker
@@ -31,7 +30,6 @@ INLINE_BYTES = 16384  # larger bodies are parsed and encoded beside the event lo
 # How the engine's settings are called by clients.
 PARAMS = {"grammar": "response_format", "experts": "return_experts"}
 B = TypeVar("B", bound=Body)
-T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -102,10 +100,8 @@ async def completions(request: Request) -> Response:
     at = endpoint(request)
     body = await read(request, CompletionBody)
     prompts = await beside(request, requests.completion_prompts, body, at.served)
-    asked = requests.engine_requests(body, prompts, at.served, limits(request))
-    told = body.logprobs is not None, bool(body.return_experts), asked[0].skip_control
-    shape = Completion(at.cfg.name, at.served.tokenizer, *told)
-    return await ask(request, body, asked, shape)
+    asked = requests.engine_requests(body, prompts, at.served, *asker(request))
+    return await ask(request, body, asked, Completion(at.cfg.name, at.served.tokenizer, asked[0]))
 
 
 @router.post(
@@ -119,12 +115,10 @@ async def chat_completions(request: Request) -> Response:
     at = endpoint(request)
     body = await read(request, ChatBody)
     prompt = await beside(request, requests.chat_prompt, body, at.served)
-    asked = requests.engine_requests(body, [prompt], at.served, limits(request))
+    asked = requests.engine_requests(body, [prompt], at.served, *asker(request))
     if (grammar := asked[0].grammar) is not None:
         await compiled(grammar, at)
-    told = bool(body.logprobs), bool(body.return_experts), asked[0].skip_control
-    shape = Chat(at.cfg.name, at.served.tokenizer, *told)
-    return await ask(request, body, asked, shape)
+    return await ask(request, body, asked, Chat(at.cfg.name, at.served.tokenizer, asked[0]))
 
 
 @router.post(
@@ -184,30 +178,16 @@ async def model(request: Request) -> Response:
 async def usage(request: Request) -> Response:
     """What this key has used, by day (UTC) and model. Without keys nothing is counted."""
     lines = await endpoint(request).gate.used(request.state.tenant)
-    told = [
-        {
-            "day": line.day,
-            "model": line.model,
-            "requests": line.requests,
-            "input_tokens": line.input_tokens,
-            "output_tokens": line.output_tokens,
-            "cost": plain(line.cost),
-        }
-        for line in lines
-    ]
+    told = [{**asdict(line), "cost": plain(line.cost)} for line in lines]
+    for line in told:
+        del line["key"]  # its name is the key's own
     return JSONResponse({"object": "list", "data": told})
 
 
 @router.get("/v1/load", response_model=answers.LoadFigures, responses=errors(*EACH))
 async def load(request: Request) -> Response:
     """How busy the server is; with keys, for those with the operator scope."""
-    at = operated(request)
-    counted = {
-        "prompt_tokens": at.metrics.prompt_tokens,
-        "cached_tokens": at.metrics.cached_tokens,
-        "generation_tokens": at.metrics.made_tokens,
-    }
-    return JSONResponse(asdict(at.worker.load) | counted)
+    return JSONResponse(operated(request).worker.load.model_dump())
 
 
 @router.get(
@@ -293,9 +273,10 @@ def operated(request: Request) -> Endpoint:
     return at
 
 
-def limits(request: Request) -> requests.Limits:
-    at, tenant = endpoint(request), request.state.tenant
-    return requests.Limits(tenant, config.MAX_ANSWERS, at.gate.most_tokens(tenant))
+def asker(request: Request) -> tuple[str, int | None]:
+    """Return the tenant and the most tokens that it may ask for."""
+    tenant = request.state.tenant
+    return tenant, endpoint(request).gate.most_tokens(tenant)
 
 
 def known(name: str, at: Endpoint) -> None:
@@ -330,30 +311,14 @@ async def ask(request: Request, body: Sampled, asked: Sequence[EngineRequest], s
     admission = await at.gate.admit(request.state.tenant, at.cfg.name, prompt_tokens, max_tokens)
     deadline = asyncio.get_running_loop().time() + at.cfg.request_s
     try:
-        feed = await while_there(request, at.worker.submit(asked), deadline)
+        async with asyncio.timeout_at(deadline):
+            feed = await while_connected(request.receive, at.worker.submit(asked))
     except BaseException as problem:
         admission.release()
         if isinstance(problem, TimeoutError):
             raise overloaded(f"no room came within {at.cfg.request_s:g} s") from None
         raise
-    options = body.stream_options
-    return Answer(
-        Asked(
-            feed=feed,
-            shape=shape,
-            admission=admission,
-            n=asked[0].n,
-            num_answers=sum(one.n for one in asked),
-            num_echoed=[len(one.prompt) if one.echo else 0 for one in asked for _ in range(one.n)],
-            prompt_tokens=prompt_tokens,
-            is_stream=bool(body.stream),
-            tells_usage=options is not None and bool(options.include_usage),
-            tells_usage_so_far=options is not None and bool(options.continuous_usage_stats),
-            deadline=deadline,
-            limit_s=at.cfg.request_s,
-        ),
-        admission.headers,
-    )
+    return Answer(body, shape, feed, admission, deadline, at.cfg.request_s)
 
 
 async def compiled(grammar: Grammar, at: Endpoint) -> None:
@@ -365,31 +330,14 @@ async def compiled(grammar: Grammar, at: Endpoint) -> None:
         raise ApiError(400, str(problem), param="response_format") from None
 
 
-async def while_there(request: Request, awaited: Coroutine[Any, Any, T], deadline: float) -> T:
-    """Raises ClientDisconnect when the client goes first, TimeoutError at the deadline."""
-    left, made = asyncio.ensure_future(gone(request.receive)), asyncio.ensure_future(awaited)
-    try:
-        async with asyncio.timeout_at(deadline):
-            await asyncio.wait({left, made}, return_when=asyncio.FIRST_COMPLETED)
-        if not made.done():
-            raise ClientDisconnect
-        return made.result()
-    finally:
-        left.cancel()
-        made.cancel()
-
-
 def told_by(problem: Exception, path: str) -> ApiError:
     """How what the routes raise is told."""
     match problem:
-        case SettingError(setting="prompt") if path == "/v1/chat/completions":
-            return ApiError(400, str(problem), param="messages")
-        case SettingError(setting=setting):
-            return ApiError(400, str(problem), param=PARAMS.get(setting, setting))
+        case SettingError(setting=setting, code=code):
+            names = PARAMS | ({"prompt": "messages"} if path == "/v1/chat/completions" else {})
+            return ApiError(400, str(problem), param=names.get(setting, setting), code=code)
         case ApiError():
             return problem
-        case Refused(status=status, message=message, code=code, headers=headers):
-            return ApiError(status, message, code=code, headers=headers)
         case InputError():
             return ApiError(400, str(problem))
         case Failure():

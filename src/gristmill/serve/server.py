@@ -88,20 +88,16 @@ class Patient(H11Protocol):
     `100 Continue` from time to time, which it has to skip; one that is gone replies with a reset.
     """
 
-    _coming: asyncio.TimerHandle | None = None
-    _stalled: asyncio.TimerHandle | None = None
-    _probing: asyncio.TimerHandle | None = None
     _is_half_closed = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         super().connection_made(transport)
-        self._wait()
+        self._start("header", config.HEADER_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._arrived()
-        self._read()
-        if self._probing is not None:
-            self._probing.cancel()
+        for name in list(self._timers):
+            self._stop(name)
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -109,16 +105,17 @@ class Patient(H11Protocol):
         if self._is_between or self.conn.their_state not in (DONE, MUST_CLOSE):
             return False
         self._is_half_closed = True
-        self._probing = self._probing or self.loop.call_later(config.HALF_CLOSED_S, self._probe)
+        self._start("probe", config.HALF_CLOSED_S, self._probe)
         return True
 
     def _probe(self) -> None:
+        self._stop("probe")
         if self.transport.is_closing():
             return
         if not self._is_between and not self.cycle.response_started and self.conn.their_http_version == b"1.1":
             event = InformationalResponse(status_code=100, headers=[], reason=b"Continue")
             self.transport.write(self.conn.send(event))
-        self._probing = self.loop.call_later(config.HALF_CLOSED_S / 2, self._probe)
+        self._start("probe", config.HALF_CLOSED_S / 2, self._probe)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -127,18 +124,18 @@ class Patient(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._is_between:
-            self._wait()
+            self._start("header", config.HEADER_S, self.transport.abort)
         super().data_received(data)
         if not self._is_between:
-            self._arrived()
+            self._stop("header")
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self._stalled or self.loop.call_later(config.STALL_S, self.transport.abort)
+        self._start("reader", config.STALL_S, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._read()
+        self._stop("reader")
 
     def send_400_response(self, msg: str) -> None:
         body = json.dumps(ApiError(400, "this is not an HTTP request, or its header is too large").body()).encode()
@@ -158,15 +155,11 @@ class Patient(H11Protocol):
         """Whether the client is to send a request's header."""
         return self.cycle is None or self.cycle.response_complete
 
-    def _wait(self) -> None:
-        self._coming = self._coming or self.loop.call_later(config.HEADER_S, self.transport.abort)
+    def _start(self, name: str, delay_s: float, act: Callable[[], object]) -> None:
+        """Start a timer unless it runs already."""
+        if name not in self._timers:
+            self._timers[name] = self.loop.call_later(delay_s, act)
 
-    def _arrived(self) -> None:
-        if self._coming is not None:
-            self._coming.cancel()
-            self._coming = None
-
-    def _read(self) -> None:
-        if self._stalled is not None:
-            self._stalled.cancel()
-            self._stalled = None
+    def _stop(self, name: str) -> None:
+        if (timer := self._timers.pop(name, None)) is not None:
+            timer.cancel()

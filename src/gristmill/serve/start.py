@@ -15,10 +15,9 @@ from gristmill.kernels.memory import keep_freed_memory
 from gristmill.progress import data_size
 from gristmill.serve.config import ServeConfig
 from gristmill.serve.database import Database
-from gristmill.serve.gate import Gate, Open
+from gristmill.serve.gate import Gate
 from gristmill.serve.keys import all_keys
 from gristmill.serve.load import Served, load
-from gristmill.serve.metered import Metered
 from gristmill.serve.usage import Prices
 
 
@@ -83,11 +82,11 @@ def open_gate(database: str | None, prices: Prices | None = None) -> Gate:
     """Keys are asked for when a database is named, and where one key was ever made: revoking the last opens nothing."""
     if database is None:
         if (found := Database.existing()) is None:
-            return Open()
+            return Gate()
         with closing(found):
             if not all_keys(found):
-                return Open()
-    return Metered(Database(database), prices)
+                return Gate()
+    return Gate(Database(database), prices)
 
 
 def check_address(cfg: ServeConfig, gate: Gate) -> None:

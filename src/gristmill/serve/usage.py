@@ -170,21 +170,9 @@ def used(database: Database, key_id: str | None = None) -> list[Used]:
         lines = lines.where(table.c.key_id == key_id)
     with database.begin() as connection:
         found = connection.execute(lines.group_by(table.c.day, name, table.c.model)).all()
-    return sorted(
-        (
-            Used(
-                day=day,
-                key=key,
-                model=model,
-                requests=int(requests),
-                input_tokens=int(input_tokens),
-                output_tokens=int(output_tokens),
-                cost=int(cost) * UNIT,
-            )
-            for day, key, model, requests, input_tokens, output_tokens, cost in found
-        ),
-        key=lambda line: (line.day, line.key, line.model),
-    )
+    rows = [(*row[:3], *map(int, row[3:6]), int(row[6]) * UNIT) for row in found]
+    names = [field.name for field in fields(Used)]
+    return [Used(**dict(zip(names, row, strict=True))) for row in sorted(rows)]
 
 
 def usage_csv(lines: Iterable[Used]) -> str:

@@ -12,41 +12,56 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from gristmill.errors import Failure, InputError
 from gristmill.inference import Engine, Piece, QueueFull, Request, Stream
-from gristmill.inference.blocks import chained
 from gristmill.serve import config
-from gristmill.serve.fair import FairQueue, has_room
+from gristmill.serve.answers import LoadFigures
+from gristmill.serve.fair import FairQueue
 from gristmill.serve.metrics import Metrics
 
 RATE_S = 5.0  # over which tokens per second are counted
 STOPPED = "the engine has stopped after an error; restart the server"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """Sequences, blocks of the cache, and tokens made a second, over the last seconds."""
-
-    running: int
-    waiting: int
-    blocks: int
-    blocks_in_use: int
-    tokens_per_s: float
-
-
 class Feed:
-    """One client's answers, on the event loop's side: pieces of the requests by their number, as they come."""
+    """One client's requests on their way, and the pieces of their answers, by the number of the request.
 
-    def __init__(self, worker: "Worker", num_requests: int) -> None:
-        self.num_made = 0  # tokens, also those that were not given away: a stop id, a stop string's
-        self.cached_tokens = 0  # of the prompts, found in the cache when they came
+    `take`, `end`, `put` and `fail` are for the event loop. The rest is for the engine's thread: `streams`, empty until
+    the engine has the requests, and `last`, the time of each answer's newest piece, by request and choice.
+    """
+
+    def __init__(self, worker: "Worker", requests: Sequence[Request], accepted: "asyncio.Future[None]") -> None:
+        self.requests, self.accepted = requests, accepted  # accepted: when the engine has them
+        self.arrived = time.monotonic()
+        self.num_prompt = sum(len(request.prompt) for request in requests)
+        self.num_made = 0  # tokens, also a stop id and those of a stop string, which are not given away
+        self.cached_tokens = 0  # of the prompts, found in the cache when the engine got them
+        self.streams: list[Stream] = []
+        self.last: dict[tuple[int, int], float] = {}
         self._worker = worker
-        self._open = num_requests
+        self._open = len(requests)
         self._pieces: deque[tuple[int, Piece]] = deque()
         self._wake = asyncio.Event()
         self._error: Exception | None = None
+
+    @property
+    def tenant(self) -> str:
+        return self.requests[0].tenant
+
+    @property
+    def cost(self) -> int:
+        """The tokens that it can need at most."""
+        return self.num_prompt + sum((request.max_tokens or 0) * request.n for request in self.requests)
+
+    def collect(self) -> tuple[list[tuple[int, Piece]], int]:
+        """Return the new pieces of the streams, and how many requests are complete with them."""
+        pieces, ended = [], 0
+        for number, stream in enumerate(self.streams):
+            if taken := stream.take():
+                pieces += [(number, piece) for piece in taken]
+                ended += stream.is_done
+        return pieces, ended
 
     async def take(self) -> list[tuple[int, Piece]]:
         """What has come since, at least one piece; nothing when all was taken. Raises Failure when broken off."""
@@ -89,44 +104,6 @@ class Feed:
         self._wake.set()
 
 
-@dataclass(eq=False)
-class Work:
-    """A feed on the engine's side. `last`: when a piece of each answer came, by request and choice."""
-
-    feed: Feed
-    requests: Sequence[Request]
-    accepted: "asyncio.Future[None]"  # when the engine has taken it
-    arrived: float
-    streams: list[Stream] = field(default_factory=list)
-    last: dict[tuple[int, int], float] = field(default_factory=dict)
-
-    @property
-    def tenant(self) -> str:
-        return self.requests[0].tenant
-
-    @property
-    def num_prompt(self) -> int:
-        return sum(len(request.prompt) for request in self.requests)
-
-    @property
-    def cost(self) -> int:
-        """The tokens that it can need at most."""
-        return self.num_prompt + sum((request.max_tokens or 0) * request.n for request in self.requests)
-
-    @property
-    def num_made(self) -> int:
-        return sum(choice.job.num_made for stream in self.streams for choice in stream.choices)
-
-    def take(self) -> tuple[list[tuple[int, Piece]], int]:
-        """New pieces, and how many requests are complete with them."""
-        pieces, ended = [], 0
-        for number, stream in enumerate(self.streams):
-            if taken := stream.take():
-                pieces += [(number, piece) for piece in taken]
-                ended += stream.is_done
-        return pieces, ended
-
-
 class Worker:
     """`submit`, `cancel_all`, `load` and `stop` are for the event loop; all else is the thread's."""
 
@@ -135,9 +112,8 @@ class Worker:
         self.broken: BaseException | None = None  # what ended the thread: a bug, or too little memory
         self.on_broken: Callable[[], None] = lambda: None
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._line: FairQueue[Work] = FairQueue(engine.cfg.max_waiting)
-        self._in_line: dict[Feed, Work] = {}
-        self._work: dict[Feed, Work] = {}  # in the engine
+        self._line: FairQueue[Feed] = FairQueue(engine.cfg.max_waiting)
+        self._feeds: dict[Feed, None] = {}  # in the line, and in the engine those with streams
         self._made: deque[tuple[float, int]] = deque()  # when, and how many tokens
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -150,16 +126,16 @@ class Worker:
     async def submit(self, requests: Sequence[Request]) -> Feed:
         """All or none; returns when the engine has taken them. Raises InputError, QueueFull, and Failure when the
         engine is broken."""
-        work = Work(Feed(self, len(requests)), requests, self._loop.create_future(), time.monotonic())
-        self._commands.put(lambda: self._submit(work))
+        feed = Feed(self, requests, self._loop.create_future())
+        self._commands.put(lambda: self._submit(feed))
         if self.broken is not None:
             raise Failure(STOPPED)
         try:
-            await work.accepted
+            await feed.accepted
         except asyncio.CancelledError:
-            self.cancel(work.feed)
+            self.cancel(feed)
             raise
-        return work.feed
+        return feed
 
     def cancel(self, feed: Feed) -> None:
         self._commands.put(lambda: self._cancel(feed))
@@ -168,14 +144,17 @@ class Worker:
         self._commands.put(self._cancel_all)
 
     @property
-    def load(self) -> Load:
+    def load(self) -> LoadFigures:
         scheduler, since = self.engine.scheduler, time.monotonic() - RATE_S
-        return Load(
+        return LoadFigures(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(self._line),
             blocks=scheduler.blocks.num_blocks,
             blocks_in_use=scheduler.blocks.num_blocks - scheduler.blocks.available,
             tokens_per_s=sum(count for when, count in list(self._made) if when >= since) / RATE_S,
+            prompt_tokens=self.metrics.prompt_tokens,
+            cached_tokens=self.metrics.cached_tokens,
+            generation_tokens=self.metrics.made_tokens,
         )
 
     async def stop(self) -> None:
@@ -208,70 +187,69 @@ class Worker:
             command()
             wait = False
 
-    def _submit(self, work: Work) -> None:
+    def _submit(self, feed: Feed) -> None:
         if self.broken is not None:
-            _settle(work.accepted, Failure(STOPPED))
+            _settle(feed.accepted, Failure(STOPPED))
             return
-        self._in_line[work.feed] = work
-        if (displaced := self._line.push(work.tenant, work, work.cost)) is not None:
-            del self._in_line[displaced.feed]
+        self._feeds[feed] = None
+        if (displaced := self._line.push(feed.tenant, feed, feed.cost)) is not None:
+            del self._feeds[displaced]
             full = QueueFull(f"{len(self._line)} requests wait already, and none has more of them; try again later")
             self._call(_settle, displaced.accepted, full)
 
     def _admit(self) -> None:
-        """To the engine what its next step can begin, in the order of the line; nothing while some still wait in it,
-        which would stand before other keys'."""
+        """Give the engine the requests that its next step can begin, in the order of the line; none while some still
+        wait in the engine, because they would precede other keys' requests."""
         if self.engine.scheduler.waiting:
             return
-        while has_room(self.engine.scheduler) and (turn := self._line.pop()) is not None:
+        while self.engine.scheduler.has_room and (turn := self._line.pop()) is not None:
             self._begin(turn.item)
 
-    def _begin(self, work: Work) -> None:
-        del self._in_line[work.feed]
+    def _begin(self, feed: Feed) -> None:
         try:
-            for request in work.requests:
-                work.feed.cached_tokens += self._cached_tokens(request)
-                work.streams.append(self.engine.submit(request))
+            for request in feed.requests:
+                stream = self.engine.submit(request)
+                feed.cached_tokens += self.engine.scheduler.cached_tokens(stream.choices[0].job)
+                feed.streams.append(stream)
         except (InputError, QueueFull) as refusal:
-            for stream in work.streams:
+            for stream in feed.streams:
                 self.engine.cancel(stream)
-            self._line.credit(work.tenant, work.cost)
-            self._call(_settle, work.accepted, refusal)
+            self._line.credit(feed.tenant, feed.cost)
+            del self._feeds[feed]
+            self._call(_settle, feed.accepted, refusal)
             return
-        self._work[work.feed] = work
-        self.metrics.prompt_tokens += work.num_prompt
-        self.metrics.cached_tokens += work.feed.cached_tokens
-        self._call(_settle, work.accepted, None)
+        self.metrics.prompt_tokens += feed.num_prompt
+        self.metrics.cached_tokens += feed.cached_tokens
+        self._call(_settle, feed.accepted, None)
 
     def _cancel(self, feed: Feed) -> None:
-        if self.broken is not None:
+        if self.broken is not None or feed not in self._feeds:
             return
-        if (work := self._in_line.pop(feed, None)) is not None:
-            self._line.remove(work.tenant, work)
-            self._call(_settle, work.accepted, Failure("the server is shutting down"))
-        if (work := self._work.get(feed)) is not None:
-            for stream in work.streams:
-                self.engine.cancel(stream)
-            self._deliver()
+        if self._line.remove(feed.tenant, feed):
+            del self._feeds[feed]
+            self._call(_settle, feed.accepted, Failure("the server is shutting down"))
+        for stream in feed.streams:
+            self.engine.cancel(stream)
+        self._deliver()
 
     def _cancel_all(self) -> None:
-        for feed in [*self._in_line, *self._work]:
+        for feed in list(self._feeds):
             self._cancel(feed)
 
     def _deliver(self) -> None:
-        """Everything that is new, to the event loop in one call."""
+        """Give everything that is new to the event loop, in one call."""
         now, batch, new = time.monotonic(), [], 0
-        for work in list(self._work.values()):
-            pieces, ended = work.take()
+        for feed in list(self._feeds):
+            pieces, ended = feed.collect()
             if pieces:
-                self._time(work, pieces, now)
-                num_made = work.num_made
-                new += num_made - work.feed.num_made
-                work.feed.num_made = num_made
-                batch.append((work.feed, pieces, ended))
-                if all(stream.is_done for stream in work.streams):
-                    del self._work[work.feed]
-                    self._line.credit(work.tenant, work.cost - work.num_prompt - num_made)
+                self._time(feed, pieces, now)
+                num_made = sum(choice.job.num_made for stream in feed.streams for choice in stream.choices)
+                new += num_made - feed.num_made
+                feed.num_made = num_made
+                batch.append((feed, pieces, ended))
+                if all(stream.is_done for stream in feed.streams):
+                    del self._feeds[feed]
+                    self._line.credit(feed.tenant, feed.cost - feed.num_prompt - num_made)
         self.metrics.made_tokens += new
         self._made.append((now, new))
         while self._made[0][0] < now - RATE_S:
@@ -279,37 +257,26 @@ class Worker:
         if batch:
             self._call(_put, batch)
 
-    def _time(self, work: Work, pieces: Sequence[tuple[int, Piece]], now: float) -> None:
+    def _time(self, feed: Feed, pieces: Sequence[tuple[int, Piece]], now: float) -> None:
         for number, piece in pieces:
             answer = number, piece.choice
             if piece.tokens or piece.text:
-                if answer in work.last:
-                    self.metrics.between_tokens.add(now - work.last[answer])
+                if answer in feed.last:
+                    self.metrics.between_tokens.add(now - feed.last[answer])
                 else:
-                    self.metrics.first_token.add(now - work.arrived)
-                work.last[answer] = now
+                    self.metrics.first_token.add(now - feed.arrived)
+                feed.last[answer] = now
             if piece.finish is not None:
                 self.metrics.finishes[piece.finish] += 1
-                self.metrics.whole_request.add(now - work.arrived)
-
-    def _cached_tokens(self, request: Request) -> int:
-        """Of its prompt, those whose keys and values are in the cache now."""
-        size = self.engine.cfg.block_tokens
-        if not self.engine.cfg.prefix_cache or request.scores_prompt:
-            return 0
-        names: list[bytes] = []
-        for start in range(0, (len(request.prompt) - 1) // size * size, size):
-            names.append(chained(names[-1] if names else None, request.prompt[start : start + size], request.tenant))
-        return len(self.engine.scheduler.blocks.find(names)) * size
+                self.metrics.whole_request.add(now - feed.arrived)
 
     def _broken(self) -> None:
-        """On the event loop: nobody waits in vain."""
+        """On the event loop: wake every waiter with the error."""
         while not self._commands.empty():
             if (command := self._commands.get()) is not None:
                 command()
-        for work in self._in_line.values():
-            _settle(work.accepted, Failure(STOPPED))
-        for feed in self._work:
+        for feed in self._feeds:
+            _settle(feed.accepted, Failure(STOPPED))
             feed.fail(Failure(STOPPED))
         self.on_broken()
 

@@ -11,9 +11,9 @@ import pytest
 from gristmill.errors import Failure
 from gristmill.serve import keys
 from gristmill.serve.database import Database
-from gristmill.serve.gate import Refused
+from gristmill.serve.errors import ApiError
+from gristmill.serve.gate import Gate
 from gristmill.serve.limits import Limits
-from gristmill.serve.metered import Metered
 from gristmill.serve.usage import used
 
 
@@ -23,19 +23,19 @@ def clock() -> SimpleNamespace:
 
 
 @pytest.fixture
-def gate(database: Database, clock: SimpleNamespace) -> Iterator[Metered]:
-    gate = Metered(database, clock=lambda: clock.now)
+def gate(database: Database, clock: SimpleNamespace) -> Iterator[Gate]:
+    gate = Gate(database, clock=lambda: clock.now)
     yield gate
     gate.close()
 
 
-async def refusal(awaited: object) -> Refused:
-    with pytest.raises(Refused) as caught:
+async def refusal(awaited: object) -> ApiError:
+    with pytest.raises(ApiError) as caught:
         await awaited  # type: ignore[misc]
     return caught.value
 
 
-def test_who_has_no_right_key_gets_401_and_a_word_on_what_to_do(gate: Metered, database: Database) -> None:
+def test_who_has_no_right_key_gets_401_and_a_word_on_what_to_do(gate: Gate, database: Database) -> None:
     made = keys.create(database, "alice", Limits())
 
     async def story() -> None:
@@ -64,7 +64,7 @@ def test_who_has_no_right_key_gets_401_and_a_word_on_what_to_do(gate: Metered, d
 
 
 def test_a_limit_is_429_with_a_time_and_the_budget_and_what_is_not_used_comes_back(
-    gate: Metered, database: Database, clock: SimpleNamespace
+    gate: Gate, database: Database, clock: SimpleNamespace
 ) -> None:
     made = keys.create(database, "alice", Limits(output_tokens_per_minute=100))
 
@@ -93,7 +93,7 @@ def test_a_limit_is_429_with_a_time_and_the_budget_and_what_is_not_used_comes_ba
     asyncio.run(story())
 
 
-def test_keys_do_not_take_from_each_other(gate: Metered, database: Database) -> None:
+def test_keys_do_not_take_from_each_other(gate: Gate, database: Database) -> None:
     made = [keys.create(database, name, Limits(parallel_requests=1)) for name in ("alice", "bob")]
 
     async def story() -> None:
@@ -125,7 +125,7 @@ class Held(Database):
 
 def test_finish_returns_after_the_commit_and_one_who_leaves_does_not_undo_it(tmp_path: Path) -> None:
     database = Held(tmp_path / "serve.sqlite")
-    made, gate = keys.create(database, "alice", Limits()), Metered(database)
+    made, gate = keys.create(database, "alice", Limits()), Gate(database)
 
     async def story() -> None:
         tenant = await gate.identify(f"Bearer {made}")
@@ -158,7 +158,7 @@ def test_finish_returns_after_the_commit_and_one_who_leaves_does_not_undo_it(tmp
 
 def test_work_that_could_not_be_written_down_is_not_begun(tmp_path: Path) -> None:
     database = Held(tmp_path / "serve.sqlite")
-    made, gate = keys.create(database, "alice", Limits()), Metered(database)
+    made, gate = keys.create(database, "alice", Limits()), Gate(database)
 
     async def story() -> None:
         tenant = await gate.identify(f"Bearer {made}")
