@@ -1,4 +1,4 @@
-"""The verbs of `gristmill keys`: create, list and revoke the endpoint's keys, and show their usage."""
+"""Verbs for the endpoint's keys: create, list and revoke them, and show their usage."""
 
 from contextlib import closing
 from typing import Annotated, Literal
