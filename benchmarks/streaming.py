@@ -29,7 +29,7 @@ import numpy as np
 from training import RESULTS as TRAINING
 from training import Side, machine
 
-from gristmill.streaming import Batches, MDSWriter, ShardsConfig, Stage
+from gristmill.streaming import Batches, MDSWriter, MixPhase, ShardsConfig
 from gristmill.streaming.build import Stream, write_blocks
 
 RESULTS = TRAINING.with_name("streaming.json")
@@ -94,7 +94,7 @@ def timed(read: Callable[[int], Any], steps: range, check: Callable[[Any], int])
 
 def measure(shards: Path, flats: dict[str, np.ndarray], seq_len: int, others: dict[str, Side]) -> dict[str, Any]:
     sequences, rounds = BATCH_TOKENS // seq_len, WARM_UP + ROUNDS
-    batches = Batches(shards, seq_len, sequences, rounds * BATCHES, [Stage(until=1.0, mix=WEIGHTS)], seed=0)
+    batches = Batches(shards, seq_len, sequences, rounds * BATCHES, [MixPhase(until=1.0, mix=WEIGHTS)], seed=0)
     by_number = [flats[name] for name in batches.source_names]
     places = [[part.tolist() for part in batches.samples(step)] for step in range(rounds * BATCHES)]
     seconds: dict[str, list[float]] = {"ours": [], "memmap": [], **{way: [] for way in others}}

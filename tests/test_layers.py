@@ -15,7 +15,8 @@ LAYERS = [
     ["kernels", "tokenizer", "streaming"],
     ["model", "corpus", "evaluate"],
     ["parallel", "plan", "hub"],
-    ["train", "inference"],
+    ["inference"],
+    ["train"],
     ["finetune", "serve", "report"],
     ["recipe", "pipeline", "cli"],
 ]

@@ -24,7 +24,7 @@ from gristmill.pipeline import rewrite_report, run
 from gristmill.recipe import Recipe
 from gristmill.report.batch import batch_text
 from gristmill.session import locked
-from gristmill.streaming import Batches, Stage
+from gristmill.streaming import Batches, MixPhase
 from gristmill.tokenizer import Tokenizer
 from gristmill.train.config import TrackingConfig
 from gristmill.train.figures import Step
@@ -276,7 +276,7 @@ def test_a_tracking_server_that_never_answers_costs_a_bounded_wait_at_the_end(
 def test_a_global_step_can_be_looked_at(tiny_run: Path) -> None:
     checkpoint = artifact.load(tiny_run / keys(tiny_run)["train"])
     tokenizer, shards = (Tokenizer.load(tiny_run / keys(tiny_run)["tokenizer"]), tiny_run / keys(tiny_run)["shards"])
-    curriculum = [Stage(**stage) for stage in checkpoint.manifest["config"]["curriculum"]]
+    curriculum = [MixPhase(**phase) for phase in checkpoint.manifest["config"]["curriculum"]]
     batch = Batches(shards, 64, 4, 8, curriculum, 0).batch(5)
     said = "\n".join(batch_text(tiny_run, 5, full=True))
     for tokens, documents in zip(batch.tokens, batch.document_ids, strict=True):

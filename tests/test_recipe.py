@@ -20,7 +20,7 @@ from gristmill.model import ModelConfig
 from gristmill.recipe import Recipe, curriculum_of, keyed, load_recipe, load_shape, shipped_recipes, to_yaml
 from gristmill.serve.database import default_database
 from gristmill.streaming.config import default_cache
-from gristmill.streaming.order import Stage
+from gristmill.streaming.order import MixPhase
 from gristmill.train.config import GuardConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -275,9 +275,9 @@ def test_vocabulary_and_context_are_derived() -> None:
 def test_a_pair_of_weights_is_a_ramp_up_to_the_next_change() -> None:
     sources = "{a: {path: x, weight: {0.0: 3, 0.5: [3, 1]}}, b: {path: y, weight: {0.0: 1, 0.75: 2}}}"
     assert curriculum_of(load_recipe("quickstart", [f"corpus.sources={sources}"]).corpus) == (
-        Stage(until=0.5, mix={"a": 3.0, "b": 1.0}),
-        Stage(until=0.75, mix={"a": 3.0, "b": 1.0}, to={"a": 2.0, "b": 1.0}),
-        Stage(until=1.0, mix={"a": 2.0, "b": 2.0}, to={"a": 1.0, "b": 2.0}),
+        MixPhase(until=0.5, mix={"a": 3.0, "b": 1.0}),
+        MixPhase(until=0.75, mix={"a": 3.0, "b": 1.0}, to={"a": 2.0, "b": 1.0}),
+        MixPhase(until=1.0, mix={"a": 2.0, "b": 2.0}, to={"a": 1.0, "b": 2.0}),
     )
 
 

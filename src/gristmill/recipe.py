@@ -28,7 +28,7 @@ from gristmill.inference.load import find_model
 from gristmill.inference.sampler import Sampling
 from gristmill.model import ModelConfig
 from gristmill.streaming.config import ShardsConfig
-from gristmill.streaming.order import Order, Stage
+from gristmill.streaming.order import MixPhase, Order
 from gristmill.strict_yaml import dump_yaml, load_yaml
 from gristmill.tokenizer import TokenizerConfig
 from gristmill.train.balance import check_balance
@@ -153,16 +153,16 @@ def keyed(config: Any) -> Any:
     return [keyed(value) for value in config] if isinstance(config, list | tuple) else config
 
 
-def curriculum_of(cfg: CorpusConfig) -> tuple[Stage, ...]:
-    """The mix over training that the sources' weights describe: a new stage wherever one of them changes."""
+def curriculum_of(cfg: CorpusConfig) -> tuple[MixPhase, ...]:
+    """The mix over training that the sources' weights describe: a new phase wherever a weight changes."""
     changes = {name: _changes(source.weight) for name, source in cfg.sources.items()}
     starts = sorted({start for its in changes.values() for start, _ in its})
-    stages = []
+    phases = []
     for start, until in zip(starts, [*starts[1:], 1.0], strict=True):
         mix = {name: _between(its, start, start) for name, its in changes.items()}
         to = {name: _between(its, start, until) for name, its in changes.items()}
-        stages.append(Stage(until=until, mix=mix, to=to if to != mix else None))
-    return tuple(stages)
+        phases.append(MixPhase(until=until, mix=mix, to=to if to != mix else None))
+    return tuple(phases)
 
 
 Changes: typing.TypeAlias = list[

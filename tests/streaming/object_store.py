@@ -21,7 +21,7 @@ from urllib.parse import unquote
 import numpy as np
 from forked import SERVER
 
-from gristmill.streaming import Batches, MDSReader, Remote, Stage, remote
+from gristmill.streaming import Batches, MDSReader, MixPhase, Remote, remote
 from gristmill.streaming.cache import Cache
 
 
@@ -125,7 +125,7 @@ def closed_port() -> int:
 
 # ---- processes that read -------------------------------------------------------------------------------
 
-CURRICULUM = (Stage(until=0.5, mix={"code": 3, "prose": 1}), Stage(until=1.0, mix={"prose": 2, "tiny": 1}))
+CURRICULUM = (MixPhase(until=0.5, mix={"code": 3, "prose": 1}), MixPhase(until=1.0, mix={"prose": 2, "tiny": 1}))
 STEPS = 40
 
 

@@ -10,12 +10,12 @@ from forked import SERVER
 
 from gristmill.errors import InputError
 from gristmill.stop import Stop
-from gristmill.streaming import Batch, Batches, MDSReader, MDSWriter, Stage
+from gristmill.streaming import Batch, Batches, MDSReader, MDSWriter, MixPhase
 
 EOT = 256
 BLOCK = 48
 STEPS = 40
-CURRICULUM = (Stage(until=0.5, mix={"code": 3, "prose": 1}), Stage(until=1.0, mix={"prose": 2, "tiny": 1}))
+CURRICULUM = (MixPhase(until=0.5, mix={"code": 3, "prose": 1}), MixPhase(until=1.0, mix={"prose": 2, "tiny": 1}))
 FIELDS = ("tokens", "targets", "positions", "document_ids", "sources")
 
 
@@ -149,9 +149,9 @@ def test_settings_that_do_not_fit_name_the_fix(shards: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"seq_len=17 must divide .*48.*16"):
         open_batches(shards, 17)
     with pytest.raises(InputError, match=r"mixes 'codd'.*'code'"):
-        Batches(shards, 16, 8, STEPS, (Stage(until=1.0, mix={"codd": 1}),), 0)
+        Batches(shards, 16, 8, STEPS, (MixPhase(until=1.0, mix={"codd": 1}),), 0)
     with pytest.raises(InputError, match="ascend"):
-        Batches(shards, 16, 8, STEPS, (Stage(until=0.9, mix={"code": 1}),), 0)
+        Batches(shards, 16, 8, STEPS, (MixPhase(until=0.9, mix={"code": 1}),), 0)
     with pytest.raises(InputError, match="holds no sources"):
         Batches(tmp_path, 16, 8, STEPS, CURRICULUM, 0)
     (tmp_path / "code").mkdir()
@@ -160,7 +160,7 @@ def test_settings_that_do_not_fit_name_the_fix(shards: Path, tmp_path: Path) -> 
             for sample in samples:
                 writer.write(sample)
         with pytest.raises(InputError, match="code holds no token blocks"):
-            Batches(tmp_path, 16, 8, STEPS, (Stage(until=1.0, mix={"code": 1}),), 0)
+            Batches(tmp_path, 16, 8, STEPS, (MixPhase(until=1.0, mix={"code": 1}),), 0)
     with pytest.raises(InputError, match="steps=0"):
         Batches(shards, 16, 8, 0, CURRICULUM, 0)
     batches = open_batches(shards)

@@ -11,8 +11,8 @@ from gristmill.streaming.order import (
     CYCLE,
     OPEN_SHARDS,
     RAMP_PIECES,
+    MixPhase,
     Order,
-    Stage,
     Windows,
     apportion,
     boundaries,
@@ -26,9 +26,9 @@ from gristmill.streaming.order import (
 
 NAMES = ["code", "prose", "web"]
 CURRICULUM = (
-    Stage(until=0.3, mix={"code": 1.0}),
-    Stage(until=0.75, mix={"code": 0.5, "prose": 0.3, "web": 0.2}),
-    Stage(until=1.0, mix={"web": 2, "prose": 1}),
+    MixPhase(until=0.3, mix={"code": 1.0}),
+    MixPhase(until=0.75, mix={"code": 0.5, "prose": 0.3, "web": 0.2}),
+    MixPhase(until=1.0, mix={"web": 2, "prose": 1}),
 )
 
 
@@ -102,7 +102,7 @@ def test_a_stage_begins_at_its_fraction_of_the_steps_and_mixes_its_sources() -> 
     steps, batch = 1000, 64
     order = Order(CURRICULUM, NAMES, steps, batch, seed=3)
     sources = order.sources(np.arange(steps * batch)).reshape(steps, batch)
-    stages = order.stage(np.arange(steps) * batch)
+    stages = order.phase(np.arange(steps) * batch)
     assert stages.tolist() == [0] * 300 + [1] * 450 + [2] * 250
     for stage, (first, last) in enumerate([(0, 300), (300, 750), (750, 1000)]):
         mix = np.array([CURRICULUM[stage].mix.get(name, 0) for name in NAMES])
@@ -172,13 +172,13 @@ def test_windows_of_open_shards_are_well_mixed() -> None:
 
 @pytest.mark.parametrize("batch", [1, 64])
 def test_a_ramp_passes_evenly_from_one_mix_to_the_other(batch: int) -> None:
-    ramp = Stage(until=0.75, mix={"code": 1.0}, to={"code": 1.0, "prose": 3.0})
-    curriculum = (Stage(until=0.25, mix={"code": 1}), ramp, Stage(until=1.0, mix={"web": 1}))
+    ramp = MixPhase(until=0.75, mix={"code": 1.0}, to={"code": 1.0, "prose": 3.0})
+    curriculum = (MixPhase(until=0.25, mix={"code": 1}), ramp, MixPhase(until=1.0, mix={"web": 1}))
     steps = 64_000 // batch
     order = Order(curriculum, NAMES, steps, batch, seed=1)
     samples = np.arange(steps * batch)
     sources = order.sources(samples)
-    assert order.stage(samples).tolist() == [0] * 16_000 + [1] * 32_000 + [2] * 16_000
+    assert order.phase(samples).tolist() == [0] * 16_000 + [1] * 32_000 + [2] * 16_000
     prose = (sources == NAMES.index("prose"))[16_000:48_000].reshape(32, 1000).mean(1)
     # the weight of prose grows evenly, its share of all with it: 3t of 1 + 3t
     t = (np.arange(32) + 0.5) / 32
@@ -191,7 +191,7 @@ def test_a_ramp_passes_evenly_from_one_mix_to_the_other(batch: int) -> None:
 
 def test_the_pieces_of_a_ramp_have_the_mixes_in_their_middles() -> None:
     """So the mean of a ramp is the mean of its ends, and a ramp up mirrors a ramp down."""
-    curriculum = (Stage(until=0.5, mix={"code": 1.0}, to={"prose": 1.0}), Stage(until=1.0, mix={"web": 1.0}))
+    curriculum = (MixPhase(until=0.5, mix={"code": 1.0}, to={"prose": 1.0}), MixPhase(until=1.0, mix={"web": 1.0}))
     cut = pieces(curriculum)
     assert [until for _, until, _ in cut] == pytest.approx([(i + 1) / 128 for i in range(64)] + [1.0])
     prose = [mix.get("prose", 0.0) for _, _, mix in cut[:64]]
@@ -201,7 +201,7 @@ def test_the_pieces_of_a_ramp_have_the_mixes_in_their_middles() -> None:
 
 def test_a_ramp_to_a_small_weight_begins_where_the_weight_fills_a_cycle() -> None:
     """The first pieces would give prose less than one sample in 4,096."""
-    order = Order((Stage(until=1.0, mix={"code": 1.0}, to={"code": 1.0, "prose": 0.01}),), NAMES, 64, CYCLE, seed=0)
+    order = Order((MixPhase(until=1.0, mix={"code": 1.0}, to={"code": 1.0, "prose": 0.01}),), NAMES, 64, CYCLE, seed=0)
     prose = (order.sources(np.arange(64 * CYCLE)).reshape(64, CYCLE) == NAMES.index("prose")).sum(1)
     assert prose[0] == 0
     assert prose[-1] == round(CYCLE * 0.01 * 63.5 / 64 / (1 + 0.01 * 63.5 / 64))
@@ -209,20 +209,20 @@ def test_a_ramp_to_a_small_weight_begins_where_the_weight_fills_a_cycle() -> Non
 
 def test_a_stage_ends_at_the_step_nearest_to_its_fraction() -> None:
     """0.29 of 100 steps are 28.999999999999996 in floating point."""
-    curriculum = (Stage(until=0.29, mix={"code": 1}), Stage(until=1.0, mix={"web": 1}))
-    assert Order(curriculum, NAMES, 100, 4, seed=0).stage(np.arange(100) * 4).tolist() == [0] * 29 + [1] * 71
+    curriculum = (MixPhase(until=0.29, mix={"code": 1}), MixPhase(until=1.0, mix={"web": 1}))
+    assert Order(curriculum, NAMES, 100, 4, seed=0).phase(np.arange(100) * 4).tolist() == [0] * 29 + [1] * 71
 
 
 def test_each_seed_and_each_stage_mixes_the_same_sources_in_another_order() -> None:
     mix = {"code": 1.0, "prose": 1.0}
-    curriculum = (Stage(until=0.5, mix=mix), Stage(until=1.0, mix=mix))
+    curriculum = (MixPhase(until=0.5, mix=mix), MixPhase(until=1.0, mix=mix))
     first, other = (Order(curriculum, NAMES, 2, CYCLE, seed).sources(np.arange(2 * CYCLE)) for seed in (0, 1))
     assert first[:CYCLE].tolist() != first[CYCLE:].tolist()
     assert first.tolist() != other.tolist()
 
 
 def test_a_ramp_of_fewer_steps_than_pieces_is_a_ramp_still() -> None:
-    order = Order((Stage(until=1.0, mix={"code": 1}, to={"prose": 1}),), NAMES, RAMP_PIECES // 8, 200, seed=0)
+    order = Order((MixPhase(until=1.0, mix={"code": 1}, to={"prose": 1}),), NAMES, RAMP_PIECES // 8, 200, seed=0)
     prose = (order.sources(np.arange(1600)) == 1).reshape(8, 200).mean(1)
     assert np.all(np.diff(prose) > 0)
 
@@ -251,15 +251,15 @@ def test_positions_and_document_ids_equal_a_loop(data: st.DataObject, rows: int,
 )
 def test_a_curriculum_that_does_not_fill_the_run_is_refused(stages: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=f"^curriculum .*{message}"):
-        check_curriculum([Stage(until=until, mix={"code": 1}) for until in stages])
+        check_curriculum([MixPhase(until=until, mix={"code": 1}) for until in stages])
 
 
 def test_unknown_sources_and_impossible_weights_are_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown sources \['codd'\]"):
-        check_curriculum([Stage(until=1.0, mix={"codd": 1})], NAMES)
+        check_curriculum([MixPhase(until=1.0, mix={"codd": 1})], NAMES)
     for mix in ({}, {"code": 0.0}, {"code": -1.0, "prose": 2.0}, {"code": float("nan")}, {"code": float("inf")}):
         with pytest.raises(ValueError, match=r"^mix="):
-            Stage(until=1.0, mix=mix)
+            MixPhase(until=1.0, mix=mix)
     for until in (0.0, 1.1, float("nan")):
         with pytest.raises(ValueError, match=r"^until="):
-            Stage(until=until, mix={"code": 1})
+            MixPhase(until=until, mix={"code": 1})

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from forked import SERVER
 
-from gristmill.streaming import Batch, Batches, Stage
+from gristmill.streaming import Batch, Batches, MixPhase
 
 STEPS, SEQUENCES = 200, 8
 CURRICULUM = (
-    Stage(until=0.4, mix={"code": 3, "prose": 1}),
-    Stage(until=0.8, mix={"code": 3, "prose": 1}, to={"prose": 1, "tiny": 2}),
-    Stage(until=1.0, mix={"prose": 2, "tiny": 1}),
+    MixPhase(until=0.4, mix={"code": 3, "prose": 1}),
+    MixPhase(until=0.8, mix={"code": 3, "prose": 1}, to={"prose": 1, "tiny": 2}),
+    MixPhase(until=1.0, mix={"prose": 2, "tiny": 1}),
 )
 
 

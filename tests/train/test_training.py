@@ -20,7 +20,7 @@ from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.parallel.apply import parallel_model
 from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.stop import Stop
-from gristmill.streaming import Batch, Batches, Stage
+from gristmill.streaming import Batch, Batches, MixPhase
 from gristmill.train.balance import Balance
 from gristmill.train.checkpoint import Identity, SaveFailed, checkpoint_path, latest_checkpoint, read_state
 from gristmill.train.config import CheckpointConfig, GuardConfig, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -41,7 +41,7 @@ CFG = TrainConfig(
     steps=20, batch_tokens=512, seq_len=32, micro_batch=8, dtype="float32", threads=1, log_every=1,
     optimizer=OptimizerConfig(name="muon", lr=0.01), checkpoint=CheckpointConfig(every=5, keep=10),
 )  # fmt: skip
-CURRICULUM = (Stage(until=0.5, mix={"a": 1, "b": 1}), Stage(until=1.0, mix={"a": 1, "b": 3}))
+CURRICULUM = (MixPhase(until=0.5, mix={"a": 1, "b": 1}), MixPhase(until=1.0, mix={"a": 1, "b": 3}))
 IDENTITY = Identity("key", {}, {})
 JUDGE = Guard.judge
 UNUSED = ord("x")  # a character that is not in the text

@@ -9,7 +9,7 @@ import numpy as np
 from gristmill import artifact
 from gristmill.errors import Failure, InputError
 from gristmill.inference.load import find_model
-from gristmill.streaming import Batch, Batches, Remote, Stage
+from gristmill.streaming import Batch, Batches, MixPhase, Remote
 from gristmill.tokenizer import Tokenizer
 from gristmill.train.checkpoint import read_state
 from gristmill.train.log import METRICS, read_metrics
@@ -30,7 +30,7 @@ def batch_text(
     if checkpoint.kind != "checkpoint":
         raise InputError(f"{checkpoint.path} is a {checkpoint.kind}; give a run folder, or a checkpoint of a training")
     train: dict[str, Any] = checkpoint.manifest["config"]["train"]
-    curriculum = [Stage(**stage) for stage in checkpoint.manifest["config"]["curriculum"]]
+    curriculum = [MixPhase(**phase) for phase in checkpoint.manifest["config"]["curriculum"]]
     shards, tokenizer = (input_of(checkpoint, name) for name in ("shards", "tokenizer"))
     steps, length = train["steps"], train["seq_len"]
     source = source_of(checkpoint, shards, remote, cache)

@@ -9,16 +9,16 @@ from gristmill.streaming.build import build_shards
 from gristmill.streaming.config import Remote, ShardsConfig
 from gristmill.streaming.mds import MDSReader, MDSWriter
 from gristmill.streaming.merge import merge
-from gristmill.streaming.order import Stage, check_curriculum
+from gristmill.streaming.order import MixPhase, check_curriculum
 
 __all__ = [
     "Batch",
     "Batches",
     "MDSReader",
     "MDSWriter",
+    "MixPhase",
     "Remote",
     "ShardsConfig",
-    "Stage",
     "build_shards",
     "check_curriculum",
     "merge",

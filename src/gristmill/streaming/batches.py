@@ -17,7 +17,7 @@ from gristmill.streaming.cache import Cache
 from gristmill.streaming.config import Remote
 from gristmill.streaming.index import INDEX
 from gristmill.streaming.mds import MDSReader
-from gristmill.streaming.order import Ints, Order, Stage, Windows, boundaries
+from gristmill.streaming.order import Ints, MixPhase, Order, Windows, boundaries
 from gristmill.streaming.remote import REMOTE
 
 
@@ -54,7 +54,7 @@ class Batches:
         seq_len: int,
         sequences_per_batch: int,
         steps: int,
-        curriculum: Sequence[Stage],
+        curriculum: Sequence[MixPhase],
         seed: int,
         remote: Remote | None = None,
         fetch_ahead: bool = True,
@@ -66,7 +66,7 @@ class Batches:
         self.source_names = sorted(file.parent.name for file in shards.glob(f"*/{INDEX}"))
         if not self.source_names:
             raise InputError(f"{shards} holds no sources: no directory in it has an {INDEX}")
-        for name in {name for stage in curriculum for name in stage.sources} - set(self.source_names):
+        for name in {name for phase in curriculum for name in phase.sources} - set(self.source_names):
             near = difflib.get_close_matches(name, self.source_names, 1) or self.source_names
             raise InputError(f"curriculum mixes {name!r}, but the shards have {self.source_names}: try {near[0]!r}")
         try:
@@ -200,5 +200,5 @@ class Batches:
         return dict(zip(self.source_names, counts.tolist(), strict=True))
 
     def curriculum_stage(self, step: int) -> int:
-        """The index of the stage that a step belongs to."""
-        return int(self._order.stage(np.array([step * self._sequences_per_batch]))[0])
+        """The number of the curriculum's phase that a step belongs to."""
+        return int(self._order.phase(np.array([step * self._sequences_per_batch]))[0])

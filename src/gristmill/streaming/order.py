@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 
-CYCLE = 4096  # samples after which a stage's mix is exact: weights are rounded to 1/4096
-RAMP_PIECES = 64  # a ramp is so many stages with a mix each
+CYCLE = 4096  # samples after which a phase's mix is exact: weights are rounded to 1/4096
+RAMP_PIECES = 64  # pieces of constant mix that approximate a ramp
 OPEN_SHARDS = 8  # of a source that are read at a time: half a gigabyte of them mixes well, and fits any cache
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A part of training with one mix of sources, or with one that changes evenly.
+class MixPhase:
+    """A phase of the curriculum: a part of training with one mix of sources, or with a mix that changes linearly.
 
     until: the fraction of the run's steps at which it ends. mix: source -> weight, by sequences; weights are relative
-    to their sum, and a source that is not named gets none. to: the mix that a ramp ends with.
+    to their sum, and a source that is not named gets none. to: the mix at the end of a ramp; None keeps `mix`.
     """
 
     until: float
@@ -49,13 +49,13 @@ class Stage:
         return set(self.mix) | set(self.to or ())
 
 
-def check_curriculum(curriculum: Sequence[Stage], names: Sequence[str] | None = None) -> None:
-    """Raises ValueError unless stages follow each other up to 1.0 and name known sources (where `names` is given)."""
-    ends = [stage.until for stage in curriculum]
+def check_curriculum(curriculum: Sequence[MixPhase], names: Sequence[str] | None = None) -> None:
+    """Raises ValueError unless the phases ascend to 1.0 and name known sources (where `names` is given)."""
+    ends = [phase.until for phase in curriculum]
     if not ends or ends[-1] != 1.0 or any(a >= b for a, b in pairwise(ends)):
         raise ValueError(f"curriculum has stages until {ends}: they must ascend, and the last must be 1.0")
-    for stage in curriculum:
-        unknown = sorted(stage.sources - set(names)) if names is not None else []
+    for phase in curriculum:
+        unknown = sorted(phase.sources - set(names)) if names is not None else []
         if unknown:
             raise ValueError(f"curriculum mixes unknown sources {unknown}; the shards have {sorted(names or ())}")
 
@@ -120,18 +120,18 @@ def spread(counts: Sequence[int], key: int) -> Ints:
     return source[np.argsort((turn + jitter) / np.array(counts)[source], kind="stable")].astype(np.int64)
 
 
-def pieces(curriculum: Sequence[Stage]) -> list[tuple[int, float, dict[str, float]]]:
-    """(stage, until, mix) with ramps cut into pieces of one mix each: the ramp's in the middle of the piece."""
+def pieces(curriculum: Sequence[MixPhase]) -> list[tuple[int, float, dict[str, float]]]:
+    """(phase, until, mix); a ramp becomes pieces of constant mix, each with the mix in its middle."""
     cut: list[tuple[int, float, dict[str, float]]] = []
     start = 0.0
-    for number, stage in enumerate(curriculum):
-        if stage.to is None:
-            cut.append((number, stage.until, stage.mix))
+    for number, phase in enumerate(curriculum):
+        if phase.to is None:
+            cut.append((number, phase.until, phase.mix))
         else:
             for piece in range(RAMP_PIECES):
-                mix = between(stage.mix, stage.to, (piece + 0.5) / RAMP_PIECES)
-                cut.append((number, start + (stage.until - start) * (piece + 1) / RAMP_PIECES, mix))
-        start = stage.until
+                mix = between(phase.mix, phase.to, (piece + 0.5) / RAMP_PIECES)
+                cut.append((number, start + (phase.until - start) * (piece + 1) / RAMP_PIECES, mix))
+        start = phase.until
     return cut
 
 
@@ -146,12 +146,12 @@ class Order:
     """The sources of a run's samples. `names` fixes the numbers of the sources; all arrays below use them."""
 
     def __init__(
-        self, curriculum: Sequence[Stage], names: Sequence[str], steps: int, sequences_per_batch: int, seed: int
+        self, curriculum: Sequence[MixPhase], names: Sequence[str], steps: int, sequences_per_batch: int, seed: int
     ) -> None:
         """Raises ValueError for a curriculum that `check_curriculum` refuses or that CYCLE cannot express."""
         check_curriculum(curriculum, names)
-        stages, untils, mixes = zip(*pieces(curriculum), strict=True)
-        self._stages: Ints = np.array(stages)  # of pieces
+        phases, untils, mixes = zip(*pieces(curriculum), strict=True)
+        self._phases: Ints = np.array(phases)  # of pieces
         first_steps = [0, *(round(until * steps) for until in untils)]
         self._starts: Ints = np.array(first_steps) * sequences_per_batch  # of pieces, then the run's end
         cycles = []
@@ -166,9 +166,9 @@ class Order:
         for piece in range(1, len(cycles)):
             self._before[piece] = self._counts(self._starts[piece : piece + 1], np.array([piece - 1]))[0]
 
-    def stage(self, samples: Ints) -> Ints:
-        """The curriculum stage of each sample number."""
-        return np.asarray(self._stages[self._piece(samples)])
+    def phase(self, samples: Ints) -> Ints:
+        """The number of the curriculum's phase of each sample number."""
+        return np.asarray(self._phases[self._piece(samples)])
 
     def sources(self, samples: Ints) -> Ints:
         """The source of each sample number. [n] -> [n]"""

@@ -30,7 +30,7 @@ from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.stop import Stop, StopRequested
 from gristmill.streaming.batches import Batch, Batches
 from gristmill.streaming.config import Remote
-from gristmill.streaming.order import Stage
+from gristmill.streaming.order import MixPhase
 from gristmill.train.balance import Balance
 from gristmill.train.checkpoint import (
     Checkpoint,
@@ -111,7 +111,7 @@ class TrainingJob:
     tokenizer: Path
     start: Path | None = None
     folder: Path
-    curriculum: Sequence[Stage]
+    curriculum: Sequence[MixPhase]
     identity: Identity
     validate_every: int | None = None
 
