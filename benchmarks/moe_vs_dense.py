@@ -49,7 +49,7 @@ def compare(work: Path, minutes: float) -> dict[str, Any]:
                     run = trained(work, f"{name}-{kind}-{seed}", planned, "test")
                     runs.setdefault(f"{kind} {name}", []).append(run)
     bits = {name: [round(run["bits_per_byte"], 4) for run in its] for name, its in runs.items()}
-    counts = {name: count_params(variant.recipe().model) for name, variant in VARIANTS.items()}
+    counts = {name: count_params(variant.recipe()["model"]) for name, variant in VARIANTS.items()}
     return {
         "tokens": {name: bits[f"tokens {name}"] for name in VARIANTS},
         "wall": {"moe": bits["tokens moe"], "dense": bits["wall dense"]},

@@ -41,12 +41,14 @@ from gristmill.inference.scorer import ModelScorer
 from gristmill.kernels import native
 from gristmill.model import Transformer
 from gristmill.parallel.ranks import ALONE
-from gristmill.recipe import Recipe, curriculum_of, keyed, load_recipe
+from gristmill.recipe import load_recipe
+from gristmill.stage import Recipe, keyed
 from gristmill.stop import Stop
 from gristmill.streaming.batches import Batch, Batches
 from gristmill.tokenizer import Tokenizer
 from gristmill.train.checkpoint import Identity
 from gristmill.train.config import CheckpointConfig
+from gristmill.train.curriculum import curriculum_of
 from gristmill.train.loop import Started, Step, TrainingJob, layout_of, train
 from gristmill.train.machine import best_dtype
 from gristmill.train.schedule import learning_rate_scale
@@ -115,7 +117,7 @@ def trained(work: Path, name: str, variant: Variant, split: Split) -> dict[str, 
     """A variant's result; what was finished before is read, what was begun goes on."""
     result = work / "runs" / name / "result.json"
     if not (result.exists() and json.loads(result.read_text())["key"] == key_of(work, variant, split)):
-        print(f"{name}: {variant.recipe().train.steps} steps", file=sys.stderr, flush=True)
+        print(f"{name}: {variant.recipe()['train'].steps} steps", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, *command(work, result.parent, variant, split)], check=True)
     figures = dict(json.loads(result.read_text()))
     print(f"{name:<16}{figures['bits_per_byte']:.4f} bits per byte after {figures['tokens']:,} tokens", flush=True)
@@ -128,7 +130,7 @@ def command(work: Path, out: Path, variant: Variant, task: str) -> list[str]:
 
 def key_of(work: Path, variant: Variant, split: Split) -> str:
     recipe = variant.recipe()
-    config = {"side": variant.side, "model": keyed(recipe.model), "train": keyed(recipe.train), "split": split}
+    config = {"side": variant.side, "model": keyed(recipe["model"]), "train": keyed(recipe["train"]), "split": split}
     return artifact.stage_key("quality", 1, config, {"shards": artifact.load(shards_of(work)).content})
 
 
@@ -137,7 +139,7 @@ def key_of(work: Path, variant: Variant, split: Split) -> str:
 
 def shards_of(work: Path) -> Path:
     """The current ones, should there be more: a changed environment has another corpus."""
-    return find_stages(work, pipeline.STAGES)["shards"]
+    return find_stages(work, pipeline.names_of())["shards"]
 
 
 def input_of(shards: Path, name: str) -> Path:
@@ -145,16 +147,16 @@ def input_of(shards: Path, name: str) -> Path:
 
 
 def ours(recipe: Recipe, shards: Path, out: Path, key: str) -> Iterator[Started | Step]:
-    cfg = replace(recipe.train, log_every=1, checkpoint=CheckpointConfig(every=SAVE_EVERY, keep=1))
+    cfg = replace(recipe["train"], log_every=1, checkpoint=CheckpointConfig(every=SAVE_EVERY, keep=1))
     job = TrainingJob(
         cfg=cfg,
-        model_cfg=recipe.model,
-        layout=layout_of(cfg, recipe.model, ALONE),
+        model_cfg=recipe["model"],
+        layout=layout_of(cfg, recipe["model"], ALONE),
         shards=shards,
         tokenizer=input_of(shards, "tokenizer"),
         folder=out,
-        curriculum=curriculum_of(recipe.corpus),
-        identity=Identity(key, {"train": keyed(recipe.train), "model": keyed(recipe.model)}, {}),
+        curriculum=curriculum_of(recipe["corpus"]),
+        identity=Identity(key, {"train": keyed(recipe["train"]), "model": keyed(recipe["model"])}, {}),
     )
     return (event for event in train(job, Stop()) if isinstance(event, Started | Step))
 
@@ -165,12 +167,12 @@ class Theirs:
     def __init__(self, recipe: Recipe, shards: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        cfg = self.cfg = recipe.train
+        cfg = self.cfg = recipe["train"]
         sizes = (cfg.seq_len, cfg.sequences_per_batch, cfg.steps)
-        self.batches = Batches(shards, *sizes, curriculum_of(recipe.corpus), cfg.seed)
+        self.batches = Batches(shards, *sizes, curriculum_of(recipe["corpus"]), cfg.seed)
         torch.manual_seed(cfg.seed)
         with tempfile.TemporaryDirectory() as folder:
-            write_published(Path(folder), recipe.model, in_memory(Transformer(recipe.model).state_dict()), None)
+            write_published(Path(folder), recipe["model"], in_memory(Transformer(recipe["model"]).state_dict()), None)
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=best_dtype(), local_files_only=True).train()
         its = cfg.optimizer
         betas = (its.beta1, its.beta2)
@@ -230,7 +232,7 @@ def run_to_end(recipe: Recipe, variant: Variant, shards: Path, out: Path, key: s
         return model
     theirs, state = Theirs(recipe, shards), out / "state.safetensors"
     theirs.resume(state, key)
-    while theirs.done < recipe.train.steps:
+    while theirs.done < recipe["train"].steps:
         theirs.step()
         if theirs.done % SAVE_EVERY == 0:
             theirs.save(state, key)
@@ -261,10 +263,16 @@ def main(work: str, folder: str, given: str, task: str) -> None:
     key = key_of(Path(work), variant, split)
     model = run_to_end(recipe, variant, shards, out, key)
     documents = read_documents(input_of(shards, "corpus"), split)
-    scorer = ModelScorer(model, recipe.train.seq_len)
+    scorer = ModelScorer(model, recipe["train"].seq_len)
     bits = bits_per_byte(documents, scorer, Tokenizer.load(input_of(shards, "tokenizer")))
-    tokens = recipe.train.steps * recipe.train.batch_tokens
-    figures = {"key": key, "bits_per_byte": bits["all"], "steps": recipe.train.steps, "tokens": tokens, "sources": bits}
+    tokens = recipe["train"].steps * recipe["train"].batch_tokens
+    figures = {
+        "key": key,
+        "bits_per_byte": bits["all"],
+        "steps": recipe["train"].steps,
+        "tokens": tokens,
+        "sources": bits,
+    }
     write_atomically(out / "result.json", json.dumps(figures, indent=2).encode())
     for left in (*out.glob("step-*"), out / "published"):
         shutil.rmtree(left, ignore_errors=True)

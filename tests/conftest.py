@@ -12,7 +12,8 @@ from hypothesis import settings
 from ranks import Processes
 from texts import TINY, write_texts
 
-from gristmill.recipe import Recipe, load_recipe
+from gristmill.recipe import load_recipe
+from gristmill.stage import Recipe
 
 settings.register_profile("default", deadline=None)
 settings.register_profile("stress", deadline=None, max_examples=2000)

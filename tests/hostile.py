@@ -14,7 +14,7 @@ import typer
 from hypothesis import strategies as st
 
 from gristmill.cli import app
-from gristmill.recipe import Recipe
+from gristmill.recipe import schema
 
 # ---- values --------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ def commands(command: Any = None, words: tuple[str, ...] = ()) -> Iterator[tuple
         yield from commands(below, (*words, name))
 
 
-def recipe_keys(cls: Any = Recipe, path: str = "") -> Iterator[tuple[str, Any]]:
+def recipe_keys(cls: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Every key of a recipe and its type, and the sections, to be replaced whole."""
     for name, hint in typing.get_type_hints(cls).items():
         yield f"{path}{name}", hint
@@ -130,7 +130,7 @@ def recipe_keys(cls: Any = Recipe, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 COMMANDS = dict(commands())
-KEYS = tuple(recipe_keys())
+KEYS = tuple(recipe_keys(schema()))
 # A value that lets the verb get to its work. A parameter that is new has none until it is entered here: only the rest.
 GOOD: dict[str | tuple[str, str], tuple[str, ...]] = {
     "recipe": ("tiny.yaml",), "name": ("tiny.yaml", "quickstart", "dbrx-9b"), "model": ("run", "export"),

@@ -10,7 +10,9 @@ from gristmill import artifact
 from gristmill.artifact import Artifact, Built
 from gristmill.current import find_ancestor, find_checkpoint, find_stages, record_stage
 from gristmill.errors import Failure, InputError
-from gristmill.report.collect import STAGES
+from gristmill.pipeline import names_of
+
+ORDER = names_of()
 
 
 def make(path: Path, kind: str, text: str = "", **inputs: Artifact) -> Artifact:
@@ -75,9 +77,9 @@ def test_two_trainings_of_which_nothing_names_one_are_an_error_that_lists_them(t
     with pytest.raises(InputError, match=r"has 2 trainings and nothing says which.*train/aa, .*train/bb"):
         find_checkpoint(tmp_path)
     (tmp_path / ".state").mkdir()
-    record_stage(tmp_path, "train", tmp_path / "train/aa", STAGES)
+    record_stage(tmp_path, "train", tmp_path / "train/aa", ORDER)
     assert find_checkpoint(tmp_path) == tmp_path / "train/aa/step-00000002"
-    record_stage(tmp_path, "train", tmp_path / "train/cc", STAGES)
+    record_stage(tmp_path, "train", tmp_path / "train/cc", ORDER)
     with pytest.raises(InputError, match=r"train/cc, has no checkpoint yet; name one of: .*train/aa, .*train/bb"):
         find_checkpoint(tmp_path)
 
@@ -109,20 +111,20 @@ def test_a_changed_stage_drops_those_after_it(tmp_path: Path) -> None:
     for name in ("corpus", "tokenizer"):
         for key in ("aa", "bb"):
             make(tmp_path / name / key, name)
-        record_stage(tmp_path, name, tmp_path / name / "aa", STAGES)
-    assert find_stages(tmp_path, STAGES) == {name: tmp_path / name / "aa" for name in ("corpus", "tokenizer")}
-    record_stage(tmp_path, "corpus", tmp_path / "corpus/aa", STAGES)  # the same: nothing changes
-    assert len(find_stages(tmp_path, STAGES)) == 2
-    record_stage(tmp_path, "corpus", tmp_path / "corpus/bb", STAGES)
-    assert find_stages(tmp_path, STAGES) == {"corpus": tmp_path / "corpus/bb"}
+        record_stage(tmp_path, name, tmp_path / name / "aa", ORDER)
+    assert find_stages(tmp_path, ORDER) == {name: tmp_path / name / "aa" for name in ("corpus", "tokenizer")}
+    record_stage(tmp_path, "corpus", tmp_path / "corpus/aa", ORDER)  # the same: nothing changes
+    assert len(find_stages(tmp_path, ORDER)) == 2
+    record_stage(tmp_path, "corpus", tmp_path / "corpus/bb", ORDER)
+    assert find_stages(tmp_path, ORDER) == {"corpus": tmp_path / "corpus/bb"}
     (tmp_path / ".state/stages.json").unlink()
     with pytest.raises(
         InputError, match=r"nothing says which corpus is current; name one of: .*corpus/aa, .*corpus/bb"
     ):
-        find_stages(tmp_path, STAGES)
+        find_stages(tmp_path, ORDER)
     (tmp_path / ".state/stages.json").write_text("[]")
     with pytest.raises(Failure, match=r"stages.json is damaged"):
-        find_stages(tmp_path, STAGES)
+        find_stages(tmp_path, ORDER)
 
 
 def test_the_corpus_of_a_model_is_the_nearest_in_its_lineage_or_none(tmp_path: Path) -> None:

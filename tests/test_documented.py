@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from documented import INLINE, PAGES, ROOT, arguments, commands, find_command, options, parse, text_of
 
-from gristmill.recipe import Recipe
+from gristmill.recipe import schema
 
 KEY = re.compile(r"(corpus|tokenizer|shards|model|train|evaluate|export)(\.[a-z_0-9]+)+")
 SOURCES = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "src").rglob("*.py"))  # messages name commands too
@@ -53,7 +53,7 @@ def fields(cls: type, prefix: str = "") -> typing.Iterator[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_recipe_key_that_a_page_names_exists(page: str) -> None:
-    known = set(fields(Recipe))
+    known = set(fields(schema()))
     assert {"train.checkpoint.copy_to", "shards.remote", "evaluate.temperature"} <= known
     for code in INLINE.findall(text_of(page)):
         if (found := KEY.match(code)) and Path(code).suffix not in (".py", ".json"):

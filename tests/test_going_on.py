@@ -20,7 +20,8 @@ from gristmill.hub.quantized import QuantizeConfig
 from gristmill.inference import find_model
 from gristmill.inference.quantizing import quantize_model
 from gristmill.pipeline import run
-from gristmill.recipe import Recipe, load_recipe, to_yaml
+from gristmill.recipe import load_recipe, to_yaml
+from gristmill.stage import Recipe
 
 GO_ON = ("tokenizer=null", "model=null", "train.optimizer.name=adamw", "export.checked_greedy=0")
 
@@ -145,8 +146,8 @@ def test_sections_of_a_base_give_way_to_the_start_and_those_next_to_it_do_not(
     base = f"base: {tiny_yaml}\nstart: {imported}\n"
     file.write_text(base + "model: {moe_loss_weight: 0.0}\n")
     recipe = load_recipe(str(file))
-    assert (recipe.tokenizer.kind, recipe.model.moe_loss_weight, recipe.model.d_model) == ("start", 0.0, 32)
-    assert load_recipe(str(file), ["model.max_seq_len=64"]).model.max_seq_len == 64
+    assert (recipe["tokenizer"].kind, recipe["model"].moe_loss_weight, recipe["model"].d_model) == ("start", 0.0, 32)
+    assert load_recipe(str(file), ["model.max_seq_len=64"])["model"].max_seq_len == 64
     file.write_text(base + "model: {d_model: 64}\n")
     with pytest.raises(InputError, match=r"model.d_model=64: start=.* has 32"):
         load_recipe(str(file))

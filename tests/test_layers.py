@@ -10,7 +10,7 @@ import gristmill
 LAYERS = [
     [
         *("errors", "background", "cpus", "home", "strict_yaml", "locks", "stop"),
-        *("artifact", "current", "progress", "session"),
+        *("artifact", "current", "progress", "session", "stage"),
     ],
     ["kernels", "tokenizer", "streaming"],
     ["model", "corpus", "evaluate"],
@@ -27,7 +27,8 @@ SAME_LAYER = {
     *(("session", "artifact"), ("session", "errors"), ("session", "progress"), ("session", "stop")),
     ("background", "stop"),
     ("plan", "parallel"),  # uses the layout of a training
-    *(("pipeline", "recipe"), ("cli", "pipeline"), ("cli", "recipe")),
+    *(("stage", "artifact"), ("stage", "session")),
+    *(("recipe", "pipeline"), ("cli", "pipeline"), ("cli", "recipe")),
 }
 ROOT = Path(gristmill.__file__).parent
 
@@ -75,6 +76,15 @@ def test_training_runs_with_torch_alone() -> None:
     absent = ["mlflow", "pydantic", "yaml", "typer", "transformers", "tokenizers", "tiktoken", "gguf",
               "huggingface_hub", "jinja2", "rensa"]  # fmt: skip
     script = f"import sys; sys.modules.update(dict.fromkeys({absent})); import gristmill.train.loop"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_training_stage_needs_no_tracking_no_database_and_no_web_framework() -> None:
+    """So a bare GPU machine can run the whole stage, with held-out loss and metrics.jsonl."""
+    absent = ["mlflow", "duckdb", "pydantic", "yaml", "typer", "fastapi", "starlette", "uvicorn", "sqlalchemy",
+              "transformers"]  # fmt: skip
+    script = f"import sys; sys.modules.update(dict.fromkeys({absent})); import gristmill.train.stage"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

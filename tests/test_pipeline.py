@@ -21,9 +21,9 @@ from gristmill.evaluate.trigram import Trigram
 from gristmill.inference.quantizing import test_documents as documents_for
 from gristmill.inference.scorer import ModelScorer
 from gristmill.pipeline import rewrite_report, run
-from gristmill.recipe import Recipe
 from gristmill.report.batch import batch_text
 from gristmill.session import locked
+from gristmill.stage import Recipe
 from gristmill.streaming import Batches, MixPhase
 from gristmill.tokenizer import Tokenizer
 from gristmill.train.config import TrackingConfig

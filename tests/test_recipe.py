@@ -17,11 +17,13 @@ from gristmill.errors import InputError
 from gristmill.evaluate.config import EvaluateConfig
 from gristmill.home import expand
 from gristmill.model import ModelConfig
-from gristmill.recipe import Recipe, curriculum_of, keyed, load_recipe, load_shape, shipped_recipes, to_yaml
+from gristmill.recipe import load_recipe, load_shape, schema, shipped_recipes, to_yaml
 from gristmill.serve.database import default_database
+from gristmill.stage import keyed
 from gristmill.streaming.config import default_cache
 from gristmill.streaming.order import MixPhase
 from gristmill.train.config import GuardConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from gristmill.train.curriculum import curriculum_of
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if load_shape(name).train])
@@ -112,7 +114,7 @@ def number_fields(cls: Any, path: str = "") -> Iterator[tuple[str, set[Any]]]:
 
 @pytest.mark.parametrize("text", ["nan", ".nan", "NaN", "inf", "-inf", ".inf", "-.INF", "Infinity", "1e999", '"1e999"'])
 def test_no_number_of_a_recipe_takes_a_value_that_is_not_finite(text: str) -> None:
-    settings = dict(number_fields(Recipe))
+    settings = dict(number_fields(schema()))
     assert {"train.guard.sigmas", "train.rank_timeout_s", "evaluate.temperature", "train.schedule.warmup"} <= {
         *settings
     }
@@ -123,7 +125,7 @@ def test_no_number_of_a_recipe_takes_a_value_that_is_not_finite(text: str) -> No
 
 
 def test_no_number_of_a_recipe_takes_a_boolean_or_a_huge_integer() -> None:
-    for setting, kinds in number_fields(Recipe):
+    for setting, kinds in number_fields(schema()):
         for text in ("true", str(2**63), f"-{2**64}", *(["1e19"] if float not in kinds else [])):
             with pytest.raises(InputError) as refused:
                 load_recipe("quickstart", [f"{setting}={text}"])
@@ -193,9 +195,9 @@ def test_numbers_and_words_are_read_as_yaml_1_2_says(tmp_path: Path) -> None:
         "corpus: {sources: {off: {path: x, license: MIT}}}\nexport: {name: 2020-01-01}\n"
     )
     recipe = load_recipe(str(file), ["train.checkpoint.every=1e3"])
-    assert (recipe.name, list(recipe.corpus.sources), recipe.export.name) == ("no", ["off"], "2020-01-01")
-    assert (recipe.train.steps, recipe.train.seed, recipe.train.log_every) == (100, 15, 16)
-    assert (recipe.train.optimizer.lr, recipe.train.checkpoint.every) == (1e-3, 1000)
+    assert (recipe.name, list(recipe["corpus"].sources), recipe["export"].name) == ("no", ["off"], "2020-01-01")
+    assert (recipe["train"].steps, recipe["train"].seed, recipe["train"].log_every) == (100, 15, 16)
+    assert (recipe["train"].optimizer.lr, recipe["train"].checkpoint.every) == (1e-3, 1000)
 
 
 def test_relative_paths_start_from_the_recipe_file_and_in_set_from_the_working_directory(
@@ -212,19 +214,19 @@ def test_relative_paths_start_from_the_recipe_file_and_in_set_from_the_working_d
     (tmp_path / "child/child.yaml").write_text("base: ../p[1]/parent.yaml\nname: child\n")
     monkeypatch.chdir(tmp_path / "elsewhere")
     recipe = load_recipe("../child/child.yaml", ["corpus.sources.c.path=mine"])
-    sources = recipe.corpus.sources
+    sources = recipe["corpus"].sources
     assert os.path.samefile(str(sources["a"].path), tmp_path / "p[1]/notes")
     assert [Path(file).name for file in glob.glob(str(sources["b"].path))] == ["a.txt"]
     assert (sources["c"].path, sources["d"].path, sources["e"].dataset) == ("mine", "/d", "org/name")
     assert os.path.samefile(str(sources["f"].dataset), tmp_path / "p[1]/notes")
-    assert Path(str(recipe.shards.cache)).resolve() == tmp_path / "p[1]/here"
+    assert Path(str(recipe["shards"].cache)).resolve() == tmp_path / "p[1]/here"
 
 
 def test_the_place_of_a_source_is_not_in_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.yaml").write_text("base: quickstart\nname: a\ncorpus: {sources: {a: {path: b, license: MIT}}}\n")
-    far = keyed(load_recipe(str(tmp_path / "a.yaml")).corpus)
+    far = keyed(load_recipe(str(tmp_path / "a.yaml"))["corpus"])
     monkeypatch.chdir(tmp_path)
-    assert keyed(load_recipe("a.yaml").corpus) == far
+    assert keyed(load_recipe("a.yaml")["corpus"]) == far
 
 
 def test_a_home_that_is_unknown_is_one_clear_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,11 +253,11 @@ def test_a_child_merges_sections_and_replaces_values(tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
     child.write_text("base: quickstart\nname: child\ntrain: {steps: 7, optimizer: {lr: 1e-3}}\n")
     parent, merged = load_recipe("quickstart"), load_recipe(str(child))
-    assert (merged.name, merged.train.steps, merged.train.optimizer.lr) == ("child", 7, 1e-3)
-    assert merged.train.seq_len == parent.train.seq_len
-    assert merged.corpus == parent.corpus
+    assert (merged.name, merged["train"].steps, merged["train"].optimizer.lr) == ("child", 7, 1e-3)
+    assert merged["train"].seq_len == parent["train"].seq_len
+    assert merged["corpus"] == parent["corpus"]
     child.write_text("base: quickstart\nname: child\ncorpus: {sources: {notes: {path: ., license: MIT}}}\n")
-    assert list(load_recipe(str(child)).corpus.sources) == ["notes"]
+    assert list(load_recipe(str(child))["corpus"].sources) == ["notes"]
 
 
 def test_a_recipe_that_is_its_own_parent_is_refused(tmp_path: Path) -> None:
@@ -268,13 +270,13 @@ def test_a_recipe_that_is_its_own_parent_is_refused(tmp_path: Path) -> None:
 
 def test_vocabulary_and_context_are_derived() -> None:
     recipe = load_recipe("quickstart", ["tokenizer.vocab_size=1000"])
-    assert recipe.model.vocab_size == 1024
-    assert recipe.evaluate.context_length == recipe.train.seq_len
+    assert recipe["model"].vocab_size == 1024
+    assert recipe["evaluate"].context_length == recipe["train"].seq_len
 
 
 def test_a_pair_of_weights_is_a_ramp_up_to_the_next_change() -> None:
     sources = "{a: {path: x, weight: {0.0: 3, 0.5: [3, 1]}}, b: {path: y, weight: {0.0: 1, 0.75: 2}}}"
-    assert curriculum_of(load_recipe("quickstart", [f"corpus.sources={sources}"]).corpus) == (
+    assert curriculum_of(load_recipe("quickstart", [f"corpus.sources={sources}"])["corpus"]) == (
         MixPhase(until=0.5, mix={"a": 3.0, "b": 1.0}),
         MixPhase(until=0.75, mix={"a": 3.0, "b": 1.0}, to={"a": 2.0, "b": 1.0}),
         MixPhase(until=1.0, mix={"a": 2.0, "b": 2.0}, to={"a": 1.0, "b": 2.0}),
@@ -283,7 +285,7 @@ def test_a_pair_of_weights_is_a_ramp_up_to_the_next_change() -> None:
 
 def test_weights_become_a_curriculum_with_a_stage_at_every_change() -> None:
     sources = "{a: {path: x, weight: {0.0: 3, 0.5: 1}}, b: {path: y, weight: {0.0: 1, 0.75: 0}}, c: {path: z}}"
-    stages = curriculum_of(load_recipe("quickstart", [f"corpus.sources={sources}"]).corpus)
+    stages = curriculum_of(load_recipe("quickstart", [f"corpus.sources={sources}"])["corpus"])
     assert [(stage.until, stage.mix) for stage in stages] == [
         (0.5, {"a": 3, "b": 1, "c": 1}),
         (0.75, {"a": 1, "b": 1, "c": 1}),
@@ -294,9 +296,9 @@ def test_weights_become_a_curriculum_with_a_stage_at_every_change() -> None:
 def test_operational_settings_stay_out_of_the_key() -> None:
     before = load_recipe("quickstart")
     after = load_recipe("quickstart", ["train.checkpoint.every=7", "train.tracking.enabled=false", "train.log_every=3"])
-    assert keyed(before.train) == keyed(after.train)
-    assert keyed(before.corpus) == keyed(load_recipe("quickstart", ["corpus.sources.code.weight=9"]).corpus)
-    assert keyed(before.train) != keyed(load_recipe("quickstart", ["train.optimizer.lr=1"]).train)
+    assert keyed(before["train"]) == keyed(after["train"])
+    assert keyed(before["corpus"]) == keyed(load_recipe("quickstart", ["corpus.sources.code.weight=9"])["corpus"])
+    assert keyed(before["train"]) != keyed(load_recipe("quickstart", ["train.optimizer.lr=1"])["train"])
 
 
 def test_the_quickstart_is_short_and_says_what_it_does() -> None:

@@ -20,6 +20,7 @@ from gristmill.artifact import MANIFEST, STATE, Artifact, load, load_ours, write
 from gristmill.errors import Failure, InputError
 
 LATEST = "latest"
+TOKENIZER = "tokenizer"  # the folder in a checkpoint that makes it usable without its run
 STAGES_FILE = "stages.json"
 NAMED = 6  # candidates that an error lists
 

@@ -10,7 +10,8 @@ import glob
 import math
 import re
 import typing
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -22,42 +23,36 @@ from gristmill.corpus.config import CorpusConfig
 from gristmill.errors import InputError
 from gristmill.evaluate.config import EvaluateConfig
 from gristmill.home import expand
-from gristmill.hub.export import ExportConfig
 from gristmill.hub.folder import open_model
 from gristmill.inference.load import find_model
 from gristmill.inference.sampler import Sampling
 from gristmill.model import ModelConfig
-from gristmill.streaming.config import ShardsConfig
-from gristmill.streaming.order import MixPhase, Order
+from gristmill.pipeline import STAGES
+from gristmill.stage import Recipe, Stage, plain
+from gristmill.streaming.order import Order
 from gristmill.strict_yaml import dump_yaml, load_yaml
 from gristmill.tokenizer import TokenizerConfig
 from gristmill.train.balance import check_balance
 from gristmill.train.config import TrainConfig
+from gristmill.train.curriculum import curriculum_of
 
 CHANGEABLE = ("max_seq_len", "rope_theta", "clip_qkv", "moe_loss_weight", "moe_jitter_eps")  # of a model to go on from
-T = typing.TypeVar("T")
 VOCAB_MULTIPLE = 128  # a round number of columns for the output matrix
 MAX_FLOAT = 3e38  # kernels compute in fp32
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One section a stage.
+def schema(stages: Sequence[Stage[Any]] = STAGES) -> type:
+    """A dataclass with every key that a recipe may have: its name, its start, and the sections of the stages."""
+    keys: list[Any] = [("name", str), ("start", str | None, field(default=None))]
+    for stage in stages:
+        for name, cls in stage.sections.items():
+            keys.append((name, cls) if _required(cls) else (name, cls, field(default_factory=cls)))
+    return make_dataclass("RecipeKeys", keys, frozen=True, kw_only=True)
 
-    `start`: the model to train further: a run folder, a checkpoint or a Hugging Face directory. The run takes its
-    weights, its shape and its tokenizer, not the `model` and `tokenizer` sections of a base recipe. A `model` section
-    next to `start` gives only what does not change a tensor, such as `max_seq_len` or `moe_loss_weight`.
-    """
 
-    name: str
-    start: str | None = None
-    corpus: CorpusConfig
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    shards: ShardsConfig = field(default_factory=ShardsConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    train: TrainConfig
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+def _required(cls: Any) -> list[str]:
+    """The keys of a configuration class that have no default."""
+    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,34 +70,37 @@ class Shape:
         return self.train.seq_len if self.train else self.model.max_seq_len
 
 
-def load_recipe(name: str, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a shipped recipe or a file, apply `a.b=c` overrides, resolve what follows from what.
+def load_recipe(name: str, overrides: Sequence[str] = (), stages: Sequence[Stage[Any]] = STAGES) -> Recipe:
+    """Read a shipped recipe or a file, apply `a.b=c` overrides, and derive the settings that follow from others.
 
     Raises InputError that names the key's path, what was given, the rule and the nearest valid name.
     """
-    tree = _tree(name, overrides)
-    if missing := [section for section in ("corpus", "train") if section not in tree]:
+    keys = schema(stages)
+    tree = _tree(name, overrides, keys)
+    if missing := [section for section in _required(keys) if section != "name" and section not in tree]:
         start = f"write a recipe that begins with `base: {name}` and adds" if name in shipped_recipes() else "add"
         raise InputError(
             f"recipe {name} has no {' and no '.join(missing)} section: it can be counted, not run; {start} "
             f"{' and '.join(missing)}, as `gristmill recipe quickstart` shows"
         )
-    return _resolve(_validated(Recipe, tree))
+    valid = _validated(keys, tree)
+    sections = {f.name: getattr(valid, f.name) for f in fields(keys) if f.name not in ("name", "start")}
+    return _resolve(Recipe(name=valid.name, start=valid.start, sections=sections))
 
 
-def load_shape(name: str, overrides: typing.Sequence[str] = ()) -> Shape:
-    """The same for what `count` needs: of any recipe, also of one that has no corpus yet."""
-    tree = _tree(name, overrides)
+def load_shape(name: str, overrides: Sequence[str] = ()) -> Shape:
+    """The same for the part that `count` needs, from any recipe, even one without a corpus."""
+    tree = _tree(name, overrides, schema())
     shape = _validated(Shape, {key: tree[key] for key in typing.get_type_hints(Shape) if key in tree})
     return replace(shape, model=_with_vocabulary(shape.model, shape.tokenizer))
 
 
-def _tree(name: str, overrides: typing.Sequence[str]) -> dict[str, Any]:
+def _tree(name: str, overrides: Sequence[str], keys: type) -> dict[str, Any]:
     changes = [_parsed(override) for override in overrides]
-    tree = _inherited(_read(name), dict(changes))
+    tree = _inherited(_read(name, keys), dict(changes))
     for path, value in changes:
         tree = _with(tree, path.split("."), value, path)
-    _check(Recipe, tree, "")
+    _check(keys, tree, "")
     if tree.get("start"):
         return _from_start(tree)
     if isinstance(tree.get("tokenizer"), dict) and tree["tokenizer"].get("kind") == "start":
@@ -110,7 +108,7 @@ def _tree(name: str, overrides: typing.Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _validated(cls: type[T], tree: dict[str, Any]) -> T:
+def _validated(cls: Any, tree: dict[str, Any]) -> Any:
     try:
         return TypeAdapter(cls).validate_python(tree)
     except ValidationError as error:
@@ -123,71 +121,13 @@ def shipped_recipes() -> list[str]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    return dump_yaml(plain(recipe))
-
-
-def plain(config: Any) -> Any:
-    """A configuration as YAML's own types: tuples become lists."""
-    if is_dataclass(config):
-        return {f.name: plain(getattr(config, f.name)) for f in fields(config)}
-    if isinstance(config, dict):
-        return {key: plain(value) for key, value in config.items()}
-    return [plain(value) for value in config] if isinstance(config, list | tuple) else config
-
-
-def keyed(config: Any) -> Any:
-    """The part of a configuration that can change a stage's output, in JSON's types: it makes the stage's key.
-
-    Fields with the metadata `key: False` are left out. `key: None` marks the place of some input: it counts as null,
-    because the hash of its content is in the key.
-    """
-    if is_dataclass(config):
-        roles = {f.name: f.metadata.get("key", True) for f in fields(config)}
-        return {
-            name: None if role is None else keyed(getattr(config, name))
-            for name, role in roles.items()
-            if role is not False
-        }
-    if isinstance(config, dict):
-        return {str(key): keyed(value) for key, value in config.items()}
-    return [keyed(value) for value in config] if isinstance(config, list | tuple) else config
-
-
-def curriculum_of(cfg: CorpusConfig) -> tuple[MixPhase, ...]:
-    """The mix over training that the sources' weights describe: a new phase wherever a weight changes."""
-    changes = {name: _changes(source.weight) for name, source in cfg.sources.items()}
-    starts = sorted({start for its in changes.values() for start, _ in its})
-    phases = []
-    for start, until in zip(starts, [*starts[1:], 1.0], strict=True):
-        mix = {name: _between(its, start, start) for name, its in changes.items()}
-        to = {name: _between(its, start, until) for name, its in changes.items()}
-        phases.append(MixPhase(until=until, mix=mix, to=to if to != mix else None))
-    return tuple(phases)
-
-
-Changes: typing.TypeAlias = list[
-    tuple[float, tuple[float, float]]
-]  # (from which fraction on, (weight, weight at the end))
-
-
-def _changes(weight: float | dict[float, float | tuple[float, float]]) -> Changes:
-    steps = weight if isinstance(weight, dict) else {0.0: weight}
-    return sorted((start, its if isinstance(its, tuple) else (its, its)) for start, its in steps.items())
-
-
-def _between(changes: Changes, start: float, fraction: float) -> float:
-    """A source's weight at a fraction of training, by the change that holds from `start` on."""
-    at = max(i for i, (change, _) in enumerate(changes) if change <= start)
-    first, (low, high) = changes[at]
-    last = changes[at + 1][0] if at + 1 < len(changes) else 1.0
-    share = (fraction - first) / (last - first)
-    return low if low == high else (1 - share) * low + share * high  # one that does not change, to the last bit
+    return dump_yaml(recipe.to_dict())
 
 
 # ---- reading -------------------------------------------------------------------------------------------
 
 
-def _read(name: str, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(name: str, keys: type, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     file = expand(name)
     is_file = file.suffix in (".yaml", ".yml")
     if is_file:
@@ -222,7 +162,7 @@ def _read(name: str, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     children = (*children, file.resolve())
     if expand(base).resolve() in children:
         raise InputError(f"recipe {name}: base: {base} leads back to itself; name a parent that does not")
-    return _merge(Recipe, _inherited(_read(base, children), tree), tree)
+    return _merge(keys, _inherited(_read(base, keys, children), tree), tree)
 
 
 def _anchor(tree: dict[str, Any], folder: Path) -> None:
@@ -400,21 +340,21 @@ def _from_start(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _resolve(recipe: Recipe) -> Recipe:
     """Fill in what follows from something else, and check what concerns two sections."""
-    train, model = recipe.train, _with_vocabulary(recipe.model, recipe.tokenizer)
-    if recipe.shards.block_tokens % train.seq_len:
-        raise InputError(
-            f"train.seq_len={train.seq_len} must divide shards.block_tokens={recipe.shards.block_tokens}; change one"
-        )
+    corpus: CorpusConfig = recipe["corpus"]
+    train: TrainConfig = recipe["train"]
+    model = _with_vocabulary(recipe["model"], recipe["tokenizer"])
+    if (block_tokens := recipe["shards"].block_tokens) % train.seq_len:
+        raise InputError(f"train.seq_len={train.seq_len} must divide shards.block_tokens={block_tokens}; change one")
     if train.seq_len > model.max_seq_len:
         raise InputError(f"train.seq_len={train.seq_len} must not exceed model.max_seq_len={model.max_seq_len}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", recipe.name):
         raise InputError(f"name={recipe.name!r} names a folder: use letters, digits, '.', '_' and '-'")
     try:
-        Order(curriculum_of(recipe.corpus), sorted(recipe.corpus.sources), train.steps, train.sequences_per_batch, 0)
+        Order(curriculum_of(corpus), sorted(corpus.sources), train.steps, train.sequences_per_batch, 0)
     except ValueError as problem:
         raise InputError(f"corpus.sources: their weights make no curriculum: {problem}") from None
     check_balance(train, model)
-    evaluate = recipe.evaluate
+    evaluate: EvaluateConfig = recipe["evaluate"]
     try:
         Sampling(temperature=evaluate.temperature, top_p=evaluate.top_p, seed=evaluate.seed)
     except InputError as problem:
@@ -432,7 +372,7 @@ def _resolve(recipe: Recipe) -> Recipe:
         raise InputError(
             f"evaluate.context_length={evaluate.context_length} must not exceed model.max_seq_len={model.max_seq_len}"
         )
-    return replace(recipe, model=model, evaluate=evaluate)
+    return replace(recipe, sections={**recipe.sections, "model": model, "evaluate": evaluate})
 
 
 def _with_vocabulary(model: ModelConfig, tokenizer: TokenizerConfig) -> ModelConfig:

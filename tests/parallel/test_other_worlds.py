@@ -15,7 +15,7 @@ from torch import Tensor
 from gristmill.hub.export import export_model
 from gristmill.hub.tensors import open_weights
 from gristmill.pipeline import run
-from gristmill.recipe import Recipe
+from gristmill.stage import Recipe
 
 pytestmark = pytest.mark.timeout(180)
 # (processes, how the model is split over them)

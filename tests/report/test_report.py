@@ -8,11 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from fake_run import LICENSES, commit_run, fake_run, metrics
+from fake_run import LICENSES, ORDER, commit_run, fake_run, metrics
 
 from gristmill.errors import Failure, InputError
 from gristmill.report import collect, collect_run, to_html, to_json, write
-from gristmill.report.collect import STAGES
 from gristmill.report.pictures import curriculum, smooth, verdict
 from gristmill.report.text import duration, scientific, short, size, visible
 from gristmill.train.log import read_metrics
@@ -141,11 +140,11 @@ def test_an_unfinished_run_shows_what_there_is(tmp_path: Path, until: str) -> No
     assert "export" in said["missing_stages"]
     assert (said["held_out_bits_per_byte"] is not None) == (until == "evaluate")
     assert (said["train_tokens"] == 300 * 8192) == (until not in ("corpus", "tokenizer"))
-    assert set(said["stages"]) == set(STAGES[: STAGES.index(until) + 1])  # type: ignore[call-overload]
+    assert set(said["stages"]) == set(ORDER[: ORDER.index(until) + 1])
 
 
 def test_a_run_of_which_nothing_stands_yet_still_has_a_page(tmp_path: Path) -> None:
-    Page(to_html(collect(tmp_path, stages={}, recipe={}, machine={}, seconds={})))
+    Page(to_html(collect(tmp_path, order=ORDER, stages={}, recipe={}, machine={}, seconds={})))
 
 
 def test_a_live_log_cut_in_its_last_line_is_read_and_a_damaged_one_named(tmp_path: Path) -> None:
@@ -172,14 +171,14 @@ def test_the_same_run_gives_the_same_bytes_and_the_manifest_leads_to_the_same_re
     run = fake_run(tmp_path / "quickstart")
     explicit = collect(run.path, **run.arguments)
     assert to_html(explicit) == to_html(collect(run.path, **run.arguments))
-    assert to_json(collect_run(run.path))["stages"].keys() == run.stages.keys()  # before there is a manifest
+    assert to_json(collect_run(run.path, ORDER))["stages"].keys() == run.stages.keys()  # before there is a manifest
     write(explicit)
     commit_run(run)
-    assert to_json(collect_run(run.path)) == to_json(explicit)
+    assert to_json(collect_run(run.path, ORDER)) == to_json(explicit)
     with pytest.raises(InputError, match="run folder above it"):
-        collect_run(run.stages["corpus"])
+        collect_run(run.stages["corpus"], ORDER)
     with pytest.raises(InputError, match="is not a run folder"):
-        collect_run(tmp_path / "nowhere")
+        collect_run(tmp_path / "nowhere", ORDER)
 
 
 def test_a_model_that_loses_is_said_to_lose(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ from gristmill import artifact
 from gristmill.artifact import Artifact, Built
 from gristmill.errors import Failure, InputError
 from gristmill.pipeline import run
-from gristmill.recipe import Recipe
 from gristmill.report.batch import batch_text
+from gristmill.stage import Recipe
 from gristmill.streaming import Batch, MDSReader, Remote, ShardsConfig, build_shards, remote
 from gristmill.streaming.cache import LOCK, Cache
 from gristmill.streaming.remote import build_remote, read_manifest
@@ -465,7 +465,7 @@ def test_urls_that_cannot_be_read_or_hold_secrets_are_refused(
     url: str, message: str, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=f"shards.remote.*{message}") as caught:
-        Cache(Remote(url=tiny_recipe(f"shards.remote={url}").shards.remote or "", cache=str(tmp_path / "cache")))
+        Cache(Remote(url=tiny_recipe(f"shards.remote={url}")["shards"].remote or "", cache=str(tmp_path / "cache")))
     assert "secret@" not in str(caught.value)
     assert "sig=" not in str(caught.value)
 

@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, text
 
 from gristmill.errors import InputError
 from gristmill.pipeline import run
-from gristmill.recipe import Recipe
+from gristmill.stage import Recipe
 from gristmill.train.config import TrackingConfig
 from gristmill.train.tracking import Tracking, check_uri, local_uri
 

@@ -25,6 +25,7 @@ from gristmill.corpus.files import DatasetSource, PathSource
 from gristmill.corpus.packages import STDLIB, PackagesSource
 from gristmill.corpus.split import SPLITS, assign_splits
 from gristmill.errors import InputError
+from gristmill.stage import Checked, Context, Stage
 
 Source = PackagesSource | PathSource | DatasetSource
 
@@ -232,3 +233,27 @@ def _describe(source: Source, kept: pa.Table) -> dict[str, Any]:
         groups = set(mine["group"].to_pylist())
         detail["packages"] = {p: v for p, v in detail["packages"].items() if p == STDLIB or p in groups}
     return _counts(mine) | {"licenses": dict(spdx), "fingerprint": source.fingerprint()} | detail
+
+
+# ---- the stage -----------------------------------------------------------------------------------------
+
+
+def _check(cfg: CorpusConfig, context: Context) -> Checked:
+    return Checked(fingerprint=fingerprint(cfg))
+
+
+def _summary(metrics: Mapping[str, Any]) -> str:
+    kept = f"{metrics['documents']:,} documents, {progress.data_size(metrics['bytes'])} kept"
+    return f"{kept}; {sum(metrics['dropped'].values()):,} dropped with a reason each"
+
+
+CORPUS_STAGE = Stage(
+    name="corpus",
+    format=2,
+    config=CorpusConfig,
+    inputs=(),
+    check=_check,
+    build=lambda run, out: build_corpus(run.config, out),
+    doing="reading, cleaning and deduplicating documents",
+    summary=_summary,
+)

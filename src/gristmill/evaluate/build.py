@@ -1,6 +1,7 @@
 """The evaluation stage: scores validation and test, runs the baselines, draws samples, writes `evaluation.json`."""
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from gristmill.evaluate.config import EvaluateConfig
 from gristmill.evaluate.documents import Document, read_documents
 from gristmill.evaluate.samples import sample
 from gristmill.evaluate.scorer import Scorer
+from gristmill.stage import Stage, StageRun
 
 if TYPE_CHECKING:
     from gristmill.tokenizer import Tokenizer
@@ -60,3 +62,32 @@ def _score(split: str, documents: list[Document], scorer: Scorer, tokenizer: "To
     with progress.bar(f"scoring {split}", num_bytes) as advance:
         figures = bits_per_byte(documents, scorer, tokenizer, advance)
     return {"bits_per_byte": figures, "documents": len(documents), "bytes": num_bytes}
+
+
+# ---- the stage -----------------------------------------------------------------------------------------
+
+
+def evaluation_stage(load_scorer: "Callable[[Path, int], tuple[Scorer, Tokenizer]]") -> Stage[EvaluateConfig]:
+    """The stage that evaluates a checkpoint. load_scorer: opens a checkpoint with a context length."""
+
+    def build(run: StageRun[EvaluateConfig], out: Path) -> Built:
+        assert run.config.context_length is not None  # the recipe fills it in
+        scorer, tokenizer = load_scorer(run.inputs["train"].path, run.config.context_length)
+        return build_evaluation(run.config, run.inputs["corpus"].path, tokenizer, scorer, out)
+
+    return Stage(
+        name="evaluate",
+        format=2,
+        config=EvaluateConfig,
+        inputs=("corpus", "train"),
+        build=build,
+        doing="scoring held-out text beside the baselines",
+        summary=_summary,
+    )
+
+
+def _summary(metrics: Mapping[str, Any]) -> str:
+    compared = metrics["baselines"]
+    figures = metrics["test"]["bits_per_byte"], compared["xz_document"], compared["trigram"]
+    ours, xz, trigram = (f"{bits['all']:.3f}" if "all" in bits else "no finite number of" for bits in figures)
+    return f"{ours} bits per byte on the test split (xz per document {xz}, trigram {trigram})"

@@ -9,7 +9,6 @@ from gristmill.hub.tensors import Weights, check_names, open_weights
 from gristmill.model import ModelConfig
 
 CONFIG = "model.json"
-TOKENIZER = "tokenizer"  # directory inside a checkpoint, so that it can be used alone
 
 
 def read_checkpoint(path: Path) -> tuple[ModelConfig, Weights]:

@@ -4,7 +4,7 @@ by `gristmill export`.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from gristmill.hub.quantized import QuantizeConfig
 from gristmill.hub.settings import SpecialIds
 from gristmill.hub.tensors import MAX_SHARD_BYTES, assemble
 from gristmill.progress import bar, console
+from gristmill.stage import Checked, Context, Stage, StageRun, Unsupported
 from gristmill.tokenizer import Tokenizer
 
 MAX_CHECKED_TOKENS = 256  # of each held-out sequence
@@ -200,3 +201,34 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
     except ValueError as problem:
         raise Failure(f"{file} is damaged: {problem}") from None
     return figures
+
+
+# ---- the stage -----------------------------------------------------------------------------------------
+
+
+def _check(cfg: ExportConfig, context: Context) -> Checked:
+    try:
+        model_type_of(context.recipe["model"])
+    except InputError as reason:
+        raise Unsupported(str(reason)) from None
+    return Checked()
+
+
+def _build(run: StageRun[ExportConfig], out: Path) -> Built:
+    return build_export(run.config, run.inputs["train"].path, run.inputs["evaluate"].path, out)
+
+
+def _summary(metrics: Mapping[str, Any]) -> str:
+    return f"logits agree with transformers within {metrics['export_max_logit_diff']:.1e}"
+
+
+EXPORT_STAGE = Stage(
+    name="export",
+    format=FORMAT,
+    config=ExportConfig,
+    inputs=("train", "evaluate"),
+    check=_check,
+    build=_build,
+    doing="writing the Hugging Face directory and checking it",
+    summary=_summary,
+)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gristmill.current import TOKENIZER
 from gristmill.errors import InputError
-from gristmill.hub.checkpoint import CONFIG, TOKENIZER, read_checkpoint
+from gristmill.hub.checkpoint import CONFIG, read_checkpoint
 from gristmill.hub.published import CONFIG_JSON, GENERATION_JSON, read_published
 from gristmill.hub.settings import read_json
 from gristmill.hub.tensors import Weights

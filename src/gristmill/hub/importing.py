@@ -22,8 +22,9 @@ from torch import Tensor
 
 from gristmill import artifact
 from gristmill.artifact import Artifact, Built
+from gristmill.current import TOKENIZER
 from gristmill.errors import Failure, InputError
-from gristmill.hub.checkpoint import CONFIG, TOKENIZER
+from gristmill.hub.checkpoint import CONFIG
 from gristmill.hub.folder import CARD, DOCUMENTS, GENERATION, PULLED, name_of, papers
 from gristmill.hub.published import CONFIG_JSON, GENERATION_JSON, model_type_of, read_published
 from gristmill.hub.settings import dropouts, read_json

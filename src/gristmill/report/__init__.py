@@ -1,7 +1,7 @@
 """The report of a run: report.html, one self-contained page to read, and report.json, the same figures for programs.
 
-    report = collect(run, stages=…, recipe=…, machine=…, seconds=…)   # or collect_run(run), from the run's manifest
-    write(report)                                                     # run/report.html, run/report.json
+    report = collect_run(run, order)   # order: the names of all stages; reads the run's manifest
+    write(report)                      # run/report.html, run/report.json
 
 `collect` reads files and computes no pictures; `to_json` and `to_html` are pure. It reads artifacts and metrics.jsonl
 only: neither torch nor any other stage's code is imported.

@@ -6,7 +6,7 @@ Reads only; computes no pictures. An unfinished run is no special case: what is 
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from gristmill.report.speed import Speed, speed
 from gristmill.report.text import is_number
 from gristmill.train.log import METRICS, MFU_ABOVE_1, Record, read_metrics
 
-STAGES = ("corpus", "tokenizer", "shards", "train", "evaluate", "export")
 BASELINES = ("trigram", "xz", "xz_document")
 
 
@@ -27,13 +26,15 @@ BASELINES = ("trigram", "xz", "xz_document")
 class Report:
     """Everything that the page and report.json are made of.
 
-    `run` is the folder as the user names it (it appears in the commands to copy); `seconds` are wall-clock seconds per
-    stage; `train`, `validation` and `resumes` are the records of metrics.jsonl by kind, in order, and `speed` is the
-    training's, computed from them. `skipped`: stages that this recipe cannot run, and why.
+    `run` is the folder as the user names it (it appears in the commands to copy). `order` names all stages of a run,
+    `stages` has the finished ones, and `seconds` their wall-clock seconds. `train`, `validation` and `resumes` are the
+    records of metrics.jsonl by kind, in order, and `speed` is the training's, computed from them. `skipped`: stages
+    that this recipe cannot run, and why.
     """
 
     name: str
     run: Path
+    order: Sequence[str]
     stages: Mapping[str, Artifact]
     recipe: Mapping[str, Any]
     machine: Mapping[str, Any]
@@ -49,7 +50,7 @@ class Report:
     @property
     def missing(self) -> list[str]:
         """Stages that have not run yet, in their order."""
-        return [name for name in STAGES if name not in self.stages and name not in self.skipped]
+        return [name for name in self.order if name not in self.stages and name not in self.skipped]
 
     def metrics(self, stage: str) -> Mapping[str, Any]:
         return self.stages[stage].metrics if stage in self.stages else {}
@@ -68,30 +69,32 @@ class Report:
 def collect(
     run: Path,
     *,
+    order: Sequence[str],
     stages: Mapping[str, Path],
     recipe: Mapping[str, Any],
     machine: Mapping[str, Any],
     seconds: Mapping[str, float],
     skipped: Mapping[str, str] | None = None,
 ) -> Report:
-    """Read what the given stages' artifacts (their directories) and the run's metrics.jsonl hold.
+    """Read the artifacts of the given stages (their directories) and the run's metrics.jsonl.
 
     Raises InputError where a directory is no artifact or a stage is unknown, Failure where a file is damaged.
     """
-    unknown = sorted(set(stages) - set(STAGES))
+    unknown = sorted(set(stages) - set(order))
     if unknown:
-        raise InputError(f"stages={unknown} are not stages of a run; the report knows {', '.join(STAGES)}")
-    artifacts = {name: artifact.load(stages[name]) for name in STAGES if name in stages}
+        raise InputError(f"stages={unknown} are not stages of a run; they are {', '.join(order)}")
+    artifacts = {name: artifact.load(stages[name]) for name in order if name in stages}
     records = read_metrics(run / METRICS)
     by_kind = {kind: tuple(r for r in records if r.get("kind") == kind) for kind in ("train", "validation", "resume")}
     measured = speed([r for r in records if r.get("kind") in ("train", "machine")], machine)
     return Report(
         name=run.resolve().name,
         run=run,
+        order=tuple(order),
         stages=artifacts,
         recipe=recipe,
         machine={**machine, **({"gemm_tflops": measured.gemm_tflops} if measured.gemm_tflops else {})},
-        seconds={name: seconds[name] for name in STAGES if name in seconds},
+        seconds={name: seconds[name] for name in order if name in seconds},
         speed=measured,
         train=by_kind["train"],
         validation=by_kind["validation"],
@@ -102,8 +105,8 @@ def collect(
     )
 
 
-def collect_run(run: Path) -> Report:
-    """The same for a run folder alone: its manifest says which artifacts are current.
+def collect_run(run: Path, order: Sequence[str]) -> Report:
+    """Read a run folder: its manifest names the current artifacts.
 
     Where there is no manifest yet (the run was interrupted), the stages are the ones that the last call recorded and
     the recipe consists of their configurations. Raises InputError where there is nothing to report.
@@ -118,19 +121,20 @@ def collect_run(run: Path) -> Report:
         stages = {name: run / path for name, path in said["stages"].items()}
         return collect(
             run,
+            order=order,
             stages=stages,
             recipe=manifest["config"],
             machine=said.get("machine", {}),
             seconds=said.get("seconds", {}),
             skipped=said.get("skipped", {}),
         )
-    stages = find_stages(run, STAGES)
+    stages = find_stages(run, order)
     if not stages and not (run / METRICS).exists():
         raise InputError(
             f"{run} is not a run folder: it has no {artifact.MANIFEST}, no {METRICS} and no stage's artifact"
         )
     recipe = {name: artifact.load(path).manifest["config"] for name, path in stages.items()}
-    return collect(run, stages=stages, recipe=recipe, machine={}, seconds={})
+    return collect(run, order=order, stages=stages, recipe=recipe, machine={}, seconds={})
 
 
 def _read_json(stage: Artifact | None, name: str) -> Any:

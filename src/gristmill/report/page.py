@@ -32,15 +32,6 @@ POLICY = (
 MAX_LICENSES = 12
 OWN_DATA = "{notes: {path: ~/notes, license: CC0-1.0}}"
 
-DOING = {
-    "corpus": "cleaning the corpus",
-    "tokenizer": "training the tokenizer",
-    "shards": "writing the shards",
-    "train": "training",
-    "evaluate": "evaluation",
-    "export": "export",
-}
-
 
 def write(report: Report) -> None:
     """Write report.html and report.json into the run folder, each replaced in one step."""
@@ -130,7 +121,7 @@ def unfinished(report: Report) -> str:
     if not report.missing:
         return " ".join(f"The {name} was skipped: {reason}." for name, reason in report.skipped.items())
     at = f" Training has logged step {count(report.train[-1].get('step', 0))}." if report.train else ""
-    return f"This run is not finished: still to come: {listed([DOING[name] for name in report.missing])}.{at}"
+    return f"This run is not finished. Stages that have not run yet: {listed(report.missing)}.{at}"
 
 
 def parse_sentence(report: Report) -> str:

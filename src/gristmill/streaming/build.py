@@ -8,18 +8,20 @@ The last block is completed from the stream's beginning.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 
 from gristmill import progress
 from gristmill.artifact import Built
 from gristmill.errors import InputError
+from gristmill.stage import Checked, Context, Stage, StageRun
 from gristmill.streaming.config import ShardsConfig
 from gristmill.streaming.mds import MDSWriter
 from gristmill.streaming.order import Ints
+from gristmill.streaming.remote import build_remote, read_manifest
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -152,3 +154,51 @@ def write_blocks(cfg: ShardsConfig, stream: Stream, out: Path) -> int:
             starts = np.union1d([0], stream.starts_in(first, length)).astype(np.uint32)
             writer.write({"tokens": stream.read(first, length + 1), "starts": starts})
     return count
+
+
+# ---- the stage -----------------------------------------------------------------------------------------
+
+
+class Encoder(Protocol):
+    """What the shards need of a tokenizer."""
+
+    @property
+    def eot_id(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+
+def shards_stage(load_tokenizer: Callable[[Path], Encoder]) -> Stage[ShardsConfig]:
+    """The stage that writes shards, or the index of remote ones. load_tokenizer: opens a tokenizer's artifact."""
+
+    def build(run: StageRun[ShardsConfig], out: Path) -> Built:
+        cfg, corpus, tokenizer = run.config, run.inputs["corpus"], run.inputs["tokenizer"]
+        if cfg.remote:
+            return build_remote(cfg, run.checked.value, corpus, tokenizer, out)
+        encoder = load_tokenizer(tokenizer.path)
+        return build_shards(cfg, corpus.path, encoder.encode_batch, encoder.eot_id, encoder.vocab_size, out)
+
+    return Stage(
+        name="shards",
+        format=1,
+        config=ShardsConfig,
+        inputs=("corpus", "tokenizer"),
+        check=_check,
+        build=build,
+        doing="tokenizing into blocks",
+        summary=_summary,
+    )
+
+
+def _check(cfg: ShardsConfig, context: Context) -> Checked:
+    """Read the manifest of remote shards: its content is part of the key, because the files are not here."""
+    if not (remote := cfg.source()):
+        return Checked()
+    remote.directory  # noqa: B018  # raises InputError if the home directory is unknown
+    manifest = read_manifest(remote.url)
+    return Checked(fingerprint={"remote": manifest["content"]}, value=manifest)
+
+
+def _summary(metrics: Mapping[str, Any]) -> str:
+    return f"{sum(source['tokens'] for source in metrics['sources'].values()):,} training tokens"

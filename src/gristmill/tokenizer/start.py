@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 
 from gristmill.artifact import MANIFEST
+from gristmill.current import TOKENIZER
 from gristmill.errors import InputError
 from gristmill.tokenizer.chat import writes_bos
 from gristmill.tokenizer.layout import EOT, hugging_face_config
@@ -93,7 +94,7 @@ def _predates_start_tokens(folder: Path, config: Mapping[str, Any]) -> bool:
     ours = {key: value for key, value in hugging_face_config().items() if key != "chat_template"}
     if any(config.get(key) != value for key, value in ours.items()):
         return False
-    for place in (folder, folder.parent) if folder.name == "tokenizer" else (folder,):
+    for place in (folder, folder.parent) if folder.name == TOKENIZER else (folder,):
         try:
             manifest = json.loads((place / MANIFEST).read_bytes())
             while "start" in manifest["inputs"]:  # a training that continued another model has that model's tokenizer

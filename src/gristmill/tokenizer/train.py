@@ -6,7 +6,7 @@ the same bytes, whatever the number of threads.
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gristmill import progress
 from gristmill.artifact import Built
+from gristmill.current import TOKENIZER
 from gristmill.errors import InputError
-from gristmill.tokenizer.gpt4 import write_gpt4
+from gristmill.stage import START, Checked, Context, Stage, StageRun
+from gristmill.tokenizer.gpt4 import load_table, write_gpt4
 from gristmill.tokenizer.layout import GPT4_VOCAB_SIZE, SPECIAL_TOKENS, SPLIT_PATTERN, write_tokenizer
 from gristmill.tokenizer.start import add_start_token, upgrade
 from gristmill.tokenizer.tokenizer import Tokenizer
@@ -179,3 +181,33 @@ def measure(tokenizer: Tokenizer, documents: Path) -> dict[str, Any]:
         "bytes_per_token": sum(num_bytes.values()) / max(1, sum(num_tokens.values())),
         "bytes_per_token_by_source": {s: num_bytes[s] / max(1, num_tokens[s]) for s in sorted(num_bytes)},
     }
+
+
+# ---- the stage -----------------------------------------------------------------------------------------
+
+
+def _check(cfg: TokenizerConfig, context: Context) -> Checked:
+    if cfg.kind == "gpt4":
+        load_table(cfg.table)  # raises InputError if it cannot be read
+    return Checked()
+
+
+def _build(run: StageRun[TokenizerConfig], out: Path) -> Built:
+    start = run.inputs[START].path / TOKENIZER if START in run.inputs else None
+    return build_tokenizer(run.config, run.inputs["corpus"].path, out, start)
+
+
+def _summary(metrics: Mapping[str, Any]) -> str:
+    return f"{metrics['vocab_size']:,} tokens, {metrics['bytes_per_token']:.2f} bytes each"
+
+
+TOKENIZER_STAGE = Stage(
+    name="tokenizer",
+    format=1,
+    config=TokenizerConfig,
+    inputs=("corpus", START),
+    check=_check,
+    build=_build,
+    doing="making the vocabulary",
+    summary=_summary,
+)

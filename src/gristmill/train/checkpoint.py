@@ -39,9 +39,9 @@ from gristmill.artifact import (
     verify,
     write_atomically,
 )
-from gristmill.current import LATEST, step_folders
+from gristmill.current import LATEST, TOKENIZER, step_folders
 from gristmill.errors import Failure
-from gristmill.hub.checkpoint import CONFIG, TOKENIZER
+from gristmill.hub.checkpoint import CONFIG
 from gristmill.hub.folder import DOCUMENTS, GENERATION
 from gristmill.model import ModelConfig
 from gristmill.parallel.ranks import Pulse, Ranks
