@@ -9,10 +9,12 @@ from test_training import CFG, MODEL, UNUSED, job_of
 from torch import Tensor, nn
 
 from gristmill.errors import Failure
+from gristmill.inference.scorer import ModelScorer
+from gristmill.model import Transformer
 from gristmill.parallel.config import ParallelConfig
 from gristmill.parallel.mesh import local
 from gristmill.parallel.ranks import ALONE, Ranks
-from gristmill.stop import Stop
+from gristmill.stop import Stop, StopRequested
 from gristmill.train.checkpoint import latest_checkpoint, read_state
 from gristmill.train.loop import Event, Started, Step, train
 
@@ -87,3 +89,20 @@ def test_a_weight_that_is_not_finite_on_one_rank_stops_all_before_the_save(
     found, damage = latest_checkpoint(tmp_path, "key")
     assert found is not None
     assert (read_state(found.path).step, damage) == (3, [])
+
+
+def score_with_a_stop_on_rank_1(ranks: Ranks) -> str:
+    """How a measurement of held-out loss ends."""
+    stop = Stop()
+    if ranks.rank == 1:
+        stop.set()
+    scorer = ModelScorer(Transformer(MODEL), 32, ranks, stop)
+    try:
+        scorer.loglikelihood([[1] * 20, [2] * 20])
+    except StopRequested:
+        return "stopped"
+    return "scored"
+
+
+def test_a_stop_on_one_rank_ends_the_validation_of_all(two: Processes) -> None:
+    assert two.run(score_with_a_stop_on_rank_1) == ["stopped", "stopped"]
