@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from gristmill.hub import Weight, open_weights, write_published
-from gristmill.hub.layout import shapes
+from gristmill.hub.mapping import shapes
 from gristmill.model import ModelConfig
 from gristmill.model.counts import count_params
 

@@ -7,7 +7,8 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gristmill.errors import InputError
-from gristmill.hub import dbrx, qwen3_moe
+from gristmill.hub.layouts.dbrx import DBRX
+from gristmill.hub.layouts.qwen3_moe import QWEN3_MOE
 from gristmill.model import Transformer
 from gristmill.model.counts import count_params
 from gristmill.recipe import load_recipe, load_shape, shipped_recipes
@@ -61,7 +62,7 @@ def test_dbrx_is_its_published_configuration() -> None:
             "moe_jitter_eps": 0,
         },
     }  # fmt: skip
-    assert load_shape("dbrx-132b").model == dbrx.from_json(published)
+    assert load_shape("dbrx-132b").model == DBRX.from_json(published)
 
 
 def test_qwen_is_its_published_configuration_and_as_large_as_transformers_makes_it() -> None:
@@ -74,7 +75,7 @@ def test_qwen_is_its_published_configuration_and_as_large_as_transformers_makes_
         "initializer_range": 0.02, "attention_bias": False,
     }  # fmt: skip
     cfg = load_shape("qwen3-30b-a3b").model
-    assert cfg == qwen3_moe.from_json(published)
+    assert cfg == QWEN3_MOE.from_json(published)
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**published))
     assert count_params(cfg).total_params == sum(param.numel() for param in model.parameters())

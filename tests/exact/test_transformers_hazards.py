@@ -78,7 +78,9 @@ def test_1_the_nested_rope_theta_is_ignored_and_10000_used(published: Path, tmp_
     theirs = load_theirs(published)
     assert theirs.config.attn_config.rope_theta == 500000.0
     used = theirs.config.rope_parameters["rope_theta"]
-    assert used == 10000.0, "transformers has changed: it reads attn_config.rope_theta; hub/dbrx.py need not write both"
+    assert used == 10000.0, (
+        "transformers has changed: it reads attn_config.rope_theta; hub/layouts/dbrx.py need not write both"
+    )
     assert distance(theirs_in_rows(theirs, documents), meant) > 0.01
     # Ours reads what was published, also after transformers has saved its own 10000 beside it.
     theirs.save_pretrained(tmp_path / "saved")
@@ -89,7 +91,7 @@ def test_1_the_nested_rope_theta_is_ignored_and_10000_used(published: Path, tmp_
 
 def test_1_and_yet_the_nested_rope_theta_must_be_there(published: Path) -> None:
     edit_config(published, lambda config: config["attn_config"].pop("rope_theta"))
-    with still_raises(AttributeError, "rope_theta", "hub/dbrx.py may leave attn_config.rope_theta away"):
+    with still_raises(AttributeError, "rope_theta", "hub/layouts/dbrx.py may leave attn_config.rope_theta away"):
         load_theirs(published)
 
 
@@ -101,7 +103,7 @@ def test_2_the_default_configuration_raises() -> None:
 def test_2_no_clipping_raises() -> None:
     model = DbrxForCausalLM(dbrx_config(attn={"clip_qkv": None}))
     with still_raises(
-        RuntimeError, "'min' or 'max' must not be None", "NO_CLIP in hub/dbrx.py is there for vLLM alone"
+        RuntimeError, "'min' or 'max' must not be None", "NO_CLIP in hub/layouts/dbrx.py is there for vLLM alone"
     ):
         model(torch.tensor([[1, 2]]))
 
@@ -127,7 +129,9 @@ def test_4_jitter_changes_the_experts_input_in_place() -> None:
 
 def test_5_the_integer_1_is_refused_as_a_norm() -> None:
     assert dbrx_config(ffn={"moe_normalize_expert_weights": 1.0}).ffn_config.moe_normalize_expert_weights == 1.0
-    with still_raises(Exception, "moe_normalize_expert_weights", "hub/dbrx.py need not make a float of the norm"):
+    with still_raises(
+        Exception, "moe_normalize_expert_weights", "hub/layouts/dbrx.py need not make a float of the norm"
+    ):
         dbrx_config(ffn={"moe_normalize_expert_weights": 1})
 
 
@@ -158,6 +162,6 @@ def test_8_saved_qwen3_moe_calls_the_number_of_experts_num_local_experts(tmp_pat
     QWEN.write(tmp_path, QWEN.model())
     load_theirs(tmp_path).save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert "num_experts" not in saved, "transformers has changed: hub/qwen3_moe.py may read num_experts alone"
+    assert "num_experts" not in saved, "transformers has changed: hub/layouts/qwen3_moe.py may read num_experts alone"
     assert saved["num_local_experts"] == 4
     assert read_published(tmp_path / "saved")[0] == QWEN.cfg

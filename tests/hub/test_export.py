@@ -24,9 +24,9 @@ from gristmill.hub import (
     write_weights,
 )
 from gristmill.hub import export as export_module
-from gristmill.hub.dbrx import from_json, to_json
 from gristmill.hub.export import ExportConfig, build_export, export_gguf, export_model
 from gristmill.hub.importing import import_model
+from gristmill.hub.layouts.dbrx import DBRX
 from gristmill.hub.quantized import QuantizeConfig
 from gristmill.hub.settings import SpecialIds
 from gristmill.hub.tensors import INDEX, SINGLE, Weights
@@ -100,7 +100,7 @@ def test_dense_ffn_leaves_as_one_expert_that_computes_exactly_the_same(tiny: Tin
 
 def test_configuration_survives_the_published_form_and_the_published_file_is_read() -> None:
     cfg = ModelConfig(vocab_size=384, clip_qkv=None, moe_normalize_expert_weights=None, rope_theta=7.5)
-    assert from_json(to_json(cfg, IDS, torch.float32)) == cfg
+    assert DBRX.from_json(DBRX.to_json(cfg, IDS, torch.float32)) == cfg
     published = {  # the values of the 132B model's config.json: theta only nested, normalisation left out, integers
         "model_type": "dbrx",
         "vocab_size": 100352,
@@ -119,7 +119,7 @@ def test_configuration_survives_the_published_form_and_the_published_file_is_rea
         "initializer_range": 0.02,
         "tie_word_embeddings": False,
     }
-    assert from_json(published) == ModelConfig(vocab_size=100352)
+    assert DBRX.from_json(published) == ModelConfig(vocab_size=100352)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_configuration_survives_the_published_form_and_the_published_file_is_rea
     ],
 )
 def test_what_this_model_cannot_compute_is_refused_on_import(change: dict, says: str, tmp_path: Path) -> None:
-    config = to_json(ModelConfig(vocab_size=384), IDS, torch.float32) | change
+    config = DBRX.to_json(ModelConfig(vocab_size=384), IDS, torch.float32) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=says):
         read_published(tmp_path)

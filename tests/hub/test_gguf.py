@@ -23,8 +23,8 @@ from torch import Tensor
 
 from gristmill.errors import Failure, InputError
 from gristmill.hub import Weight, in_memory
-from gristmill.hub.gguf import QWEN_SPLIT, layout, write_gguf
-from gristmill.hub.layout import from_published, to_published
+from gristmill.hub.gguf import QWEN_SPLIT, find_graph, gguf_tensors, write_gguf
+from gristmill.hub.mapping import from_published, to_published
 from gristmill.model import ModelConfig, Transformer, packed
 from gristmill.tokenizer import Tokenizer, hugging_face_config
 from gristmill.tokenizer.layout import CHAT_TEMPLATE, SPECIAL_TOKENS, SPLIT_PATTERN, byte_of_symbol
@@ -69,7 +69,7 @@ def test_blocks_are_those_of_a_plain_loop(
 ) -> None:
     model = tiny(**changes, ffn_hidden_size=64)
     file = write(model, tokenizer_dir, tmp_path / "tiny.gguf", dtype)
-    table = layout(model.cfg)
+    table = gguf_tensors(*find_graph(model.cfg))
     plain = to_published(table, in_memory(model.state_dict()))
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     assert found.keys() == plain.keys()
@@ -260,14 +260,14 @@ def test_one_of_our_tensors_is_alive_at_a_time(tiny: Tiny, tokenizer_dir: Path, 
 @pytest.mark.parametrize("name", ["dbrx", "qwen3moe", "qwen3moe_tied"])
 def test_the_table_reads_back_what_it_writes(tiny: Tiny, name: str) -> None:
     model = tiny(**SHAPES[name])
-    table = layout(model.cfg)
+    table = gguf_tensors(*find_graph(model.cfg))
     back = from_published(model.cfg, table, to_published(table, in_memory(model.state_dict())))
     for key, tensor in model.state_dict().items():
         assert torch.equal(back[key].load(), tensor), key
 
 
 def test_the_published_dbrx_has_the_shapes_that_llama_cpp_asks_for() -> None:
-    table = layout(ModelConfig(vocab_size=100352))
+    table = gguf_tensors(*find_graph(ModelConfig(vocab_size=100352)))
     parts = {piece.name: piece.shape[::-1] for pieces in table.values() for piece in pieces}
     assert len(parts) == 3 + 40 * 8
     assert parts["token_embd.weight"] == parts["output.weight"] == (6144, 100352)

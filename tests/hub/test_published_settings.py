@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DbrxConfig, Qwen3MoeConfig
 
 from gristmill.errors import InputError
-from gristmill.hub import assemble, dbrx, in_memory, qwen3_moe, read_published, write_published
+from gristmill.hub import assemble, in_memory, read_published, write_published
 from gristmill.hub.importing import import_model
+from gristmill.hub.layouts import LAYOUTS as PUBLISHED
 from gristmill.hub.tensors import SINGLE
 from gristmill.model import Transformer, packed
 
@@ -21,7 +22,7 @@ TOKENS = torch.tensor([[7, 300, 2, 41, 5, 5, 199, 383, 0, 12, 77, 3]])
 QWEN = {"norm": "rms_norm", "norm_eps": 1e-6, "qk_norm": True, "clip_qkv": None, "head_size": 12}
 SHAPES = {"dbrx": {"clip_qkv": 0.4}, "qwen3_moe": QWEN}
 CLASSES = {"dbrx": DbrxConfig, "qwen3_moe": Qwen3MoeConfig}
-LAYOUTS = {"dbrx": dbrx, "qwen3_moe": qwen3_moe}
+LAYOUTS = {layout.model_type: layout for layout in PUBLISHED}
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from gristmill.errors import Failure, InputError
 from gristmill.hub import assemble, in_memory, open_weights, read_published, write_published
 from gristmill.hub.export import export_model
 from gristmill.hub.folder import open_model
-from gristmill.hub.layout import as_one_expert
+from gristmill.hub.mapping import as_one_expert
 from gristmill.hub.quantized import QuantizeConfig, QuantizedWeight
 from gristmill.hub.tensors import SINGLE
 from gristmill.inference import load_model

@@ -1,4 +1,4 @@
-"""Model files in and out: our checkpoints, the published `dbrx` and `qwen3_moe` layouts, GGUF, the hub.
+"""Model files in and out: our checkpoints, the published layouts (`layouts/`), GGUF, the hub.
 
 May use the model, the tokenizer and artifacts. safetensors and JSON only: nothing here reads a pickle.
 """

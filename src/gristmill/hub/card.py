@@ -8,7 +8,7 @@ import yaml
 
 from gristmill.artifact import Artifact, Origin
 from gristmill.hub.folder import ModelFolder
-from gristmill.hub.published import model_type_of
+from gristmill.hub.layouts import PublishedLayout, published_layout
 from gristmill.model import ModelConfig
 from gristmill.model.counts import count_params
 from gristmill.tokenizer import Tokenizer
@@ -32,18 +32,19 @@ def model_card(
     evaluation: of a model that was trained here, when there is one. quantized: how, and what that costs.
     """
     cfg = model.cfg
+    layout = published_layout(cfg)
     sources = sorted(_sources(origin), key=lambda source: source.name) if origin else []
     read = [source for source in sources if "documents" in source.detail]  # text that it was trained on here
     started_from = [source for source in sources if "license" in source.detail]  # published models
-    front = _front_matter(name, license, cfg, evaluation)
+    front = _front_matter(name, license, layout, evaluation)
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=False) + "---\n",
-        f"# {name}\n\n{_summary(cfg, bool(read), started_from)}\n",
+        f"# {name}\n\n{_summary(cfg, layout, bool(read), started_from)}\n",
     ]
     if quantized:
         parts.append(f"## Quantization\n\n{quantized[0].upper()}{quantized[1:]}.\n")
     if model.tokenizer:
-        usage = _QUANTIZED_USAGE[model_type_of(cfg)] if quantized else _USAGE
+        usage = layout.quantized_usage if quantized else _USAGE
         parts.append(f"## Use\n\n{usage}{_beginning(Tokenizer.load(model.tokenizer), bool(read))}\n")
     if evaluation:
         parts.append(f"## Figures\n\n{_figures(evaluation)}\n")
@@ -64,7 +65,7 @@ def model_card(
 
 
 def _front_matter(
-    name: str, license: Mapping[str, str], cfg: ModelConfig, evaluation: Mapping[str, Any] | None
+    name: str, license: Mapping[str, str], layout: PublishedLayout, evaluation: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     known = dict(license)
     if license["license"] in ("other", "unknown"):
@@ -73,7 +74,7 @@ def _front_matter(
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         **known,
-        "tags": [model_type_of(cfg), "mixture-of-experts", "gristmill"],
+        "tags": [layout.model_type, "mixture-of-experts", "gristmill"],
     }
     if evaluation:
         metrics = [
@@ -89,19 +90,18 @@ def _front_matter(
     return front
 
 
-def _summary(cfg: ModelConfig, trained: bool, started_from: list[Origin]) -> str:
+def _summary(cfg: ModelConfig, layout: PublishedLayout, trained: bool, started_from: list[Origin]) -> str:
     counts = count_params(cfg)
     ffn = (
         f"a mixture of {cfg.moe_num_experts} experts of which each token uses {cfg.moe_top_k}"
         if cfg.ffn == "moe"
         else "a dense feed-forward network (stored as a mixture of one expert)"
     )
-    architecture = "DBRX" if model_type_of(cfg) == "dbrx" else "Qwen3-MoE"
     made = ""
     if trained:
         made = ", trained on the data listed below, from " + ("the model named below" if started_from else "nothing")
     return (
-        f"A {'base ' if trained and not started_from else ''}language model of the {architecture} architecture with "
+        f"A {'base ' if trained and not started_from else ''}language model of the {layout.title} architecture with "
         f"{ffn}: {counts.total_params:,} parameters, {counts.active_params:,} active for a token{made}."
     )
 
@@ -138,14 +138,6 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=64, do_sample=False)
 
 `gristmill generate . 'def fibonacci(' --max-tokens 64 --temperature 0` prints the same: it computes in float32.
 Without `dtype`, transformers computes in the precision in which the weights are stored."""
-
-_QUANTIZED_USAGE = {
-    "qwen3_moe": "`gristmill generate . 'def fibonacci('`. The tensors are in the layout of compressed-tensors: "
-    "with that package installed, transformers' `AutoModelForCausalLM.from_pretrained` reads them (without "
-    "`dequantize=True`, which knows one number of bits only); vLLM and SGLang know the layout too.",
-    "dbrx": "`gristmill generate . 'def fibonacci('`. The tensors are encoded as compressed-tensors does it, which has "
-    "no form for DBRX's stacked experts: for other programs, `gristmill export` makes plain tensors or GGUF of them.",
-}
 
 
 def _beginning(tokenizer: Tokenizer, was_trained: bool) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gristmill.errors import Failure, InputError
-from gristmill.hub.layout import shapes
+from gristmill.hub.mapping import shapes
 from gristmill.hub.settings import read_json
 from gristmill.hub.tensors import Weights, check_names, open_weights
 from gristmill.model import ModelConfig

@@ -18,7 +18,8 @@ from gristmill.hub.agreement import compare, compare_tokenizers
 from gristmill.hub.card import model_card
 from gristmill.hub.folder import CARD, ModelFolder, name_of, open_model
 from gristmill.hub.importing import card_license, check_files, copy_tokenizer, known_hashes
-from gristmill.hub.published import model_type_of, write_published
+from gristmill.hub.layouts import published_layout
+from gristmill.hub.published import write_published
 from gristmill.hub.quantized import QuantizeConfig
 from gristmill.hub.settings import SpecialIds
 from gristmill.hub.tensors import MAX_SHARD_BYTES, assemble
@@ -86,17 +87,15 @@ def build_export(cfg: ExportConfig, checkpoint: Path, evaluation: Path, out: Pat
     return Built(metrics={f"export_{name}": value for name, value in asdict(agreement).items()})
 
 
-def export_model(
-    src: Path, out: Path, dtype: torch.dtype | None = None, layout: Literal["dbrx", "qwen3_moe"] | None = None
-) -> Artifact:
+def export_model(src: Path, out: Path, dtype: torch.dtype | None = None, layout: str | None = None) -> Artifact:
     """Write the model in `src` (whatever `open_model` takes) as the new Hugging Face directory `out`.
 
-    dtype: None keeps the one that each tensor is stored in. layout: None takes the one that fits. Memory is that of
-    the largest tensor or two. Raises InputError when no published layout, or not the wanted one, can say this model,
-    or when `out` holds something.
+    dtype: None keeps the one that each tensor is stored in. layout: a published layout's `model_type`; None takes the
+    one that fits. Memory is that of the largest tensor or two. Raises InputError when no published layout, or not the
+    wanted one, can express this model, or when `out` holds something.
     """
     model = open_model(src)
-    if layout not in (None, fitting := model_type_of(model.cfg)):
+    if layout not in (None, fitting := published_layout(model.cfg).model_type):
         raise InputError(f"{src} cannot leave as {layout}: its norms and attention are those of {fitting}")
     if known := known_hashes(src):
         check_files(src, known)
@@ -208,7 +207,7 @@ def _read_evaluation(path: Path) -> dict[str, Any]:
 
 def _check(cfg: ExportConfig, context: Context) -> Checked:
     try:
-        model_type_of(context.recipe["model"])
+        published_layout(context.recipe["model"])
     except InputError as reason:
         raise Unsupported(str(reason)) from None
     return Checked()

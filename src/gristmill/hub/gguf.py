@@ -1,10 +1,10 @@
 """GGUF: the one file that llama.cpp runs, and with it Ollama, LM Studio, llama-cpp-python and others.
 
-Two of llama.cpp's graphs compute what this model computes, `dbrx` and `qwen3moe`. What they read, and what they
-cannot say, stands in its source (src/models/, src/llama-graph.cpp, src/llama-vocab.cpp); checked with commit 0c1e57098.
+llama.cpp has a graph for each published layout. Its source defines the tensors and settings that a graph reads
+(src/models/, src/llama-graph.cpp, src/llama-vocab.cpp); checked with commit 0c1e57098.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from gristmill.errors import Failure, InputError
-from gristmill.hub.dbrx import NO_CLIP
 from gristmill.hub.importing import chat_template
-from gristmill.hub.layout import Layout, Piece, as_one_expert, shapes, to_published
-from gristmill.hub.published import main_dtype, model_type_of
+from gristmill.hub.layouts import LAYOUTS, PublishedLayout, unsupported
+from gristmill.hub.mapping import Piece, TensorMap, as_one_expert, shapes, to_published
+from gristmill.hub.published import main_dtype
 from gristmill.hub.settings import read_json
 from gristmill.hub.tensors import Weight, Weights, check_names
 from gristmill.model import ModelConfig
@@ -77,16 +77,17 @@ def write_gguf(
     """
     cfg, weights = as_one_expert(cfg, weights)
     check_names(shapes(cfg), weights)
-    if cfg.tie_word_embeddings and cfg.norm == "layer_norm":  # llama.cpp's dbrx wants the matrix twice
-        cfg, weights = replace(cfg, tie_word_embeddings=False), {**weights, "lm_head.weight": weights["wte.weight"]}
-    architecture = architecture_of(cfg)
+    layout, graph_cfg = find_graph(cfg)
+    if cfg.tie_word_embeddings and not graph_cfg.tie_word_embeddings:
+        weights = {**weights, "lm_head.weight": weights["wte.weight"]}
+    cfg = graph_cfg
     if dtype is None:
         dtype = main_dtype(weights)
         dtype = torch.float32 if dtype == torch.float64 else dtype
     if dtype not in STORED and dtype not in QUANTIZED:
         raise InputError(f"dtype={dtype} is not written to GGUF; give float32, float16, bfloat16, q8_0 or q4_0")
 
-    table = layout(cfg)
+    table = gguf_tensors(layout, cfg)
     exact = {name for name in table if "norm" in name or ".router." in name}
     plain = dtype if isinstance(dtype, torch.dtype) else None
     tensors = to_published(
@@ -103,10 +104,10 @@ def write_gguf(
     stored = {key: _in_blocks(key, tensors[key], kind) for key, kind in kinds.items()}
     with TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
         partial = Path(folder) / file.name
-        with closing(gguf.GGUFWriter(partial, architecture)) as writer:
+        with closing(gguf.GGUFWriter(partial, layout.gguf_architecture)) as writer:
             for key, kind in kinds.items():
                 writer.add_tensor_info(key, tensors[key].shape, None, stored[key].nbytes, raw_dtype=kind)  # type: ignore[arg-type]  # the code stands in its place
-            _describe(writer, cfg, name, license, dtype)
+            _describe(writer, layout, cfg, name, license, dtype)
             _add_tokenizer(writer, tokenizer, weights["wte.weight"].shape[0])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -118,8 +119,13 @@ def write_gguf(
 # ---- tensors -------------------------------------------------------------------------------------------
 
 
-def architecture_of(cfg: ModelConfig) -> str:
-    """llama.cpp's name for what computes this. Raises InputError when none of its graphs does."""
+def find_graph(cfg: ModelConfig) -> tuple[PublishedLayout, ModelConfig]:
+    """Find the layout whose llama.cpp graph computes this model.
+
+    Returns the layout and the configuration that the graph computes: with tied embeddings untied where the graph has no
+    tied form, so that the file holds the matrix twice. Unlike `config.json`, a graph reads any epsilon.
+    Raises InputError when no graph computes it.
+    """
     if cfg.moe_normalize_expert_weights != 1:
         raise InputError(
             f"moe_normalize_expert_weights={cfg.moe_normalize_expert_weights} cannot be said in GGUF: llama.cpp knows "
@@ -130,32 +136,24 @@ def architecture_of(cfg: ModelConfig) -> str:
             f"n_layers={cfg.n_layers} and moe_num_experts={cfg.moe_num_experts} must be at most {MAX_LAYERS} and "
             f"{MAX_EXPERTS} in GGUF: llama.cpp has room for no more; export to the Hugging Face layout instead"
         )
-    # Its graphs compute what the published layouts say, and read the epsilon of both.
-    return {"dbrx": "dbrx", "qwen3_moe": "qwen3moe"}[model_type_of(replace(cfg, norm_eps=1e-5))]
+    for candidate in (cfg, replace(cfg, tie_word_embeddings=False)):
+        for layout in LAYOUTS:
+            if layout.computes(candidate):
+                return layout, candidate
+    raise unsupported(cfg)
 
 
-def layout(cfg: ModelConfig) -> Layout:
-    """Shapes as torch says them: GGUF lists dimensions the other way round."""
-    D, F, E, V, C = cfg.d_model, cfg.ffn_hidden_size, cfg.moe_num_experts, cfg.vocab_size or 0, cfg.head_dim
-    q, kv = cfg.n_heads * C, cfg.kv_n_heads * C
-    is_dbrx = cfg.norm == "layer_norm"
-    table = {"wte.weight": [Piece("token_embd.weight", (V, D))]}
+def gguf_tensors(layout: PublishedLayout, cfg: ModelConfig) -> TensorMap:
+    """Map our tensors to those of a GGUF file, with shapes in torch's order: GGUF lists dimensions in reverse."""
+    D, F, E, V = cfg.d_model, cfg.ffn_hidden_size, cfg.moe_num_experts, cfg.vocab_size or 0
+    table: dict[str, Sequence[Piece]] = {"wte.weight": [Piece("token_embd.weight", (V, D))]}
     for i in range(cfg.n_layers):
         ours, theirs = f"blocks.{i}.", f"blk.{i}."
         table[f"{ours}norm_1.weight"] = [Piece(f"{theirs}attn_norm.weight", (D,))]
-        if is_dbrx:
-            table[f"{ours}attn.Wqkv.weight"] = [Piece(f"{theirs}attn_qkv.weight", (q + 2 * kv, D))]
-        else:
-            table[f"{ours}attn.Wqkv.weight"] = [
-                Piece(f"{theirs}attn_q.weight", (q, D)),
-                Piece(f"{theirs}attn_k.weight", (kv, D)),
-                Piece(f"{theirs}attn_v.weight", (kv, D)),
-            ]
-            table[f"{ours}attn.q_norm.weight"] = [Piece(f"{theirs}attn_q_norm.weight", (C,))]
-            table[f"{ours}attn.k_norm.weight"] = [Piece(f"{theirs}attn_k_norm.weight", (C,))]
+        table |= layout.gguf_attention(cfg, ours, theirs)
         table |= {
-            f"{ours}attn.out_proj.weight": [Piece(f"{theirs}attn_output.weight", (D, q))],
-            f"{ours}norm_2.weight": [Piece(f"{theirs}{'attn_output_norm' if is_dbrx else 'ffn_norm'}.weight", (D,))],
+            f"{ours}attn.out_proj.weight": [Piece(f"{theirs}attn_output.weight", (D, cfg.n_heads * cfg.head_dim))],
+            f"{ours}norm_2.weight": [Piece(f"{theirs}{layout.gguf_norm_2}.weight", (D,))],
             f"{ours}ffn.router.weight": [Piece(f"{theirs}ffn_gate_inp.weight", (E, D))],
             f"{ours}ffn.experts.w1": [Piece(f"{theirs}ffn_gate_exps.weight", (E, F, D))],
             f"{ours}ffn.experts.v1": [Piece(f"{theirs}ffn_up_exps.weight", (E, F, D))],
@@ -202,7 +200,14 @@ def _bytes(tensor: Tensor) -> memoryview:
 # ---- metadata ------------------------------------------------------------------------------------------
 
 
-def _describe(writer: gguf.GGUFWriter, cfg: ModelConfig, name: str, license: str | None, dtype: GgufDtype) -> None:
+def _describe(
+    writer: gguf.GGUFWriter,
+    layout: PublishedLayout,
+    cfg: ModelConfig,
+    name: str,
+    license: str | None,
+    dtype: GgufDtype,
+) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     if license is not None:
@@ -219,15 +224,7 @@ def _describe(writer: gguf.GGUFWriter, cfg: ModelConfig, name: str, license: str
     writer.add_expert_count(cfg.moe_num_experts)
     writer.add_expert_used_count(cfg.moe_top_k)
     writer.add_feed_forward_length(cfg.ffn_hidden_size)
-    if cfg.norm == "layer_norm":
-        writer.add_layer_norm_eps(cfg.norm_eps)
-        # The key must be there. Newer versions take 0 for "none", older ones would clamp everything to 0.
-        writer.add_clamp_kqv(NO_CLIP if cfg.clip_qkv is None else cfg.clip_qkv)
-    else:
-        writer.add_layer_norm_rms_eps(cfg.norm_eps)
-        writer.add_key_length(cfg.head_dim)
-        writer.add_value_length(cfg.head_dim)
-        writer.add_expert_feed_forward_length(cfg.ffn_hidden_size)
+    layout.add_gguf_settings(writer, cfg)
 
 
 # ---- the tokenizer -------------------------------------------------------------------------------------

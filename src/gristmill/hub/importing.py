@@ -26,7 +26,8 @@ from gristmill.current import TOKENIZER
 from gristmill.errors import Failure, InputError
 from gristmill.hub.checkpoint import CONFIG
 from gristmill.hub.folder import CARD, DOCUMENTS, GENERATION, PULLED, name_of, papers
-from gristmill.hub.published import CONFIG_JSON, GENERATION_JSON, model_type_of, read_published
+from gristmill.hub.layouts import published_layout
+from gristmill.hub.published import CONFIG_JSON, GENERATION_JSON, read_published
 from gristmill.hub.settings import dropouts, read_json
 from gristmill.hub.tensors import INDEX, Weight, Weights, write_weights
 from gristmill.model import ModelConfig
@@ -37,7 +38,6 @@ from gristmill.tokenizer.gpt4 import write_gpt4
 from gristmill.tokenizer.start import upgrade
 
 FORMAT = 1
-DBRX_VOCAB_SIZE = 100_352  # GPT-4's table and DBRX's special tokens, rounded up
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 READ = (CONFIG_JSON, INDEX, GENERATION_JSON, *TOKENIZER_FILES)  # of a published directory, beside the weights
 READ_OF_OURS = (CONFIG, GENERATION, *(f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES))
@@ -200,7 +200,7 @@ def import_tokenizer(src: Path, cfg: ModelConfig, out: Path) -> None:
         copy_tokenizer(src, cfg, out)
         return
     has_another = any((src / name).is_file() for name in ("vocab.json", "tokenizer.model"))
-    if model_type_of(cfg) != "dbrx" or cfg.vocab_size != DBRX_VOCAB_SIZE or has_another:
+    if cfg.vocab_size != published_layout(cfg).gpt4_vocab_size or has_another:
         console.print(f"  {src} has no tokenizer.json: the model is imported without a tokenizer", markup=False)
         return
     template = chat_template(src)

@@ -1,17 +1,16 @@
-"""Hugging Face directories of the layouts that this model can be: `dbrx` and `qwen3_moe`."""
+"""Reads and writes Hugging Face directories of the published layouts."""
 
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from gristmill.errors import InputError
-from gristmill.hub import dbrx, qwen3_moe
-from gristmill.hub.layout import Layout, as_one_expert, from_published, to_published
+from gristmill.hub.layouts import LAYOUTS, published_layout
+from gristmill.hub.mapping import as_one_expert, from_published, to_published
 from gristmill.hub.quantized import QuantizeConfig, from_quantized, read_settings, to_quantized
 from gristmill.hub.settings import SpecialIds, read_json
 from gristmill.hub.tensors import DTYPES, MAX_SHARD_BYTES, PACKED, Weights, open_weights, write_weights
@@ -19,7 +18,6 @@ from gristmill.model import ModelConfig
 
 CONFIG_JSON = "config.json"
 GENERATION_JSON = "generation_config.json"
-MODEL_TYPES = ("dbrx", "qwen3_moe")
 
 
 # ---- reading -------------------------------------------------------------------------------------------
@@ -34,28 +32,29 @@ def read_published(folder: Path) -> tuple[ModelConfig, Weights]:
     if config is None:
         raise InputError(f"{folder} is not a Hugging Face model: it has no {CONFIG_JSON}")
     model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise InputError(
-            f"{folder / CONFIG_JSON} says model_type={model_type!r}; the known layouts are {', '.join(MODEL_TYPES)}"
-        )
-    cfg = module_of(model_type).from_json(config)
+    layout = next((layout for layout in LAYOUTS if layout.model_type == model_type), None)
+    if layout is None:
+        known = ", ".join(layout.model_type for layout in LAYOUTS)
+        raise InputError(f"{folder / CONFIG_JSON} says model_type={model_type!r}; the known layouts are {known}")
+    cfg = layout.from_json(config)
     kinds = read_settings(config) if config.get("quantization_config") else set()
     published = open_weights(folder, DTYPES | PACKED if kinds else DTYPES)
     if cfg.n_layers > len(published):
         raise InputError(
             f"config.json says {cfg.n_layers:,} layers, and the weights are {len(published):,} tensors in all"
         )
-    if model_type == "qwen3_moe" and cfg.n_layers * cfg.moe_num_experts > len(published):
+    if layout.splits_experts and cfg.n_layers * cfg.moe_num_experts > len(published):
         raise InputError(
             f"config.json says {cfg.n_layers:,} layers of {cfg.moe_num_experts:,} experts, and the weights are "
             f"{len(published):,} tensors in all"
         )
     published = _without_frequencies(cfg, published)
+    table = layout.tensors(cfg)
     if cfg.tie_word_embeddings:
-        published = _without_copy_of_embedding(published)
+        published = _without_copy_of_embedding(table["wte.weight"][0].name, published)
     if kinds:
-        return cfg, from_quantized(cfg, layout_of(cfg), published, kinds)
-    return cfg, from_published(cfg, layout_of(cfg), published)
+        return cfg, from_quantized(cfg, table, published, kinds)
+    return cfg, from_published(cfg, table, published)
 
 
 def _without_frequencies(cfg: ModelConfig, published: Weights) -> Weights:
@@ -83,15 +82,13 @@ def _without_frequencies(cfg: ModelConfig, published: Weights) -> Weights:
     return kept
 
 
-def _without_copy_of_embedding(published: Weights) -> Weights:
+def _without_copy_of_embedding(name: str, published: Weights) -> Weights:
     """Some files of tied models hold the shared matrix twice."""
-    copy, embedding = published.get("lm_head.weight"), published.get("model.embed_tokens.weight")
+    copy, embedding = published.get("lm_head.weight"), published.get(name)
     if copy is None or embedding is None:
         return published
     if not torch.equal(copy.load(), embedding.load()):
-        raise InputError(
-            "config.json says tie_word_embeddings=true, and lm_head.weight differs from model.embed_tokens.weight"
-        )
+        raise InputError(f"config.json says tie_word_embeddings=true, and lm_head.weight differs from {name}")
     return {name: weight for name, weight in published.items() if weight is not copy}
 
 
@@ -117,47 +114,20 @@ def write_published(
     leaves as a mixture of one expert. Raises InputError when the configuration fits no published layout.
     """
     cfg, weights = as_one_expert(cfg, weights)
-    layout, to_json = layout_of(cfg), module_of(model_type_of(cfg)).to_json
+    layout = published_layout(cfg)
+    table = layout.tensors(cfg)
     if quantize is not None:
-        published = to_quantized(cfg, layout, weights, quantize)
-        config = to_json(cfg, ids, torch.bfloat16) | {"quantization_config": quantize.to_json(cfg)}
+        published = to_quantized(cfg, table, weights, quantize)
+        config = layout.to_json(cfg, ids, torch.bfloat16) | {"quantization_config": quantize.to_json(cfg)}
     else:
-        published = to_published(layout, weights)
+        published = to_published(table, weights)
         if dtype is not None:
             published = {name: weight.to(dtype) for name, weight in published.items()}
-        config = to_json(cfg, ids, dtype or main_dtype(published))
+        config = layout.to_json(cfg, ids, dtype or main_dtype(published))
     _write_json(folder / CONFIG_JSON, config)
     if settings := ids.for_generation(generation or {}) if ids else generation:
         _write_json(folder / GENERATION_JSON, settings)
     write_weights(folder, published, max_shard_bytes, advance)
-
-
-def module_of(model_type: str) -> ModuleType:
-    """What knows a layout: `from_json`, `to_json`, `layout`."""
-    return {"dbrx": dbrx, "qwen3_moe": qwen3_moe}[model_type]
-
-
-def layout_of(cfg: ModelConfig) -> Layout:
-    return module_of(model_type_of(cfg)).layout(cfg)
-
-
-def model_type_of(cfg: ModelConfig) -> str:
-    """The published layout that can say this configuration. Raises InputError when none can."""
-    if cfg.moe_router_bias:
-        raise InputError("no published layout has moe_router_bias; train with another train.balance to publish")
-    own_head_size = cfg.head_dim * cfg.n_heads != cfg.d_model
-    match cfg.norm:
-        case "layer_norm" if not (cfg.qk_norm or cfg.tie_word_embeddings or own_head_size or cfg.norm_eps != 1e-5):
-            return "dbrx"
-        case "rms_norm" if cfg.qk_norm and cfg.clip_qkv is None:
-            return "qwen3_moe"
-        case _:
-            raise InputError(
-                f"no published layout has norm={cfg.norm}, qk_norm={cfg.qk_norm}, clip_qkv={cfg.clip_qkv}, "
-                f"head_size={cfg.head_size}, tie_word_embeddings={cfg.tie_word_embeddings}, norm_eps={cfg.norm_eps} "
-                "together: dbrx has layer_norm with 1e-5 and none of the others but clipping, qwen3_moe has rms_norm "
-                "and qk_norm without clipping"
-            )
 
 
 def main_dtype(weights: Weights) -> torch.dtype:

@@ -25,7 +25,8 @@ from gristmill.artifact import canonical, sync, write_atomically
 from gristmill.errors import Failure, InputError
 from gristmill.hub.folder import CARD, LICENSES, PULLED
 from gristmill.hub.importing import READ
-from gristmill.hub.published import CONFIG_JSON, MODEL_TYPES
+from gristmill.hub.layouts import LAYOUTS
+from gristmill.hub.published import CONFIG_JSON
 from gristmill.hub.settings import read_json
 from gristmill.hub.tensors import INDEX, PICKLES, SINGLE
 from gristmill.locks import lock
@@ -148,8 +149,9 @@ def _needed(model: _Model, source: "_Source") -> list[_File]:
     if CONFIG_JSON not in model.files:
         raise InputError(f"{model.name} holds no {CONFIG_JSON}: it is not a model in the transformers layout")
     kind = source.read_json(model.files[CONFIG_JSON]).get("model_type")
-    if kind not in MODEL_TYPES:
-        what = f"{model.name} is of model_type {kind!r}, an import reads {' and '.join(MODEL_TYPES)}"
+    known = [layout.model_type for layout in LAYOUTS]
+    if kind not in known:
+        what = f"{model.name} is of model_type {kind!r}, an import reads {' and '.join(known)}"
         raise InputError(f"{what}; choose such a model (no weights were fetched)")
     weights = _weights(model, source)
     papers = {name for name in model.files if re.fullmatch(LICENSES, name) and PAPER_SUFFIX.search(name)}

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from gristmill.errors import InputError
-from gristmill.hub.layout import Layout, from_published, shapes, to_published
+from gristmill.hub.layouts import LAYOUTS
+from gristmill.hub.mapping import TensorMap, from_published, shapes, to_published
 from gristmill.hub.settings import describe, require
 from gristmill.hub.tensors import Weight, Weights
 from gristmill.kernels.quantized import GROUPS, Quantized, quantize
@@ -117,7 +118,7 @@ def read_settings(config: Mapping[str, Any]) -> set[tuple[int, int]]:
     return kinds
 
 
-def from_quantized(cfg: ModelConfig, layout: Layout, published: Weights, kinds: set[tuple[int, int]]) -> Weights:
+def from_quantized(cfg: ModelConfig, table: TensorMap, published: Weights, kinds: set[tuple[int, int]]) -> Weights:
     """`from_published`, where matrices may be codes, of one of the `kinds`: those become a `QuantizedWeight`.
 
     Raises InputError when a part of one is missing, of another shape or of another dtype.
@@ -127,7 +128,7 @@ def from_quantized(cfg: ModelConfig, layout: Layout, published: Weights, kinds: 
     plain = dict(published)
     quantized: dict[str, Weight] = {}
     for name, shape in shapes(cfg).items():
-        pieces = layout[name]
+        pieces = table[name]
         if any(piece.name + "_packed" in published for piece in pieces):
             inputs = shape[1] if is_transposed(name) else shape[-1]
             parts = []
@@ -136,7 +137,7 @@ def from_quantized(cfg: ModelConfig, layout: Layout, published: Weights, kinds: 
                 parts.append(_take(piece.name, (rows, inputs), plain, kinds))
                 plain[piece.name] = Weight(piece.shape, torch.float32, partial(_no_tensor, piece.name))
             quantized[name] = _together(name, shape, parts)
-    ours = from_published(cfg, layout, plain)
+    ours = from_published(cfg, table, plain)
     for name, weight in plain.items():
         if not weight.dtype.is_floating_point:
             raise InputError(f"{name} is stored as {weight.dtype}, which only codes of quantized matrices are")
@@ -256,6 +257,7 @@ class QuantizeConfig:
 
     def to_json(self, cfg: ModelConfig) -> dict[str, Any]:
         """`quantization_config`, in the form of compressed-tensors."""
+        routers = sorted(f"re:.*{layout.router}$" for layout in LAYOUTS)
         groups = {"group_0": self._group(["Linear"], self.bits)}
         if not cfg.tie_word_embeddings:  # named, or SGLang would take it for a plain one
             groups["group_1"] = self._group(["re:.*lm_head$"], HEAD_BITS)
@@ -264,7 +266,7 @@ class QuantizeConfig:
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": ["re:.*mlp.gate$", "re:.*router.layer$"] + ["lm_head"] * cfg.tie_word_embeddings,
+            "ignore": routers + ["lm_head"] * cfg.tie_word_embeddings,
             "kv_cache_scheme": None,
         }
 
@@ -280,16 +282,16 @@ class QuantizeConfig:
         return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
-def to_quantized(cfg: ModelConfig, layout: Layout, ours: Weights, how: QuantizeConfig) -> Weights:
+def to_quantized(cfg: ModelConfig, table: TensorMap, ours: Weights, how: QuantizeConfig) -> Weights:
     """`to_published`, with matrices as codes, made when they are read. In order, each of ours is read once.
 
     Embeddings wider than bfloat16 become that.
     """
     bits = how.bits_of(cfg)
-    dense = to_published(layout, ours)
+    dense = to_published(table, ours)
     published: dict[str, Weight] = {}
     for name, shape in shapes(cfg).items():
-        for piece in layout[name]:
+        for piece in table[name]:
             weight = dense[piece.name]
             if name not in bits:
                 narrow = name == "wte.weight" and weight.dtype.itemsize > 2

@@ -16,8 +16,8 @@ from gristmill.hub.card import model_card
 from gristmill.hub.export import license_of, write_directory
 from gristmill.hub.folder import ModelFolder, name_of, open_model
 from gristmill.hub.importing import check_files, describe_source, finite, known_hashes
-from gristmill.hub.layout import as_one_expert
-from gristmill.hub.published import model_type_of
+from gristmill.hub.layouts import published_layout
+from gristmill.hub.mapping import as_one_expert
 from gristmill.hub.quantized import HEAD_BITS, QuantizeConfig, QuantizedWeight
 from gristmill.hub.tensors import MAX_SHARD_BYTES
 from gristmill.inference.load import find_model
@@ -47,7 +47,7 @@ def quantize_model(src: Path, out: Path, how: QuantizeConfig, documents: Path | 
         raise InputError(f"{path} is quantized already; give the model that it was made from")
     if texts and model.tokenizer is None:
         raise InputError(f"{path} has no tokenizer, which the loss is measured with; put it there")
-    model_type_of(model.cfg)
+    published_layout(model.cfg)
     num_bytes = how.num_bytes(*as_one_expert(model.cfg, model.weights))
     hashes = check_files(path, known_hashes(path))
     ours = artifact.load_ours(path)

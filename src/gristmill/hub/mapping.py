@@ -1,4 +1,4 @@
-"""A published layout as a table: which published tensors, one after the other, are one of ours.
+"""Maps our tensors to published ones: which published tensors, one after the other, are one of ours.
 
 The elements of our tensor are the pieces' elements in order: q, k and v projections are the rows of Wqkv, one expert's
 matrix is a slice of the stacked ones. A piece may be published transposed.
@@ -33,7 +33,7 @@ class Piece(NamedTuple):
         return elements.view(*outer, columns, rows).mT
 
 
-Layout: TypeAlias = Mapping[str, Sequence[Piece]]  # our name -> its pieces
+TensorMap: TypeAlias = Mapping[str, Sequence[Piece]]  # our name -> its pieces
 
 
 def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -48,23 +48,23 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-def from_published(cfg: ModelConfig, layout: Layout, published: Weights) -> Weights:
+def from_published(cfg: ModelConfig, table: TensorMap, published: Weights) -> Weights:
     """Our tensors, each joined from its pieces when it is read.
 
     Raises InputError when names or shapes are not those that the configuration asks for.
     """
-    check_names({piece.name: piece.shape for pieces in layout.values() for piece in pieces}, published)
-    return {name: _joined(shape, layout[name], published) for name, shape in shapes(cfg).items()}
+    check_names({piece.name: piece.shape for pieces in table.values() for piece in pieces}, published)
+    return {name: _joined(shape, table[name], published) for name, shape in shapes(cfg).items()}
 
 
-def to_published(layout: Layout, ours: Weights) -> Weights:
+def to_published(table: TensorMap, ours: Weights) -> Weights:
     """The published tensors, each cut from ours when it is read. In order, each of ours is read once."""
     pieces: dict[str, Weight] = {}
     last = _Last()
     for name, weight in ours.items():
         load = partial(last, weight.load)
         start = 0
-        for piece in layout[name]:
+        for piece in table[name]:
             pieces[piece.name] = Weight(piece.shape, weight.dtype, partial(_cut, load, piece, start))
             start += torch.Size(piece.shape).numel()
     return pieces
