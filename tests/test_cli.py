@@ -14,6 +14,9 @@ import pytest
 from forked import gristmill
 from safetensors.torch import load_file
 
+from gristmill.hub.export import dtype_names, format_names
+from gristmill.kernels.quantized import WIDTHS
+
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CXX": "none", "COLUMNS": "200"}
 
 
@@ -60,6 +63,15 @@ def test_the_help_does_not_import_torch() -> None:
     for arguments in (["--help"], ["serve", "--help"], ["shards", "--help"]):
         result = subprocess.run([sys.executable, "-c", script, *arguments], env=ENV, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
+
+
+def test_help_and_errors_list_the_published_layouts_and_the_widths(tiny_run: Path, tmp_path: Path) -> None:
+    export, quantize = gristmill("export", "--help").stdout, gristmill("quantize", "--help").stdout
+    assert all(name in export for name in (*format_names(), *dtype_names()))
+    assert all(str(width.bits) in quantize for width in WIDTHS)
+    for option, known in (("--format", format_names()), ("--dtype", dtype_names())):
+        wrong = gristmill("export", tiny_run, tmp_path / "new", option, "x\ny")
+        assert (wrong.returncode, wrong.stderr) == (2, f"error: {option} 'x\\ny' is not one of {', '.join(known)}\n")
 
 
 def test_generate_streams_the_same_text_for_the_same_seed(tiny_run: Path) -> None:

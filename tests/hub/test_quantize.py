@@ -24,7 +24,7 @@ from gristmill.hub.quantized import QuantizeConfig, QuantizedWeight
 from gristmill.hub.tensors import SINGLE
 from gristmill.inference import load_model
 from gristmill.inference.quantizing import quantize_model
-from gristmill.kernels.quantized import Quantized, quantize, to_codes, to_words
+from gristmill.kernels.quantized import Quantized, quantize, width_of
 from gristmill.model import Transformer, packed
 
 Tiny = Callable[..., Transformer]
@@ -46,9 +46,10 @@ def test_words_are_those_of_compressed_tensors(bits: int, rows: int, groups: int
     top = 2 ** (bits - 1)
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(-top, top, (rows, groups * 32), dtype=torch.int8, generator=generator)
-    assert torch.equal(to_words(codes, bits), pack_to_int32(codes, bits))
-    assert torch.equal(unpack_from_int32(to_words(codes, bits), bits, codes.shape), codes)
-    assert torch.equal(to_codes(to_words(codes, bits), bits), codes)
+    words = width_of(bits).pack(codes)
+    assert torch.equal(words, pack_to_int32(codes, bits))
+    assert torch.equal(unpack_from_int32(words, bits, codes.shape), codes)
+    assert torch.equal(width_of(bits).unpack(words), codes)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

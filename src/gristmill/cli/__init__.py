@@ -10,6 +10,7 @@ from collections.abc import Callable
 import typer
 
 from gristmill.cli import exits, hub, inference, keys, records, sizing, stages
+from gristmill.cli.options import Verb
 from gristmill.cpus import limit_threads
 
 app = typer.Typer(
@@ -41,7 +42,7 @@ VERBS: dict[str, Callable[..., None]] = {  # in the order of `gristmill --help`
 app.add_typer(stages.shards, name="shards")
 app.add_typer(keys.app, name="keys")
 for name, verb in VERBS.items():
-    app.command(name)(verb)
+    app.command(name, cls=Verb)(verb)
 
 
 @app.callback()

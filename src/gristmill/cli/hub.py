@@ -1,12 +1,11 @@
 """Verbs that move models between formats and places: pull, import, export and quantize."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from gristmill.cli.options import ModelArg
-from gristmill.errors import InputError
 
 
 def pull(
@@ -24,7 +23,7 @@ def pull(
 
 
 def import_(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face directory: dbrx or qwen3_moe.")],
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face directory: {layouts}.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new directory.")],
 ) -> None:
     """Bring a published model in, tensor by tensor: weights in their own precision, tokenizer, settings, license.
@@ -41,35 +40,32 @@ def export(
     src: ModelArg,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new directory, or the new .gguf file.")],
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "q8_0", "q4_0"] | None,
-        typer.Option(help="Of all weights; q8_0 and q4_0 are for gguf. [default: as each is stored]"),
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of all weights: {precisions}; for gguf also {gguf_types}. [default: as each is stored]",
+        ),
     ] = None,
     format: Annotated[
-        Literal["dbrx", "qwen3_moe", "gguf"] | None,
-        typer.Option(help="gguf is for llama.cpp. [default: by OUT's ending, else the layout that fits the model]"),
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="{layouts}, or gguf for llama.cpp. [default: by OUT's ending, else the layout that fits the model]",
+        ),
     ] = None,
 ) -> None:
     """Give a model out: as a Hugging Face directory for transformers, vLLM and SGLang, or as one GGUF file."""
-    import torch
-
-    from gristmill.hub.export import export_gguf, export_model
+    from gristmill.hub.export import export as export_model
     from gristmill.inference import find_model
 
-    in_blocks = dtype in ("q8_0", "q4_0")
-    precision = getattr(torch, dtype) if dtype and not in_blocks else None
-    if format == "gguf" or (format is None and out.suffix == ".gguf"):
-        print(export_gguf(find_model(src), out, dtype if in_blocks else precision))
-    elif in_blocks:
-        raise InputError(f"--dtype {dtype} is for GGUF files; `gristmill quantize` makes quantized directories")
-    else:
-        print(export_model(find_model(src), out, precision, format).path)
+    print(export_model(find_model(src), out, dtype, format))
 
 
 def quantize(
     src: ModelArg,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new directory.")],
-    bits: Annotated[int, typer.Option(help="8 or 4, of each matrix; an output matrix of its own has 8.")] = 8,
-    group: Annotated[int, typer.Option(help="32, 64 or 128 inputs share a scale.")] = 64,
+    bits: Annotated[int, typer.Option(help="{bits}, of each matrix; an output matrix of its own has {head_bits}.")] = 8,
+    group: Annotated[int, typer.Option(help="{groups} inputs share a scale.")] = 64,
     documents: Annotated[
         Path | None,
         typer.Option(

@@ -1,10 +1,12 @@
 """Arguments and options that several verbs share, and the reading of text arguments."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from gristmill.errors import InputError
 
@@ -26,6 +28,42 @@ DatabaseOpt = Annotated[
         "[default: $GRISTMILL_DATABASE, else a file in your state folder]",
     ),
 ]
+
+
+class Verb(TyperCommand):
+    """A verb whose help texts may contain `{NAME}`, a list of choices from another room's table.
+
+    Only `--help` imports those rooms.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for parameter in self.params:
+            text = getattr(parameter, "help", None) or ""
+            if "{" in text:
+                parameter.help = text.format_map(choices())  # type: ignore[attr-defined]  # arguments and options have it
+        super().format_help(ctx, formatter)
+
+
+def choices() -> dict[str, str]:
+    """Return the lists of choices that help texts name."""
+    from gristmill.hub.export import PRECISIONS
+    from gristmill.hub.layouts import LAYOUTS
+    from gristmill.hub.quantized import HEAD_BITS
+    from gristmill.kernels.quantized import GROUPS, WIDTHS
+
+    return {
+        "layouts": _either(layout.model_type for layout in LAYOUTS),
+        "precisions": _either(PRECISIONS),
+        "gguf_types": _either(width.gguf for width in WIDTHS),
+        "bits": _either(width.bits for width in WIDTHS),
+        "head_bits": str(HEAD_BITS),
+        "groups": _either(GROUPS),
+    }
+
+
+def _either(names: Iterable[object]) -> str:
+    *first, last = map(str, names)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def utf8_text(name: str, given: str) -> str:

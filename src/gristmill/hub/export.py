@@ -18,11 +18,12 @@ from gristmill.hub.agreement import compare, compare_tokenizers
 from gristmill.hub.card import model_card
 from gristmill.hub.folder import CARD, ModelFolder, name_of, open_model
 from gristmill.hub.importing import card_license, check_files, copy_tokenizer, known_hashes
-from gristmill.hub.layouts import published_layout
+from gristmill.hub.layouts import LAYOUTS, published_layout
 from gristmill.hub.published import write_published
 from gristmill.hub.quantized import QuantizeConfig
 from gristmill.hub.settings import SpecialIds
 from gristmill.hub.tensors import MAX_SHARD_BYTES, assemble
+from gristmill.kernels.quantized import WIDTHS
 from gristmill.progress import bar, console
 from gristmill.stage import Checked, Context, Stage, StageRun, Unsupported
 from gristmill.tokenizer import Tokenizer
@@ -30,6 +31,8 @@ from gristmill.tokenizer import Tokenizer
 MAX_CHECKED_TOKENS = 256  # of each held-out sequence
 ORIGINAL_CARD = "ORIGINAL_README.md"  # the card of the model that this one descends from
 FORMAT = 2
+GGUF = "gguf"
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,33 @@ def build_export(cfg: ExportConfig, checkpoint: Path, evaluation: Path, out: Pat
     return Built(metrics={f"export_{name}": value for name, value in asdict(agreement).items()})
 
 
+def export(src: Path, out: Path, dtype: str | None = None, format: str | None = None) -> Path:
+    """Write the model in `src` as the new directory or GGUF file `out`, and return its path.
+
+    Args:
+        dtype: one of `dtype_names()`, for all weights; None keeps each weight's.
+        format: one of `format_names()`; None is GGUF for a file name that ends in .gguf, else the layout that fits.
+    Raises InputError for an unknown name, and for what the format cannot express.
+    """
+    for name, given, known in (("dtype", dtype, dtype_names()), ("format", format, format_names())):
+        if given is not None and given not in known:
+            raise InputError(f"--{name} {given!r:.80} is not one of {', '.join(known)}")
+    precision = PRECISIONS.get(dtype or "")
+    if format == GGUF or (format is None and out.suffix == ".gguf"):
+        return export_gguf(src, out, precision or dtype)
+    if dtype and not precision:
+        raise InputError(f"--dtype {dtype} is for GGUF files; `gristmill quantize` makes quantized directories")
+    return export_model(src, out, precision, format).path
+
+
+def dtype_names() -> list[str]:
+    return [*PRECISIONS, *(width.gguf for width in WIDTHS)]
+
+
+def format_names() -> list[str]:
+    return [*(layout.model_type for layout in LAYOUTS), GGUF]
+
+
 def export_model(src: Path, out: Path, dtype: torch.dtype | None = None, layout: str | None = None) -> Artifact:
     """Write the model in `src` (whatever `open_model` takes) as the new Hugging Face directory `out`.
 
@@ -117,7 +147,7 @@ def export_model(src: Path, out: Path, dtype: torch.dtype | None = None, layout:
 def export_gguf(src: Path, out: Path, dtype: torch.dtype | str | None = None) -> Path:
     """Write the model in `src` and its tokenizer as the new file `out`, which llama.cpp runs.
 
-    dtype: also "q8_0" or "q4_0", blocks of 8 or 4 bits.
+    dtype: also a width's GGUF type, such as "q8_0".
 
     Raises InputError for what llama.cpp cannot say, or when `out` is there already.
     """

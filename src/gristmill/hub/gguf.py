@@ -20,8 +20,10 @@ from gristmill.hub.importing import chat_template
 from gristmill.hub.layouts import LAYOUTS, PublishedLayout, unsupported
 from gristmill.hub.mapping import Piece, TensorMap, as_one_expert, shapes, to_published
 from gristmill.hub.published import main_dtype
+from gristmill.hub.quantized import HEAD_BITS
 from gristmill.hub.settings import read_json
 from gristmill.hub.tensors import Weight, Weights, check_names
+from gristmill.kernels.quantized import WIDTHS, width_of
 from gristmill.model import ModelConfig
 from gristmill.progress import bar
 from gristmill.tokenizer.layout import EOT, IM_END, SPLIT_PATTERN, byte_of_symbol
@@ -30,8 +32,8 @@ from gristmill.tokenizer.start import find_start_id
 MAX_LAYERS = 512  # llama.cpp's tables have this size, and a larger model ends the process that loads it
 MAX_EXPERTS = 1024
 
-GgufDtype: TypeAlias = torch.dtype | str  # "q8_0" or "q4_0"
-EIGHT_BITS = ("wte.weight", "lm_head.weight")  # also where the others have four
+GgufDtype: TypeAlias = torch.dtype | str  # a key of QUANTIZED
+EIGHT_BITS = ("wte.weight", "lm_head.weight")  # whatever the width of the others is
 
 STORED = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -41,8 +43,8 @@ STORED = {
 
 # Blocks of 32 inputs that share an fp16 scale
 QUANTIZED = {
-    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+    width.gguf: (gguf.GGMLQuantizationType[width.gguf.upper()], gguf.LlamaFileType[f"MOSTLY_{width.gguf.upper()}"])
+    for width in WIDTHS
 }
 
 QWEN_SPLIT = SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit alone
@@ -66,10 +68,10 @@ def write_gguf(
 ) -> None:
     """Write a model and its tokenizer as one GGUF file.
 
-    weights: under our own names. tokenizer: a directory with tokenizer.json and tokenizer_config.json. dtype: float32,
-    float16, bfloat16, "q8_0" or "q4_0" for the matrices; None keeps the one that most weights have. Norm scales and
-    routers are always float32; embeddings and output are Q8_0 where the rest is quantized. One tensor is in memory at a
-    time; the same input gives the same bytes.
+    weights: under our own names. tokenizer: a directory with tokenizer.json and tokenizer_config.json. dtype: a key of
+    STORED or of QUANTIZED for the matrices; None keeps the one that most weights have. Norm scales and routers are
+    always float32; embeddings and output have HEAD_BITS where the rest is quantized. One tensor is in memory at a time;
+    the same input gives the same bytes.
 
     llama.cpp keeps keys and values in float16 unless told otherwise: to compare logits, give it float32 for both.
 
@@ -85,7 +87,8 @@ def write_gguf(
         dtype = main_dtype(weights)
         dtype = torch.float32 if dtype == torch.float64 else dtype
     if dtype not in STORED and dtype not in QUANTIZED:
-        raise InputError(f"dtype={dtype} is not written to GGUF; give float32, float16, bfloat16, q8_0 or q4_0")
+        names = [*(str(plain).removeprefix("torch.") for plain in STORED), *QUANTIZED]
+        raise InputError(f"dtype={dtype} is not written to GGUF; give one of {', '.join(names)}")
 
     table = gguf_tensors(layout, cfg)
     exact = {name for name in table if "norm" in name or ".router." in name}
@@ -98,7 +101,7 @@ def write_gguf(
     for ours, pieces in table.items():
         for piece in pieces:
             if isinstance(dtype, str) and ours not in exact:
-                kinds[piece.name] = QUANTIZED["q8_0" if ours in EIGHT_BITS else dtype][0]
+                kinds[piece.name] = QUANTIZED[width_of(HEAD_BITS).gguf if ours in EIGHT_BITS else dtype][0]
             else:
                 kinds[piece.name] = STORED[tensors[piece.name].dtype][0]
     stored = {key: _in_blocks(key, tensors[key], kind) for key, kind in kinds.items()}
@@ -167,8 +170,8 @@ def gguf_tensors(layout: PublishedLayout, cfg: ModelConfig) -> TensorMap:
 
 
 def _in_blocks(key: str, weight: Weight, kind: gguf.GGMLQuantizationType) -> Weight:
-    """What stands in the file: the bytes of its blocks, where it is quantized."""
-    if kind not in (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0):
+    """Return the weight as the file stores it: the bytes of its blocks if `kind` is quantized."""
+    if kind not in {quantized for quantized, _ in QUANTIZED.values()}:
         return weight
     numbers, num_bytes = gguf.GGML_QUANT_SIZES[kind]
     *outer, inputs = weight.shape

@@ -24,10 +24,11 @@ from gristmill.hub.layouts import LAYOUTS
 from gristmill.hub.mapping import TensorMap, from_published, shapes, to_published
 from gristmill.hub.settings import describe, require
 from gristmill.hub.tensors import Weight, Weights
-from gristmill.kernels.quantized import GROUPS, Quantized, quantize
+from gristmill.kernels.quantized import GROUPS, WIDTHS, Quantized, quantize
 from gristmill.model import ModelConfig
 
-BITS = (4, 8)
+STORAGE = "pack-quantized"  # what compressed-tensors calls the form above
+BITS = tuple(width.bits for width in WIDTHS)
 HEAD_BITS = 8
 BLOCK_NUMBERS = 1 << 18  # quantized at a time: what the search for scales needs stays in the cache, 15 times as fast
 FOREIGN = ("_zero_point", "_g_idx", "_global_scale")  # what other ways to quantize store beside them
@@ -94,12 +95,12 @@ def read_settings(config: Mapping[str, Any]) -> set[tuple[int, int]]:
     kinds = set()
     with describe("quantized"):
         require(settings, "quant_method", "compressed-tensors")
-        require(settings, "format", "pack-quantized")
+        require(settings, "format", STORAGE)
         require(settings, "quantization_status", "compressed")
         for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
             require({key: settings.get(key) or None}, key, None)
         for group in settings["config_groups"].values():
-            require(group, "format", "pack-quantized")
+            require(group, "format", STORAGE)
             for key in ("input_activations", "output_activations"):
                 require(group, key, None)
             weights = group["weights"]
@@ -263,7 +264,7 @@ class QuantizeConfig:
             groups["group_1"] = self._group(["re:.*lm_head$"], HEAD_BITS)
         return {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": STORAGE,
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": routers + ["lm_head"] * cfg.tie_word_embeddings,

@@ -8,7 +8,7 @@ Shapes: T tokens, K inputs, N outputs; E experts, D model, F hidden; P = N / PAN
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from gristmill.kernels import native
 from gristmill.kernels.memory import CACHE_LINE, use_huge_pages
-from gristmill.kernels.quantized import Quantized
+from gristmill.kernels.quantized import WIDTHS, Quantized
 
 PANEL = 64  # outputs that lie beside one another
 INPUTS = 32  # what inputs are rounded up to
-Kind: TypeAlias = Literal["f32", "bf16", "int8", "int4", "bf16_12"]
-KINDS: tuple[Kind, ...] = ("f32", "bf16", "int8", "int4", "bf16_12")
+Kind: TypeAlias = str
+# A matrix's kind -> its number in native/packed.h. bf16_12: bf16 in 12 bits.
+KINDS: dict[Kind, int] = {"f32": 0, "bf16": 1, "bf16_12": 4} | {width.kind: width.kernel_id for width in WIDTHS}
 # Who decodes 12 bits while the memory brings the next: a plain CPU does it byte by byte; AMX's tiles would wait for it.
 SHORTENING = ("avx2", "avx512", "avx512_bf16")
 
@@ -38,7 +39,7 @@ class Packed:
 
     @cached_property
     def described(self) -> native.Matrix:
-        return native.Matrix(self.data.data_ptr(), KINDS.index(self.kind), self.N, self.K, self.group)
+        return native.Matrix(self.data.data_ptr(), KINDS[self.kind], self.N, self.K, self.group)
 
 
 def pack(weight: Tensor | Quantized, shorten: bool = True) -> Packed:
@@ -46,10 +47,10 @@ def pack(weight: Tensor | Quantized, shorten: bool = True) -> Packed:
     changes no weight and no bit of a product."""
     assert native.in_use() != "torch"
     if isinstance(weight, Quantized):
-        (N, K), kind = weight.shape, KINDS[2 if weight.bits == 8 else 3]
+        N, K = weight.shape
         made = aligned_empty(-(-N // PANEL) * PANEL * (K * weight.bits // 8 + K // weight.group * 2))
         native.lay_quantized(weight.words, weight.scales, weight.bits, made)
-        return Packed(made, kind, N, K, weight.group)
+        return Packed(made, weight.width.kind, N, K, weight.group)
     N, K = weight.shape
     is_float = weight.dtype == torch.float32
     if shorten and not is_float and native.in_use() in SHORTENING and (short := _shortened(weight)) is not None:
@@ -142,5 +143,4 @@ def _stacked(x: Tensor) -> Tensor:
 
 def experts(x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, packed: PackedExperts) -> Tensor:
     """What `kernels.experts.experts` computes, forward only. weights_TK in fp32."""
-    kind = KINDS.index(packed.kind)
-    return native.packed_experts(x_TD, weights_TK, ids_TK, packed.places, kind, packed.F, packed.group)
+    return native.packed_experts(x_TD, weights_TK, ids_TK, packed.places, KINDS[packed.kind], packed.F, packed.group)

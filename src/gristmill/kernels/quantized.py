@@ -1,4 +1,7 @@
-"""Matrices of small whole numbers: each group of a row's numbers shares a scale. The reference; `packed.py` is fast.
+"""Quantized matrices: small integers, with one scale for each group of a row. The reference; `packed.py` is fast.
+
+To add a width, add it to `WIDTHS` and to `Kind` in native/packed.h. Files, GGUF types, checks and the command line
+follow from the table.
 
 Shapes: N outputs, K inputs, J = K / group, the groups of a row; anything may stand before N.
 """
@@ -14,6 +17,61 @@ GROUPS = (32, 64, 128)
 CANDIDATES = torch.linspace(0.7, 1.05, 15)  # of a group's scale, in parts of what its largest number needs
 
 
+@dataclass(frozen=True, kw_only=True)
+class Width:
+    """A number of bits that codes are stored in. A byte of a word holds 8 / bits codes, the first in the lowest bits.
+
+    kind, kernel_id: its name and its number (`Kind` in native/packed.h) among packed matrices.
+    gguf: llama.cpp's type of the same width.
+    """
+
+    bits: int
+    kind: str
+    kernel_id: int
+    gguf: str
+
+    @property
+    def top(self) -> int:
+        """The number of codes below 0: codes are from -top to top - 1."""
+        return 1 << (self.bits - 1)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """int8 [..., N, K] -> int32 [..., N, K * bits / 32]; K is a multiple of 32."""
+        unsigned = (codes.contiguous().view(torch.uint8) + self.top) & self._mask  # wraps around at 256
+        packed = unsigned[..., :: self._per_byte]
+        for place in range(1, self._per_byte):
+            packed = packed | unsigned[..., place :: self._per_byte] << (place * self.bits)
+        return packed.contiguous().view(torch.int32)
+
+    def unpack(self, words: Tensor) -> Tensor:
+        """Return the codes that `pack` was given."""
+        packed = words.contiguous().view(torch.uint8)
+        parts = [packed >> (place * self.bits) & self._mask for place in range(self._per_byte)]
+        return (torch.stack(parts, -1).flatten(-2) - self.top).view(torch.int8)
+
+    @property
+    def _per_byte(self) -> int:
+        return 8 // self.bits
+
+    @property
+    def _mask(self) -> int:
+        return (1 << self.bits) - 1
+
+
+WIDTHS = (
+    Width(bits=4, kind="int4", kernel_id=3, gguf="q4_0"),
+    Width(bits=8, kind="int8", kernel_id=2, gguf="q8_0"),
+)
+
+
+def width_of(bits: int) -> Width:
+    """Return the width with this number of bits. Raises InputError when there is none."""
+    for width in WIDTHS:
+        if width.bits == bits:
+            return width
+    raise InputError(f"bits={bits} must be {' or '.join(str(width.bits) for width in WIDTHS)}")
+
+
 @dataclass(frozen=True)
 class Quantized:
     """words: int32 [..., N, K * bits / 32], in which the codes + 2^(bits-1) lie from the lowest bits up; scales: bf16
@@ -22,6 +80,10 @@ class Quantized:
     words: Tensor
     scales: Tensor
     bits: int
+
+    @property
+    def width(self) -> Width:
+        return width_of(self.bits)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,28 +97,12 @@ class Quantized:
     @property
     def codes(self) -> Tensor:
         """int8 [..., N, K], from -2^(bits-1) to 2^(bits-1) - 1."""
-        return to_codes(self.words, self.bits)
+        return self.width.unpack(self.words)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[..., N, K]: the numbers that they stand for."""
         grouped = self.codes.unflatten(-1, (-1, self.group)).float() * self.scales.float()[..., None]
         return grouped.flatten(-2).to(dtype)
-
-
-def to_words(codes: Tensor, bits: int) -> Tensor:
-    """int8 [..., N, K] -> int32 [..., N, K * bits / 32]; K is a multiple of 32."""
-    if bits == 8:
-        return (codes.contiguous().view(torch.uint8) ^ 0x80).view(torch.int32)
-    unsigned = (codes.contiguous() + 8).view(torch.uint8)
-    return (unsigned[..., ::2] | unsigned[..., 1::2] << 4).view(torch.int32)
-
-
-def to_codes(words: Tensor, bits: int) -> Tensor:
-    """What `to_words` was given."""
-    unsigned = words.contiguous().view(torch.uint8)
-    if bits == 8:
-        return (unsigned ^ 0x80).view(torch.int8)
-    return torch.stack((unsigned & 15, unsigned >> 4), -1).flatten(-2).view(torch.int8) - 8
 
 
 def quantize(weight_NK: Tensor, bits: int, group: int) -> Quantized:
@@ -65,12 +111,11 @@ def quantize(weight_NK: Tensor, bits: int, group: int) -> Quantized:
     Raises InputError where the rows cannot be cut into such groups.
     """
     K = weight_NK.shape[-1]
-    if bits not in (4, 8):
-        raise InputError(f"bits={bits} must be 8 or 4")
+    width = width_of(bits)
     if group not in GROUPS or K % group:
         raise InputError(f"group={group} must be one of {GROUPS} and divide the {K} inputs of every matrix")
     x = weight_NK.float().unflatten(-1, (-1, group))
-    top = 2 ** (bits - 1)
+    top = width.top
     # The code of the number that is largest in size is -top, so that it is met exactly: there is one code more below 0.
     largest = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     best = torch.full(largest.shape, float("inf"))
@@ -80,7 +125,7 @@ def quantize(weight_NK: Tensor, bits: int, group: int) -> Quantized:
         error = (_codes(x, scale, top) * scale - x).square().sum(-1, keepdim=True)
         scales, best = torch.where(error < best, scale, scales), torch.minimum(error, best)
     codes = _codes(x, scales, top).to(torch.int8).flatten(-2)
-    return Quantized(to_words(codes, bits), scales.bfloat16().squeeze(-1), bits)
+    return Quantized(width.pack(codes), scales.bfloat16().squeeze(-1), bits)
 
 
 def _codes(x: Tensor, scale: Tensor, top: int) -> Tensor:
