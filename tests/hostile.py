@@ -136,7 +136,8 @@ GOOD: dict[str | tuple[str, str], tuple[str, ...]] = {
     "recipe": ("tiny.yaml",), "name": ("tiny.yaml", "quickstart", "dbrx-9b"), "model": ("run", "export"),
     "path": ("run",), "src": ("export", "run"), "out": ("new",), "set": ("train.seed=1",), "prompt": ("kam",),
     "repository": ("org/name",), "gpus": ("8",), "step": ("0",), "max_tokens": ("5",), "port": ("0",),
-    "dtype": ("bfloat16", "q8_0"), "format": ("dbrx", "gguf"), "documents": ("rows.jsonl",), "database": ("new.sqlite",), "json_schema": ("schema.json",),
+    "dtype": ("bfloat16", "q8_0"), "format": ("dbrx", "gguf"),
+    "documents": ("rows.jsonl",), "database": ("new.sqlite",), "json_schema": ("schema.json",),
     ("keys", "name"): ("ada",), ("run", "out"): ("run", "new"), ("corpus", "out"): ("run", "new"),
     ("tokenizer", "out"): ("run", "new"), ("shards", "out"): ("run", "new"), ("train", "out"): ("run", "new"),
 }  # fmt: skip

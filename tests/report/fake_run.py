@@ -166,7 +166,7 @@ def fake_run(
     evaluation = _evaluation(hostile, held_out)
     stage("evaluate", "evaluate/c0ffee12", Built(), ["corpus", "tokenizer", "train"], {"evaluation.json": evaluation})
     built = Built(metrics={"export_max_logit_diff": 3.11e-06})
-    stage("export", "export/9b1ac455", built, ["tokenizer", "train"], {"config.json": [3]})
+    stage("export", "export/9b1ac455", built, ["tokenizer", "train"], {"config.json": {"model_type": "qwen3_moe"}})
     return FakeRun(path, {name: made[name].path for name in made})
 
 

@@ -11,7 +11,7 @@ import pytest
 from fake_run import LICENSES, ORDER, commit_run, fake_run, metrics
 
 from gristmill.errors import Failure, InputError
-from gristmill.report import collect, collect_run, to_html, to_json, write
+from gristmill.report import collect, collect_run, figures, to_html, to_json, write
 from gristmill.report.pictures import curriculum, smooth, verdict
 from gristmill.report.text import duration, scientific, short, size, visible
 from gristmill.train.log import read_metrics
@@ -104,6 +104,21 @@ def test_report_json_has_every_figure_and_the_page_shows_the_same(tmp_path: Path
         by_source |= {f"{name}_bits_per_byte:{source}": value for source, value in values.items()}
     shown = {name.removesuffix(":all"): float(value) for name, value in page.figures.items()}
     assert shown == top | by_source
+
+
+def test_a_figure_added_to_the_table_is_in_report_json_and_on_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = figures.Figure(key="last_grad_norm", read=lambda r: r.train[-1]["grad_norm"], label="Last gradient norm")
+    monkeypatch.setattr(figures, "FIGURES", (*figures.FIGURES, added))
+    page, said = page_of(tmp_path / "quickstart")
+    assert said["last_grad_norm"] == float(page.figures["last_grad_norm"]) == 0.8
+    assert "Last gradient norm" in page.words
+
+
+def test_the_lineage_names_the_layout_of_the_export(tmp_path: Path) -> None:
+    page, _ = page_of(tmp_path / "quickstart")
+    assert "qwen3_moe layout" in page.words
 
 
 def test_licenses_are_summed_over_the_sources(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
     report = collect_run(run, order)   # order: the names of all stages; reads the run's manifest
     write(report)                      # run/report.html, run/report.json
 
-`collect` reads files and computes no pictures; `to_json` and `to_html` are pure. It reads artifacts and metrics.jsonl
-only: neither torch nor any other stage's code is imported.
+`collect` reads artifacts and metrics.jsonl, and computes no pictures; `to_json` and `to_html` are pure. No stage is
+imported.
 """
 
-from gristmill.report.collect import Report, collect, collect_run, figures, to_json
+from gristmill.report.collect import Report, collect, collect_run
+from gristmill.report.figures import to_json
 from gristmill.report.page import to_html, write
 
-__all__ = ["Report", "collect", "collect_run", "figures", "to_html", "to_json", "write"]
+__all__ = ["Report", "collect", "collect_run", "to_html", "to_json", "write"]

@@ -4,9 +4,7 @@ Reads only; computes no pictures. An unfinished run is no special case: what is 
 """
 
 import json
-import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,7 @@ from gristmill.artifact import Artifact
 from gristmill.current import find_stages
 from gristmill.errors import Failure, InputError
 from gristmill.report.speed import Speed, speed
-from gristmill.report.text import is_number
-from gristmill.train.log import METRICS, MFU_ABOVE_1, Record, read_metrics
+from gristmill.train.log import METRICS, Record, read_metrics
 
 BASELINES = ("trigram", "xz", "xz_document")
 
@@ -46,6 +43,7 @@ class Report:
     evaluation: Mapping[str, Any] | None = None
     drops: Mapping[str, Any] | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
+    model_type: str | None = None  # of the export
 
     @property
     def missing(self) -> list[str]:
@@ -86,6 +84,7 @@ def collect(
     artifacts = {name: artifact.load(stages[name]) for name in order if name in stages}
     records = read_metrics(run / METRICS)
     by_kind = {kind: tuple(r for r in records if r.get("kind") == kind) for kind in ("train", "validation", "resume")}
+    exported = _read_json(artifacts.get("export"), "config.json")
     measured = speed([r for r in records if r.get("kind") in ("train", "machine")], machine)
     return Report(
         name=run.resolve().name,
@@ -102,6 +101,7 @@ def collect(
         evaluation=_read_json(artifacts.get("evaluate"), "evaluation.json"),
         drops=_read_json(artifacts.get("corpus"), "drops.json"),
         skipped=skipped or {},
+        model_type=exported.get("model_type") if isinstance(exported, Mapping) else None,
     )
 
 
@@ -148,39 +148,7 @@ def _read_json(stage: Artifact | None, name: str) -> Any:
         ) from None
 
 
-# ---- figures -------------------------------------------------------------------------------------------
-
-
-def figures(report: Report) -> dict[str, float | None]:
-    """The headline figures under their names in report.json; None where they are not known (yet).
-
-    Bits per byte are over all sources. Rates are over the whole training, without saves and validation.
-    """
-    train = report.metrics("train")
-    last = report.train[-1] if report.train else {}
-    test, validation = held_out(report), validation_bits(report)
-    compared = baselines(report)
-    found = {
-        "total_params": train.get("total_params"),
-        "active_params": train.get("active_params"),
-        "train_tokens": train.get("train_tokens", last.get("tokens")),
-        "train_seconds": report.speed.seconds,
-        "tokens_per_second": report.speed.tokens_per_second,
-        "mfu_measured": report.speed.mfu_measured,
-        "mfu_data_sheet": report.speed.mfu_data_sheet,
-        "final_loss": train.get("final_loss", last.get("loss")),
-        "validation_bits_per_byte": validation.get("all"),
-        "held_out_bits_per_byte": test.get("all"),
-        **{f"{name}_bits_per_byte": compared[name].get("all") for name in BASELINES},
-        "export_max_logit_diff": report.metrics("export").get("export_max_logit_diff"),
-    }
-    return {name: value if is_number(value) else None for name, value in found.items()}
-
-
-def mfu_note(report: Report) -> str | None:
-    """What explains a model FLOP utilization above 100%."""
-    shares = (report.speed.mfu_measured, report.speed.mfu_data_sheet)
-    return MFU_ABOVE_1 if any(share is not None and share > 1 for share in shares) else None
+# ---- bits per byte and licenses -----------------------------------------------------------------------
 
 
 def held_out(report: Report) -> Mapping[str, float]:
@@ -200,40 +168,6 @@ def baselines(report: Report) -> dict[str, Mapping[str, float]]:
     return {name: said.get(name, {}) for name in BASELINES}
 
 
-def to_json(report: Report) -> dict[str, Any]:
-    """The content of report.json: the headline figures at the top, details in groups below them."""
-    said = {
-        "name": report.name,
-        "finished": not report.missing,
-        "missing_stages": report.missing,
-        **({"skipped_stages": dict(report.skipped)} if report.skipped else {}),
-        **figures(report),
-        "tokens_per_second_spread": {"slow": report.speed.slow, "fast": report.speed.fast},
-        "mfu_note": mfu_note(report),
-        "held_out_by_source": by_source(held_out(report)),
-        "validation_by_source": by_source(validation_bits(report)),
-        "baselines_by_source": {name: by_source(bits) for name, bits in baselines(report).items()},
-        "parse_share": (report.evaluation or {}).get("parse_share"),
-        "corpus": {
-            "sources": report.stages["corpus"].manifest["sources"] if "corpus" in report.stages else {},
-            "licenses": licenses(report),
-            **{name: report.metrics("corpus").get(name, {}) for name in ("splits", "dropped")},
-        },
-        "stages": {
-            name: {
-                "path": Path(os.path.relpath(stage.path, report.run)).as_posix(),
-                "key": stage.key,
-                "content": stage.content,
-                "seconds": report.seconds.get(name),
-            }
-            for name, stage in report.stages.items()
-        },
-        "machine": dict(report.machine),
-        "recipe": dict(report.recipe),
-    }
-    return {name: _plain(value) for name, value in said.items()}
-
-
 def by_source(bits: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in bits.items() if name != "all"}
 
@@ -245,14 +179,3 @@ def licenses(report: Report) -> dict[str, int]:
         for license, num_bytes in source["licenses"].items():
             total[license] = total.get(license, 0) + num_bytes
     return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null says "not known"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ import yaml
 from markupsafe import Markup
 
 from gristmill import artifact
-from gristmill.hub.agreement import TOLERANCE
 from gristmill.report import lineage, pictures
 from gristmill.report.charts import HEAT_EDGES
-from gristmill.report.collect import Report, baselines, figures, held_out, licenses, to_json
-from gristmill.report.text import bits, count, duration, is_number, listed, percent, scientific, short, size, visible
-from gristmill.train.log import MFU_ABOVE_1
+from gristmill.report.collect import Report, baselines, held_out, licenses
+from gristmill.report.figures import facts, figures, to_json
+from gristmill.report.text import bits, count, duration, is_number, listed, percent, short, size, visible
 
 HERE = Path(__file__).parent
 POLICY = (
@@ -68,7 +67,7 @@ def to_html(report: Report) -> str:
         by_source=by_source(report),
         curves=[p for p in (pictures.training_loss(report), pictures.validation_curve(report)) if p],
         curriculum=[(band.label.split(" · ")[0], shares) for band, shares in pictures.curriculum(report)],
-        running=[p for p in (pictures.speed(report), pictures.learning_rate(report)) if p],
+        running=[p for curve in pictures.CURVES if (p := pictures.draw_curve(report, curve))],
         layers=pictures.expert_layers(report),
         num_experts=pictures.num_experts(report),
         heat_edges=[f"{edge:.3g}" for edge in HEAT_EDGES],
@@ -143,58 +142,16 @@ def held(report: Report) -> dict[str, str]:
         "tokenizer": ("{} ids", report.metrics("tokenizer").get("vocab_size")),
         "shards": ("{} tokens", sum(s.get("tokens", 0) for s in shards.values()) or None),
         "train": ("{} parameters", found["total_params"]),
-        "export": ("Hugging Face dbrx", 0.0),
     }
     said = {name: form.format(short(value)) for name, (form, value) in words.items() if is_number(value)}
     if found["held_out_bits_per_byte"]:
         said["evaluate"] = f"{bits(found['held_out_bits_per_byte'])} bits per byte"
+    if report.model_type:
+        said["export"] = f"{report.model_type} layout"
     return said
 
 
 # ---- tables --------------------------------------------------------------------------------------------
-
-
-def facts(report: Report) -> list[tuple[str, float, str, str, str]]:
-    """The headline figures that are known: (key, exact value, label, as shown, note)."""
-    found = figures(report)
-    slow, fast = report.speed.slow, report.speed.fast
-    spread = f"between {count(slow)} and {count(fast)} in 80% of the time" if slow and fast else ""
-    active, total = found["active_params"], found["total_params"]
-    share = f"{percent(active / total)} of all" if active and total else ""
-    diff = found["export_max_logit_diff"]
-    agrees = (
-        "agrees with transformers"
-        if diff is not None and diff <= TOLERANCE
-        else f"too much: above {scientific(TOLERANCE)}"
-    )
-    rows: list[tuple[str, str, Callable[[float], str], str]] = [
-        ("total_params", "Parameters", short, ""),
-        ("active_params", "Active per token", short, share),
-        ("train_tokens", "Training tokens", short, ""),
-        ("train_seconds", "Training time", duration, ""),
-        ("tokens_per_second", "Tokens per second", count, spread),
-        ("mfu_measured", "MFU, measured rate", lambda v: percent(v, 1), _peak(report, "mfu_measured", "gemm_tflops")),
-        (
-            "mfu_data_sheet",
-            "MFU, data sheet",
-            lambda v: percent(v, 1),
-            _peak(report, "mfu_data_sheet", "data_sheet_tflops"),
-        ),
-        ("final_loss", "Last training loss", lambda v: f"{v:.3f}", "nats per token"),
-        ("validation_bits_per_byte", "Validation", bits, "bits per byte"),
-        ("export_max_logit_diff", "Export, largest logit difference", scientific, agrees),
-    ]
-    return [
-        (key, value, label, form(value), note) for key, label, form, note in rows if (value := found[key]) is not None
-    ]
-
-
-def _peak(report: Report, share: str, rate: str) -> str:
-    """The rate that a model FLOP utilization is a share of, and why it can exceed 100%."""
-    peak, value = report.machine.get(rate), figures(report)[share]
-    said = {"gemm_tflops": "measured in matrix products", "data_sheet_tflops": "by the data sheet"}[rate]
-    of_peak = f"of {peak:.3g} TFLOP/s {said}" if is_number(peak) else f"of the rate {said}"
-    return f"{of_peak}; {MFU_ABOVE_1}" if value and value > 1 else of_peak
 
 
 def by_source(report: Report) -> dict[str, Any] | None:

@@ -184,65 +184,82 @@ def validation_curve(report: Report) -> Picture | None:
     return Picture(title="Validation", caption=caption, wide=wide, narrow=narrow, readout=_readout(x, lines, "{:.3f}"))
 
 
-def speed(report: Report) -> Picture | None:
-    records = [r for r in report.train if is_number(r.get("tokens_per_second"))]
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A number of the training's records over its tokens. `key`: its name in a record. `form`: of a value, for readers.
+
+    caption: describes the pooled values. marks_resumes: for numbers that a resume may disturb.
+    """
+
+    key: str
+    id: str
+    title: str
+    unit: str = ""
+    name: str
+    form: str
+    caption: Callable[[Sequence[float]], str]
+    marks_resumes: bool = False
+
+
+CURVES = (
+    Curve(
+        key="tokens_per_second",
+        id="speed",
+        title="Speed",
+        unit="tokens per second",
+        name="tokens/s",
+        form="{:,.0f}",
+        caption=lambda values: f"Median {count(median(values))}, from {count(min(values))} to {count(max(values))}.",
+        marks_resumes=True,
+    ),
+    Curve(
+        key="lr",
+        id="lr",
+        title="Learning rate",
+        name="learning rate",
+        form="{:.3g}",
+        caption=lambda values: f"Highest {rate(max(charts.finite(values)))}, last {rate(values[-1])}.",
+    ),
+)
+
+
+def draw_curve(report: Report, curve: Curve) -> Picture | None:
+    """Draw a curve from 0 up; None while no record has its number."""
+    records = [r for r in report.train if is_number(r.get(curve.key))]
     if not records:
         return None
     x = pooled([number(r.get("tokens")) for r in records], MAX_POINTS)
-    y = pooled([r["tokens_per_second"] for r in records], MAX_POINTS)
-    at = {r.get("step"): number(r.get("tokens")) for r in (*report.train, *report.validation)}
-    marks = [(at[r["step"]], "resumed") for r in report.resumes if math.isfinite(at.get(r.get("step"), math.nan))]
-    caption = f"Median {count(median(y))}, from {count(min(y))} to {count(max(y))}."
+    y = pooled([r[curve.key] for r in records], MAX_POINTS)
+    caption, marks = curve.caption(y), _resume_marks(report) if curve.marks_resumes else []
     if marks:
         caption += f" Resumed {len(marks)} time{'s' if len(marks) > 1 else ''}."
     wide, narrow = _twice(
         lambda width, id: charts.line_chart(
             [Series(x=x, y=y)],
             id=id,
-            title="Speed",
+            title=curve.title,
             description=caption,
             x_title="tokens",
-            y_title="tokens per second",
+            y_title=curve.unit,
             x_range=tokens_range(report),
             width=width,
             height=210,
             from_zero=True,
             marks=marks,
         ),
-        "speed",
+        curve.id,
     )
-    readout = _readout(x, [Series(x=x, y=y, name="tokens/s")], "{:,.0f}")
-    return Picture(title="Speed", caption=caption, wide=wide, narrow=narrow, readout=readout)
+    readout = _readout(x, [Series(x=x, y=y, name=curve.name)], curve.form)
+    return Picture(title=curve.title, caption=caption, wide=wide, narrow=narrow, readout=readout)
+
+
+def _resume_marks(report: Report) -> list[tuple[float, str]]:
+    at = {r.get("step"): number(r.get("tokens")) for r in (*report.train, *report.validation)}
+    return [(at[r["step"]], "resumed") for r in report.resumes if math.isfinite(at.get(r.get("step"), math.nan))]
 
 
 def rate(value: float) -> str:
     return f"{value:.2g}" if value >= 1e-3 else scientific(value)
-
-
-def learning_rate(report: Report) -> Picture | None:
-    records = [r for r in report.train if is_number(r.get("lr"))]
-    if not records:
-        return None
-    x = pooled([number(r.get("tokens")) for r in records], MAX_POINTS)
-    y = pooled([r["lr"] for r in records], MAX_POINTS)
-    caption = f"Highest {rate(max(charts.finite(y)))}, last {rate(y[-1])}."
-    wide, narrow = _twice(
-        lambda width, id: charts.line_chart(
-            [Series(x=x, y=y)],
-            id=id,
-            title="Learning rate",
-            description=caption,
-            x_title="tokens",
-            y_title="",
-            x_range=tokens_range(report),
-            width=width,
-            height=210,
-            from_zero=True,
-        ),
-        "lr",
-    )
-    readout = _readout(x, [Series(x=x, y=y, name="learning rate")], "{:.3g}")
-    return Picture(title="Learning rate", caption=caption, wide=wide, narrow=narrow, readout=readout)
 
 
 def _readout(x: Sequence[float], lines: Sequence[Series], form: str) -> tuple[tuple[float, str], ...]:
