@@ -55,8 +55,8 @@ def test_every_parameter_is_in_every_place() -> None:
 
 
 def test_a_missing_place_is_named() -> None:
-    new = Parameter(help="Keep typical tokens.", default=1.0, bounds=Bounds(low=0, high=1), is_published=True)
-    found = "\n".join(missing_places({"typical_p": new}))
+    new = Parameter(help="Penalize degeneration.", default=0.0, bounds=Bounds(low=0, high=1), is_published=True)
+    found = "\n".join(missing_places({"penalty_alpha": new}))
     for place in ("cli/inference.py", "CompletionBody", "ChatBody", "page.py", "docs/serving.md", "NOT_APPLIED"):
         assert place in found
     other = missing_places({"top_p": replace(PARAMETERS["top_p"], help="Other.")})

@@ -236,6 +236,12 @@ def test_when_it_is_full_it_says_so_and_admitted_requests_are_answered(serving: 
         until(lambda: is_idle(running))
 
 
+def test_a_request_of_more_answers_than_may_wait_is_answered(serving: Any, served: Any) -> None:
+    with serving(served(max_running=1, max_waiting=1)) as running:
+        answer = running.post("/v1/completions", {**LONG, "stream": False, "max_tokens": 3, "n": 5})
+        assert [choice["finish_reason"] for choice in answer.json()["choices"]] == ["length"] * 5
+
+
 def test_a_key_with_many_requests_does_not_stand_before_another_key(
     serving: Any, served: Any, database: Database
 ) -> None:

@@ -120,7 +120,7 @@ def serve(
         int, typer.Option(help="Sequences in one step. More raise throughput and slow down each of them.")
     ] = 64,
     max_waiting: Annotated[
-        int, typer.Option(help="Requests that may wait for the engine. More are refused with 503.")
+        int, typer.Option(help="Requests that may wait for the engine, within --max-requests. More get 503.")
     ] = 1024,
     token_budget: Annotated[
         int,
@@ -129,7 +129,7 @@ def serve(
         ),
     ] = 512,
     max_requests: Annotated[
-        int, typer.Option(help="HTTP requests at once, running, waiting and arriving. More are refused with 503.")
+        int, typer.Option(help="HTTP requests at once, running, waiting and arriving. More get 503.")
     ] = 512,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds that one request may take.")] = 600,
     drain_s: Annotated[float, typer.Option("--drain", help="Seconds for running requests to end after SIGTERM.")] = 30,

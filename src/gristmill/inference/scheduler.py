@@ -179,10 +179,11 @@ class Scheduler:
         )
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """All of them or none. Raises QueueFull, and InputError for one that could never run."""
+        """All of them or none; any number when nothing waits. Raises QueueFull, and InputError for one that could never
+        run."""
         for job in jobs:
             self.new_tokens(len(job.prompt), job.max_tokens)
-        if len(self.waiting) + len(jobs) > self.cfg.max_waiting:
+        if self.waiting and len(self.waiting) + len(jobs) > self.cfg.max_waiting:
             raise QueueFull(
                 f"{len(self.waiting)} sequences wait already, of at most max_waiting={self.cfg.max_waiting}; "
                 "try again later, or raise it"
