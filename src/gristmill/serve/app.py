@@ -22,7 +22,7 @@ from gristmill.serve.errors import ApiError, overloaded
 from gristmill.serve.gate import Gate
 from gristmill.serve.load import Served
 from gristmill.serve.metrics import Metrics
-from gristmill.serve.routes import Endpoint, now, router, told_by
+from gristmill.serve.routes import Endpoint, api_error, now, router
 from gristmill.serve.schema import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gristmill.serve.worker import Worker
 
@@ -53,7 +53,7 @@ def build_app(served: Served, cfg: ServeConfig, gate: Gate) -> FastAPI:
     app.include_router(page.router)
     app.add_middleware(Edge, endpoint=at)
     for known in (ApiError, InputError, Failure):
-        app.add_exception_handler(known, lambda request, error: told_by(error, request.url.path).response())
+        app.add_exception_handler(known, lambda request, error: api_error(error, request.url.path).response())
     app.add_exception_handler(HTTPException, _routing)
     app.add_exception_handler(ClientDisconnect, lambda _, __: Response(status_code=400))  # nobody reads it
     app.add_exception_handler(

@@ -1,4 +1,4 @@
-"""From a checked body to what the engine is asked for: ids, sampling, limits. Nothing here knows HTTP."""
+"""Turns a checked body into requests for the engine: ids, sampling, lengths. Nothing here knows HTTP."""
 
 import secrets
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ COMPLETION_TOKENS = 16  # OpenAI's default
 
 
 def completion_prompts(body: CompletionBody, served: Served) -> list[Sequence[int]]:
-    """The ids of each prompt. A text gets the tokenizer's start token, if it has one; ids are taken as they are."""
+    """Return the ids of each prompt. A text gets the tokenizer's start token, if it has one; ids stay as they are."""
     given = body.prompt
     if isinstance(given, str):
         return [served.tokenizer.encode_prompt(given)]
@@ -27,7 +27,7 @@ def completion_prompts(body: CompletionBody, served: Served) -> list[Sequence[in
 
 
 def chat_prompt(body: ChatBody | TokenizeBody, served: Served) -> Sequence[int]:
-    """Raises ApiError when the model holds no conversations."""
+    """Return the ids of a conversation. Raises ApiError when the model has no chat template."""
     if served.no_chat is not None:
         raise ApiError(400, served.no_chat, param="messages", code="no_chat_template")
     roles = {"developer": "system"}  # OpenAI's newer name of it
@@ -114,7 +114,7 @@ def stops(given: Stops | None) -> tuple[str, ...]:
 
 
 def grammar_of(format: ResponseFormat | None) -> Grammar | None:
-    """The form that an answer must have. Raises ApiError for a schema beyond the limits."""
+    """Return the grammar of an answer; None is any text. Raises ApiError for a schema beyond the limits."""
     if format is None or format.type == "text":
         return None
     if format.type == "json_object":

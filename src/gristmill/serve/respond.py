@@ -1,4 +1,4 @@
-"""Sends the answers of one request, as one body or as server-sent events, while someone is there to read them."""
+"""Sends the answers of one request, as one body or as server-sent events, while its client is connected."""
 
 import asyncio
 import json

@@ -27,7 +27,7 @@ from gristmill.serve.usage import plain
 from gristmill.serve.worker import Worker
 
 INLINE_BYTES = 16384  # larger bodies are parsed and encoded beside the event loop, which has others to serve
-# How the engine's settings are called by clients.
+# The API's names of the engine's settings.
 PARAMS = {"grammar": "response_format", "experts": "return_experts"}
 B = TypeVar("B", bound=Body)
 
@@ -49,7 +49,7 @@ class Endpoint:
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the schema: what may go wrong on a route, beside what may on each."""
+    """Return the errors of a route, for the schema."""
     said = {
         400: "A wrong, unknown or refused parameter; a header that is too large.",
         401: "No key, or one that is not known.",
@@ -304,7 +304,7 @@ def model_card(request: Request) -> dict[str, Any]:
 
 
 async def ask(request: Request, body: Sampled, asked: Sequence[EngineRequest], shape: Shape) -> Response:
-    """Admitted by the gate, accepted by the engine: what is left is to answer."""
+    """Have a request admitted by the gate and accepted by the engine, and return its answer."""
     at = endpoint(request)
     prompt_tokens = sum(len(one.prompt) for one in asked)
     max_tokens = sum((one.max_tokens or 0) * one.n for one in asked)
@@ -322,7 +322,7 @@ async def ask(request: Request, body: Sampled, asked: Sequence[EngineRequest], s
 
 
 async def compiled(grammar: Grammar, at: Endpoint) -> None:
-    """So that the engine's thread finds it. One after the other: others have work for the processors too."""
+    """Compile a grammar before the engine needs it, one at a time, in a thread: the engine never waits for it."""
     assert at.served.engine.grammars is not None
     try:
         await asyncio.get_running_loop().run_in_executor(at.compiler, at.served.engine.grammars.compile, grammar)
@@ -330,8 +330,8 @@ async def compiled(grammar: Grammar, at: Endpoint) -> None:
         raise ApiError(400, str(problem), param="response_format") from None
 
 
-def told_by(problem: Exception, path: str) -> ApiError:
-    """How what the routes raise is told."""
+def api_error(problem: Exception, path: str) -> ApiError:
+    """Return the error that a client gets for an exception of a route."""
     match problem:
         case SettingError(setting=setting, code=code):
             names = PARAMS | ({"prompt": "messages"} if path == "/v1/chat/completions" else {})

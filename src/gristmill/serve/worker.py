@@ -1,7 +1,7 @@
-"""The engine's own thread, and what its answers pass on their way to the event loop.
+"""Runs the engine in a thread of its own, and passes its answers to the event loop.
 
-Requests go in by a queue; after each step all new pieces go out in one call. The engine waits for nobody: who does not
-read has a bounded backlog, and is cancelled when it is full.
+Requests come through a queue; after each step all new pieces go to the event loop in one call. The engine waits for no
+client: each has a bounded backlog, and its requests are cancelled when that is full.
 """
 
 import asyncio
@@ -64,7 +64,8 @@ class Feed:
         return pieces, ended
 
     async def take(self) -> list[tuple[int, Piece]]:
-        """What has come since, at least one piece; nothing when all was taken. Raises Failure when broken off."""
+        """Return the pieces since the last call, at least one; none when the answers are complete. Raises Failure when
+        the requests were cancelled."""
         while not self._pieces:
             if self._error is not None:
                 raise self._error
@@ -76,7 +77,7 @@ class Feed:
         return taken
 
     async def end(self) -> None:
-        """Nobody reads any more. Returns when nothing of it is left in the engine; `num_made` is the last word then."""
+        """Cancel what is not complete. Returns when the engine has nothing of it left; then `num_made` is final."""
         self.fail(Failure("cancelled"))
         if self._open:
             self._worker.cancel(self)
@@ -98,7 +99,7 @@ class Feed:
         self._wake.set()
 
     def fail(self, error: Exception) -> None:
-        """What has come is not given any more."""
+        """Discard the pieces and raise the error in `take`."""
         self._pieces.clear()
         self._error = self._error or error
         self._wake.set()
@@ -175,7 +176,7 @@ class Worker:
             self._call(self._broken)
 
     def _obey(self) -> bool:
-        """Do what is asked for; waits where there is nothing else to do. Whether to go on."""
+        """Run the waiting commands; wait for one when there is no other work. Returns False at the end."""
         wait = self.engine.scheduler.is_idle and not self._line
         while True:
             try:
