@@ -258,19 +258,19 @@ def clamp_lets_gradients_through(model: Transformer, patch: pytest.MonkeyPatch) 
     patch.setattr(Tensor, "clamp", lambda x, low, high: x + (clamp(x, low, high) - x).detach())
 
 
+def experts_computed_by(compute: Callable[..., Tensor]) -> Mistake:
+    return lambda model, patch: [patch.setattr(block.ffn.experts, "compute", compute) for block in model.blocks]
+
+
 def norm_without_gradient(model: Transformer, patch: pytest.MonkeyPatch) -> None:
     norm = Tensor.norm
     patch.setattr(Tensor, "norm", lambda x, **how: norm(x, **how).detach())
 
 
 GRADIENTS: dict[str, Mistake] = {
-    "router without gradient": lambda model, patch: patch.setattr(
-        ours, "experts", lambda x, weights, *rest: experts(x, weights.detach(), *rest)
-    ),
+    "router without gradient": experts_computed_by(lambda x, weights, *rest: experts(x, weights.detach(), *rest)),
     "normalisation without gradient": norm_without_gradient,
-    "experts' input without gradient": lambda model, patch: patch.setattr(
-        ours, "experts", lambda x, *rest: experts(x.detach(), *rest)
-    ),
+    "experts' input without gradient": experts_computed_by(lambda x, *rest: experts(x.detach(), *rest)),
 }
 GRADIENTS_ONE: dict[Layout, dict[str, Mistake]] = {
     "dbrx": {"clamp lets gradients through": clamp_lets_gradients_through},

@@ -1,5 +1,10 @@
-"""The decoder, top to bottom: DBRX or, with other settings, Qwen3-MoE. It serves training and inference: what
-attends is passed in.
+"""The decoder, top to bottom: DBRX or, with other settings, Qwen3-MoE. It serves training and inference.
+
+Other rooms change how it computes through these seams only, all of which have a default:
+- the argument `attend` of `Transformer.forward`: packed or paged attention;
+- the argument `observe` of `Transformer.forward`: sees which experts each token is routed to;
+- `Linear.product`, `Experts.compute` and `DenseGLU.compute`: attributes that compute a layer's output from its input
+  and its weights. Expert parallelism sets `Experts.compute`; the engine sets them on its own modules.
 
 Shapes: B sequences, S positions, T = B*S tokens, D model, H query heads, G key/value heads, C head size,
 L layers, E experts, K experts a token, F hidden, V vocabulary.
@@ -25,6 +30,14 @@ from gristmill.model.config import ModelConfig
 
 # attend(layer, q [B, S, H, C], k [B, S, G, C], v [B, S, G, C]) -> [B, S, H, C]
 Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# observe(weights [T, K], ids [T, K]): called by each MoE layer in turn, before its experts compute
+Observe: TypeAlias = Callable[[Tensor, Tensor], None]
+# product(x [..., inputs], weight [outputs, inputs]) -> [..., outputs]
+Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# compute(x [T, D], weights [T, K], ids [T, K], w1 [E, F, D], v1 [E, F, D], w2 [E, F, D]) -> [T, D]
+ComputeExperts: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+# compute(x [T, D], w1 [F, D], v1 [F, D], w2 [F, D]) -> [T, D]
+ComputeGLU: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def packed(document_ids_BS: Tensor) -> Attend:
@@ -52,15 +65,26 @@ class Routing:
         return self.weight * self.probs_LE.shape[1] * (shares_LE * self.probs_LE).sum(1).mean()
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ in x's dtype."""
+    return F.linear(x, weight.to(x.dtype))
+
+
+def dense_glu(x_TD: Tensor, w1_FD: Tensor, v1_FD: Tensor, w2_FD: Tensor) -> Tensor:
+    """(silu(x w1ᵀ) * (x v1ᵀ)) w2 in x's dtype."""
+    return (F.silu(linear(x_TD, w1_FD)) * linear(x_TD, v1_FD)) @ w2_FD.to(x_TD.dtype)
+
+
 class Linear(nn.Module):
-    """y = x Wᵀ, without bias, in x's dtype."""
+    """y = x Wᵀ, without bias, in x's dtype. `product` computes it."""
 
     def __init__(self, inputs: int, outputs: int, std: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs) * std)
+        self.product: Product = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return self.product(x, self.weight)
 
 
 class LayerNorm(nn.Module):
@@ -117,15 +141,16 @@ class Attention(nn.Module):
 
 
 class Experts(nn.Module):
-    """The stacked experts; w2 is not transposed: y = (silu(x w1ᵀ) * (x v1ᵀ)) w2."""
+    """The stacked experts; w2 is not transposed: y = (silu(x w1ᵀ) * (x v1ᵀ)) w2. `compute` computes them."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         shape = (cfg.moe_num_experts, cfg.ffn_hidden_size, cfg.d_model)
         self.w1, self.v1, self.w2 = (nn.Parameter(torch.randn(shape) * cfg.initializer_range) for _ in range(3))
+        self.compute: ComputeExperts = experts
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        return experts(x_TD, weights_TK, ids_TK, self.w1, self.v1, self.w2)
+        return self.compute(x_TD, weights_TK, ids_TK, self.w1, self.v1, self.w2)
 
 
 class MoE(nn.Module):
@@ -139,7 +164,7 @@ class MoE(nn.Module):
         self.register_buffer("router_bias", torch.zeros(cfg.moe_num_experts) if cfg.moe_router_bias else None)
         self.experts = Experts(cfg)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_TD: Tensor, observe: Observe | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the output [T, D], the experts' mean probabilities [E] and their counts [E].
 
         Only the balancing loss needs the probabilities: in inference mode they are 0.
@@ -154,21 +179,23 @@ class MoE(nn.Module):
         counts_E = torch.zeros(E, dtype=torch.long, device=x_TD.device)
         counts_E.scatter_add_(0, ids_TK.flatten(), torch.ones_like(ids_TK).flatten())  # bincount would wait for a GPU
         mean_E = probs_TE.new_zeros(E) if torch.is_inference_mode_enabled() else probs_TE.mean(0)
+        if observe is not None:
+            observe(weights_TK, ids_TK)
         return self.experts(x_TD, weights_TK, ids_TK), mean_E, counts_E
 
 
 class DenseGLU(nn.Module):
-    """One GLU for all tokens, behind the interface of `MoE`: nothing to route, nothing to balance."""
+    """One GLU for all tokens, with the interface of `MoE` but nothing to route. `compute` computes it."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         shape = (cfg.ffn_hidden_size, cfg.d_model)
         self.w1, self.v1, self.w2 = (nn.Parameter(torch.randn(shape) * cfg.initializer_range) for _ in range(3))
+        self.compute: ComputeGLU = dense_glu
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, up = F.linear(x_TD, self.w1.to(x_TD.dtype)), F.linear(x_TD, self.v1.to(x_TD.dtype))
-        out = (F.silu(gate) * up) @ self.w2.to(x_TD.dtype)
-        return out, x_TD.new_zeros(1, dtype=torch.float32), torch.tensor([len(x_TD)], device=x_TD.device)
+    def forward(self, x_TD: Tensor, observe: Observe | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        out_TD = self.compute(x_TD, self.w1, self.v1, self.w2)
+        return out_TD, x_TD.new_zeros(1, dtype=torch.float32), torch.tensor([len(x_TD)], device=x_TD.device)
 
 
 class Block(nn.Module):
@@ -186,15 +213,15 @@ class Block(nn.Module):
                 self.ffn = DenseGLU(cfg)
 
     def forward(
-        self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend
+        self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend, observe: Observe | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.fed(self.attended(x_BSD, layer, cos, sin, attend))
+        return self.fed(self.attended(x_BSD, layer, cos, sin, attend), observe)
 
     def attended(self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         return x_BSD + self.attn(self.norm_1(x_BSD), layer, cos, sin, attend)
 
-    def fed(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out_TD, probs_E, counts_E = self.ffn(self.norm_2(x_BSD).flatten(0, 1))
+    def fed(self, x_BSD: Tensor, observe: Observe | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        out_TD, probs_E, counts_E = self.ffn(self.norm_2(x_BSD).flatten(0, 1), observe)
         return x_BSD + out_TD.view_as(x_BSD), probs_E, counts_E
 
 
@@ -226,13 +253,15 @@ class Transformer(nn.Module):
         if not cfg.tie_word_embeddings:
             self.lm_head = Linear(cfg.d_model, cfg.vocab_size, cfg.initializer_range)
 
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, attend: Attend) -> tuple[Tensor, Routing]:
+    def forward(
+        self, tokens_BS: Tensor, positions_BS: Tensor, attend: Attend, observe: Observe | None = None
+    ) -> tuple[Tensor, Routing]:
         """Returns hidden states [B, S, D] in `compute_dtype`, and the routing."""
         x_BSD = self.wte(tokens_BS).to(self.compute_dtype)
         cos, sin = rotary_angles(positions_BS, self.cfg.head_dim, self.cfg.rope_theta)
         probs, counts = [], []
         for layer, block in enumerate(self.blocks):
-            x_BSD, probs_E, counts_E = block(x_BSD, layer, cos, sin, attend)
+            x_BSD, probs_E, counts_E = block(x_BSD, layer, cos, sin, attend, observe)
             probs.append(probs_E)
             counts.append(counts_E)
         return self.norm_f(x_BSD), Routing(self.cfg.moe_loss_weight, torch.stack(probs), torch.stack(counts))

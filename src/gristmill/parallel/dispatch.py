@@ -2,9 +2,10 @@
 
 Shapes: T tokens of this rank, D model, E experts, K experts a token, R rows that arrive here, W ranks.
 
-It takes the place of the experts' forward. Each (token, k) pair is a row; rows are sorted by expert, which is by rank,
-sent with their weights, go through the local experts, and come back to be added up (GShard, Lepikhin et al., 2020,
-arXiv:2006.16668, without its capacity: a rank takes as many rows as are sent to it).
+`split_experts` sets `Experts.compute`. Each (token, k) pair is a row. Rows are sorted by expert, which also sorts them
+by rank; each rank sends them with their weights, computes its own experts on the rows that arrive, and returns the
+results, which are summed per token (GShard, Lepikhin et al., 2020, arXiv:2006.16668, without its capacity: a rank
+accepts all rows that are sent to it).
 """
 
 from functools import partial
@@ -23,17 +24,22 @@ from gristmill.parallel.mesh import local
 
 
 def split_experts(module: Experts, mesh: DeviceMesh) -> None:
-    """Leave this rank its share of the experts, and have tokens sent to where theirs are."""
+    """Keep only this rank's share of the experts, and exchange tokens with the ranks that have the others."""
     for name in ("w1", "v1", "w2"):
         whole = getattr(module, name).detach()
         part = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)  # all have the whole: nothing is sent
         setattr(module, name, torch.nn.Parameter(part))
-    module.forward = partial(dispatched, module, mesh.get_group())  # type: ignore[method-assign]
+    module.compute = partial(dispatch, mesh.get_group())
 
 
-def dispatched(module: Experts, group: Any, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-    """`kernels.experts.experts`, with rows exchanged among the ranks of `group`; the gradient goes the same ways."""
-    w1, v1, w2 = (local(weight) for weight in (module.w1, module.v1, module.w2))
+def dispatch(
+    group: Any, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w1: Tensor, v1: Tensor, w2: Tensor
+) -> Tensor:
+    """`kernels.experts.experts`, with rows exchanged among the ranks of `group`, and so are their gradients.
+
+    w1, v1, w2: this rank's experts, as DTensors or local.
+    """
+    w1, v1, w2 = (local(weight) for weight in (w1, v1, w2))
     (T, K), W, here = ids_TK.shape, dist.get_world_size(group), len(w1)
     order = ids_TK.flatten().argsort(stable=True)
     counts_E = torch.zeros(W * here, dtype=torch.long, device=x_TD.device)
