@@ -96,3 +96,18 @@ def test_the_team_belongs_to_the_thread_that_asked_for_it() -> None:
         assert library.set_team(2) == 2
     assert seen == [0]
     assert library.set_team(0) == 0
+
+
+def test_a_team_changes_the_number_of_torchs_threads_in_its_own_thread_only() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as running, ThreadPoolExecutor(1) as new:
+            assert running.submit(torch.get_num_threads).result() == 3
+            with native.team(2):
+                assert torch.get_num_threads() == 1
+                assert running.submit(torch.get_num_threads).result() == 3
+                assert new.submit(torch.get_num_threads).result() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

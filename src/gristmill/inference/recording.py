@@ -95,7 +95,7 @@ class Recording(TorchDispatchMode):
         self._recorded: list[Recorded] = []
         self._changing = {_storage(x) for x in inputs}
         self._kept: list[Tensor] = list(inputs)  # their memory may go to no one else
-        with self, native.recorded_by(self._native):
+        with self, native.record_calls(self._native):
             self.made = make()
         calls = [one.call for one in self._needed()]
         self.calls: list[Callable[[], Any]] = []

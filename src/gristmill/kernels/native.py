@@ -41,6 +41,13 @@ def _library() -> ctypes.CDLL | None:
     return None
 
 
+@functools.cache
+def _process() -> ctypes.CDLL:
+    """All that this process has loaded: the OpenMP that torch and the library share, of which a call affects only the
+    calling thread. `torch.set_num_threads` would also change the number with which other threads begin."""
+    return ctypes.CDLL(None)
+
+
 def available() -> list[str]:
     """What kernels this process can run, the best last: "torch", then instruction sets."""
     library = _library()
@@ -49,7 +56,10 @@ def available() -> list[str]:
 
 
 def use(name: str) -> None:
-    """Choose kernels for this process; each set rounds differently. Raises InputError where it cannot run here."""
+    """Choose the kernels of this process, before anything is packed for others; each set rounds differently.
+
+    Raises InputError where it cannot run here.
+    """
     global _in_use
     if name not in (possible := available()):
         raise InputError(f"kernels {name!r} cannot run here: this machine and installation have {', '.join(possible)}")
@@ -72,15 +82,22 @@ def compute_alone() -> None:
 
 @contextmanager
 def team(threads: int) -> Iterator[None]:
-    """Run this thread's kernels on `threads` threads of the library's own instead of OpenMP's: see native/team.cpp."""
+    """Run this thread's kernels on `threads` threads of the library's own instead of OpenMP's, see native/team.cpp.
+
+    Its PyTorch operations, which are small between such kernels, run on one thread. Other threads are not affected.
+    """
     if (library := _library()) is None:
         yield
         return
-    before = library.set_team(threads)
+    torch.get_num_threads()  # torch sets this thread's number at the first use, which must not happen below
+    openmp = _process()
+    torch_threads, members = openmp.omp_get_max_threads(), library.set_team(threads)
+    library.compute_alone()
     try:
         yield
     finally:
-        library.set_team(before)
+        library.set_team(members)
+        openmp.omp_set_num_threads(torch_threads)
 
 
 def yield_cores(on: bool) -> None:
@@ -157,21 +174,23 @@ ARGUMENTS = {  # n a number, f a float, p a pointer, s one of the structures abo
 }
 
 
-class _Recorder(threading.local):
-    tell: Callable[[Call], None] | None = None
+class _Thread(threading.local):
+    """What concerns one thread: a recording never sees another thread's calls."""
+
+    record: Callable[[Call], None] | None = None
 
 
-_recorder = _Recorder()
+_thread = _Thread()
 
 
 @contextmanager
-def recorded_by(recorder: Callable[[Call], None]) -> Iterator[None]:
-    """It is told of each call that this thread makes while it lasts."""
-    _recorder.tell = recorder
+def record_calls(record: Callable[[Call], None]) -> Iterator[None]:
+    """Give each call of this thread to `record`, after it was made."""
+    before, _thread.record = _thread.record, record
     try:
         yield
     finally:
-        _recorder.tell = None
+        _thread.record = before
 
 
 def replay(calls: Sequence[Call]) -> Replay:
@@ -184,8 +203,8 @@ def _call(name: str, like: Tensor, *arguments: Any, inside: tuple[Tensor, ...] =
     """inside: tensors whose addresses lie in structures."""
     call = Call(_function(_library(), name, like.dtype, in_use()), arguments, ARGUMENTS[name], inside)
     call()
-    if _recorder.tell is not None:
-        _recorder.tell(call)
+    if _thread.record is not None:
+        _thread.record(call)
 
 
 @functools.cache
