@@ -155,12 +155,16 @@ def attention(*, clips: str = "qkv", clips_last: bool = False, norms_last: bool 
     return forward
 
 
-def parallel_block(self: ours.Block, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Any:
+def parallel_block(
+    self: ours.Block, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend, observe: None
+) -> Any:
     out, probs, counts = self.ffn(self.norm_2(x).flatten(0, 1))
     return x + self.attn(self.norm_1(x), layer, cos, sin, attend) + out.view_as(x), probs, counts
 
 
-def post_norm_block(self: ours.Block, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Any:
+def post_norm_block(
+    self: ours.Block, x: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend, observe: None
+) -> Any:
     x = self.norm_1(x)
     x = self.norm_2(x + self.attn(x, layer, cos, sin, attend))
     out, probs, counts = self.ffn(x.flatten(0, 1))

@@ -75,8 +75,7 @@ def test_log_probabilities_of_50_sampled_sequences_are_those_of_trainings_forwar
         prompt = list(stream.request.prompt)
         row = torch.tensor([prompt + [token.id for token in made]])
         layers = NativeLayers(model)
-        with layers.seated():
-            hidden = hidden_states(model, row)
+        hidden = hidden_states(layers.tree, row)
         logprobs = layers.logits(hidden[0].detach()).double().log_softmax(-1)
         wanted = [float(logprobs[len(prompt) - 1 + n, token.id]) for n, token in enumerate(made)]
         assert [token.logprob for token in made] == wanted
@@ -88,14 +87,13 @@ def test_gradients_through_the_engines_layers_are_the_models(tiny: Tiny) -> None
         model = tiny(**changes).requires_grad_(True).train()
         rows = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(0))
 
-        def gradients(model: Transformer = model, rows: Tensor = rows) -> list[Tensor]:
+        def gradients(tree: Transformer, model: Transformer = model, rows: Tensor = rows) -> list[Tensor]:
             model.zero_grad()
-            (hidden_states(model, rows)[..., 0] * torch.arange(30)).sum().backward()
+            (hidden_states(tree, rows)[..., 0] * torch.arange(30)).sum().backward()
             return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-        wanted = gradients()
-        with NativeLayers(model).seated():
-            given = gradients()
+        wanted = gradients(model)
+        given = gradients(NativeLayers(model).tree)
         assert len(given) == len(wanted) > 10
         for a, b in zip(given, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))

@@ -1,6 +1,7 @@
-"""Runs a trained model: an engine for many requests, sampling, scoring, loading. All of it stands behind `attend`.
+"""Runs a trained model: an engine for many requests, sampling, scoring, loading.
 
-May use the model, hub and evaluate's `Scorer`; it changes nothing in them.
+It uses model, hub and evaluate's `Scorer`. An engine computes on modules of its own (`tree.py`) and never changes the
+model that it was built from.
 """
 
 from gristmill.inference.engine import Engine, Stream

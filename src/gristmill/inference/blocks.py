@@ -76,6 +76,13 @@ class Blocks:
             self._published[name] = block
             self._names[block] = name
 
+    def forget(self) -> None:
+        """Unpublish all blocks: what they hold is out of date."""
+        self._free.extend(self._idle)
+        self._idle.clear()
+        self._names.clear()
+        self._published.clear()
+
     def give_back(self, blocks: Sequence[int]) -> None:
         """The last one becomes idle first: without its beginning the rest of a text is of no use to anyone."""
         for block in reversed(blocks):

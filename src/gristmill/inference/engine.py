@@ -1,9 +1,10 @@
 """Many requests, one model: each step takes some tokens of many sequences through it, together.
 
-A step is three calls: the scheduler plans (`scheduler.py`), the runner computes (`runner.py`), and what was made goes
-back to the scheduler and out to those who asked. docs/life-of-a-request.md follows one request through all of it.
+A step is three calls: schedule (`scheduler.py`), run (`runner.py`, `sampler.py`) and postprocess, which returns the
+tokens to the scheduler and to the streams. docs/life-of-a-request.md follows one request through all of it.
 
-An engine belongs to one thread: who has more sends them through a queue.
+An engine belongs to one thread; other threads send their requests through a queue. Any number of engines, in a thread
+each, may share one model.
 """
 
 from collections import deque
@@ -15,12 +16,12 @@ from torch import Tensor
 from gristmill.inference.answer import Answer
 from gristmill.inference.errors import SettingError
 from gristmill.inference.grammar import Constraint, Grammars
-from gristmill.inference.layers import Layers
 from gristmill.inference.requests import Chosen, Piece, Request, Token
-from gristmill.inference.routing import Routes, chosen, watched
-from gristmill.inference.runner import Runner
+from gristmill.inference.routing import Routes, append_to, chosen
+from gristmill.inference.runner import Runner, torch_threads
 from gristmill.inference.sampler import History, chance, pick
 from gristmill.inference.scheduler import EngineConfig, Finish, Job, Part, Plan, Scheduler
+from gristmill.inference.tree import Layers
 from gristmill.model import Transformer
 from gristmill.tokenizer import Tokenizer
 
@@ -76,9 +77,16 @@ class Stream:
 
 
 class Engine:
-    """tokenizer: without it there are ids and no texts. layers: None are those of the model's weights as they are now.
-    The number of threads is that at the engine's beginning. During a step the model's layers are the engine's: of two
-    engines of one model, in two threads, each breaks the other."""
+    """Computes with the model's weights, kernels and number of threads as of its construction.
+
+    The engine has its own modules and never changes the model. It has packed copies of the matrices (native kernels),
+    copies of the other weights that require gradients, and shares those that don't. So training may continue while the
+    engine answers; `refresh` takes the new weights. Construct and refresh an engine between two training steps.
+
+    Args:
+        tokenizer: without it there are ids and no texts.
+        layers: what to compute with, of the same model; None chooses the best that this machine has.
+    """
 
     def __init__(
         self,
@@ -89,6 +97,7 @@ class Engine:
     ) -> None:
         self.model, self.cfg, self.tokenizer = model, cfg or EngineConfig(), tokenizer
         self.runner = Runner(model, self.cfg.num_blocks, self.cfg.block_tokens, layers)  # first: it checks the memory
+        self.runner.layers.freeze()
         self.scheduler = Scheduler(self.cfg, model.cfg.max_seq_len)
         self.grammars = Grammars(tokenizer, model.wte.num_embeddings) if tokenizer else None
         self._choices: dict[Job, Choice] = {}
@@ -127,19 +136,32 @@ class Engine:
     def step(self) -> bool:
         """Whether there was anything to do."""
         plan = self.scheduler.schedule()
+        tokens = self._run(plan)
+        self._postprocess(plan, tokens)
+        return bool(plan.parts)
+
+    def refresh(self) -> None:
+        """Compute with the model's weights as they are now. Requests that have begun continue with the new weights, for
+        which their keys and values are computed again; cached prefixes are discarded."""
+        self.runner.refresh()
+        self.runner.layers.freeze()
+        self.scheduler.recompute()
+
+    def _run(self, plan: Plan) -> dict[Job, Token]:
+        """The next token of each part that asks for one."""
         if not plan.parts:
-            return False
+            return {}
         routes: Routes = []
-        if any(self._choices[part.job].stream.request.experts for part in plan.parts):
-            with watched(self.model) as routes:
-                hidden_TD = self.runner.run(plan.parts, anew=True)
-        else:
-            hidden_TD = self.runner.run(plan.parts)
-        tokens = self._sample(plan, hidden_TD, routes)
+        wants_routes = any(self._choices[part.job].stream.request.experts for part in plan.parts)
+        with torch_threads(self.runner.threads):
+            hidden_TD = self.runner.run(plan.parts, append_to(routes) if wants_routes else None)
+            return self._sample(plan, hidden_TD, routes)
+
+    def _postprocess(self, plan: Plan, tokens: dict[Job, Token]) -> None:
+        """Give the tokens to the scheduler, and to the streams what may go out."""
         self.scheduler.postprocess(plan, [tokens[part.job].id for part in plan.parts if part.samples])
         for part in plan.parts:
             self._deliver(self._choices[part.job], tokens.get(part.job))
-        return True
 
     def check(self, request: Request) -> int:
         """Return the largest number of new tokens. Raises SettingError for a request that could never be answered.

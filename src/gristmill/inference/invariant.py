@@ -15,13 +15,13 @@ Shapes: T tokens, K inputs, N outputs; D model, E experts, F hidden; A assignmen
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gristmill.inference.tree import ModelLayers
 from gristmill.kernels.memory import CACHE_LINE
 from gristmill.kernels.precision import upcast
 from gristmill.model import Transformer
@@ -35,9 +35,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 def product(x_TK: Tensor, w_KN: Tensor) -> Tensor:
     """x w in fixed pieces."""
-    if (
-        lacking := -x_TK.shape[1] * x_TK.itemsize % CACHE_LINE // x_TK.itemsize
-    ):  # or each row would lie in a way of its own
+    if lacking := -x_TK.shape[1] * x_TK.itemsize % CACHE_LINE // x_TK.itemsize:  # or rows would be aligned differently
         x_TK, w_KN = F.pad(x_TK, (0, lacking)), F.pad(w_KN.T, (0, lacking)).T
     shape = (*w_KN.shape, w_KN.stride(0) == 1, _offset(w_KN), x_TK.dtype)
     T, sizes, first = len(x_TK), _sizes(shape, torch.get_num_threads(), len(x_TK)), 0
@@ -123,48 +121,29 @@ def _glu(x_TD: Tensor, weight_T: Tensor, w1_FD: Tensor, v1_FD: Tensor, w2_FD: Te
     return multiply((silu * up * weight_T[:, None]).to(x_TD.dtype), w2_FD.to(x_TD.dtype))
 
 
-class TorchLayers:
-    """What has been replaced before (by expert parallelism) stays as it is. multiply: with `torch.mm` there are no
-    fixed pieces."""
+def dense_glu(x_TD: Tensor, w1_FD: Tensor, v1_FD: Tensor, w2_FD: Tensor, multiply: Multiply = product) -> Tensor:
+    """`model.transformer.dense_glu`."""
+    return _glu(x_TD, x_TD.new_ones(len(x_TD), dtype=torch.float32), w1_FD, v1_FD, w2_FD, multiply)
+
+
+class TorchLayers(ModelLayers):
+    """PyTorch's products in fixed pieces. multiply: `torch.mm` multiplies all rows at once, which is not
+    batch-invariant."""
 
     def __init__(self, model: Transformer, multiply: Multiply = product) -> None:
-        self.model, self.multiply = model, multiply
+        self.multiply = multiply
+        super().__init__(model)
 
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        return upcast(linear(hidden_TD, self.model.output_weight, self.multiply))
-
-    @contextmanager
-    def seated(self) -> Iterator[None]:
-        replaced = []
-        for module in self.model.modules():
-            if "forward" in vars(module):
-                continue
+    def refresh(self) -> None:
+        super().refresh()
+        for module in self.tree.modules():
             match module:
                 case Linear():
-                    forward: Callable[..., object] = functools.partial(_linear_of, module, self.multiply)
+                    module.product = functools.partial(linear, multiply=self.multiply)
                 case Experts():
-                    forward = functools.partial(_experts_of, module, self.multiply)
+                    module.compute = functools.partial(experts, multiply=self.multiply)
                 case DenseGLU():
-                    forward = functools.partial(_dense_of, module, self.multiply)
-                case _:
-                    continue
-            module.forward = forward  # type: ignore[assignment]
-            replaced.append(module)
-        try:
-            yield
-        finally:
-            for module in replaced:
-                del module.forward
+                    module.compute = functools.partial(dense_glu, multiply=self.multiply)
 
-
-def _linear_of(module: Linear, multiply: Multiply, x: Tensor) -> Tensor:
-    return linear(x, module.weight, multiply)
-
-
-def _experts_of(module: Experts, multiply: Multiply, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-    return experts(x_TD, weights_TK, ids_TK, module.w1, module.v1, module.w2, multiply)
-
-
-def _dense_of(module: DenseGLU, multiply: Multiply, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    out = _glu(x_TD, x_TD.new_ones(len(x_TD), dtype=torch.float32), module.w1, module.v1, module.w2, multiply)
-    return out, x_TD.new_zeros(1, dtype=torch.float32), torch.tensor([len(x_TD)])
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        return upcast(linear(hidden_TD, self.tree.output_weight, self.multiply))

@@ -1,16 +1,14 @@
 """A model's linear layers and experts as the engine runs them: packed once by the native kernels, or in fixed pieces.
 
-Either way no batch changes a bit of a token's numbers. Training's forward pass, run inside of `seated`, makes the same
-bits as the engine: the log-probabilities of what an engine sampled are then exactly those that a policy gradient is
-taken of.
+Both are batch-invariant. A forward pass with gradients through `NativeLayers(model).tree` has the same bits as the
+engine, and its gradients reach the model's parameters: a policy gradient is taken of exactly the log-probabilities that
+the engine sampled with.
 
 Shapes: T tokens, D model, E experts, K experts a token, F hidden; N outputs of a matrix.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,28 +16,21 @@ from torch import Tensor
 from gristmill.hub import QuantizedWeight, Weights
 from gristmill.inference import invariant
 from gristmill.inference.disk import ExpertCache
+from gristmill.inference.tree import Layers, ModelLayers, freeze, share
 from gristmill.kernels import native, packed
 from gristmill.kernels.experts import experts
 from gristmill.kernels.packed import Packed, PackedExperts, pack, pack_experts
 from gristmill.kernels.precision import upcast
 from gristmill.kernels.quantized import Quantized
 from gristmill.model import Transformer
-from gristmill.model.transformer import DenseGLU, Experts, Linear
+from gristmill.model.transformer import DenseGLU, Experts, Linear, MoE
 
 MATRICES = ("w1", "v1", "w2")
 GUESSED_TOKENS = 4  # in a step of more, most of a layer's experts are needed anyway
 
 
-class Layers(Protocol):
-    def seated(self) -> AbstractContextManager[None]:
-        """While it lasts, the model computes with these."""
-
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        """[T, V] in fp32."""
-
-
 def layers_of(model: Transformer) -> Layers:
-    """Made of the weights as they are now."""
+    """The batch-invariant layers that this machine has, of the weights as they are now; on a GPU the model's own."""
     weight = model.wte.weight
     if weight.is_cuda:
         return ModelLayers(model)
@@ -48,60 +39,44 @@ def layers_of(model: Transformer) -> Layers:
     return invariant.TorchLayers(model)
 
 
-class ModelLayers:
-    """The model's own."""
-
-    def __init__(self, model: Transformer) -> None:
-        self.model = model
-
-    def seated(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        return self.model.logits(hidden_TD)
-
-
 class NativeLayers:
-    """weights: of the model's matrices, where it has none itself; None: its own. disk_bytes: None, or the memory for
-    experts, of which all others stay on disk. What parallelism has replaced stays as it is.
+    """Packed copies of the model's matrices. The tree shares the other weights with the model: the embedding, the norms
+    and the routers' biases.
+
+    Args:
+        weights: where the model has no matrices itself, theirs. None: the model's own.
+        disk_bytes: memory for experts; the others stay on disk. None: all experts are in memory.
     """
 
     def __init__(self, model: Transformer, weights: Weights | None = None, disk_bytes: int | None = None) -> None:
-        self.model, self.dtype, self.weights = model, model.compute_dtype, weights
-        self.forwards: dict[torch.nn.Module, Callable[..., Any]] = {}
-        self.is_complete = True  # every matrix product of the model is computed here
-        for name, module in model.named_modules():
-            if "forward" in vars(module):
-                self.is_complete = False
-                continue
+        self.model, self.dtype, self.weights, self.disk_bytes = model, model.compute_dtype, weights, disk_bytes
+        self.refresh()
+
+    def refresh(self) -> None:
+        self.tree = share(self.model)
+        self.cache: ExpertCache | None = None
+        for name, module in self.tree.named_modules():
             match module:
                 case Linear():
                     dtype = torch.promote_types(self.dtype, torch.float32) if name.endswith("router") else self.dtype
                     matrix = self._matrix(f"{name}.weight", dtype)
-                    self.forwards[module] = partial(_linear, module, matrix)
+                    module.product = partial(_product, matrix)
                     if name == "lm_head":
                         self.output = matrix
-                case Experts() if disk_bytes is None:
-                    self.forwards[module] = partial(_experts, module, self._experts(name))
+                case Experts() if self.disk_bytes is None:
+                    module.compute = partial(_experts, self._experts(name))
                 case DenseGLU():
-                    self.forwards[module] = partial(_dense, self._experts(name))
-        if model.cfg.tie_word_embeddings:
+                    module.compute = partial(_dense_glu, self._experts(name))
+        if self.model.cfg.tie_word_embeddings:
             self.output = self._matrix("wte.weight", self.dtype)
+        if self.disk_bytes is not None:
+            self.cache = self._on_disk(self.disk_bytes)
 
-        self.cache = None if disk_bytes is None else self._on_disk(disk_bytes)
+    def freeze(self) -> None:
+        freeze(self.tree, unread=(Linear, Experts, DenseGLU))
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         return upcast(packed.product(hidden_TD, self.output))
-
-    @contextmanager
-    def seated(self) -> Iterator[None]:
-        for module, forward in self.forwards.items():
-            vars(module)["forward"] = forward  # not by setattr, which looks for a parameter first
-        try:
-            yield
-        finally:
-            for module in self.forwards:
-                del vars(module)["forward"]
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor | Quantized:
         if self.weights is None:
@@ -131,38 +106,42 @@ class NativeLayers:
             return pack_experts(w1, v1, w2, shorten=False)
 
         cache = ExpertCache(read, L, self.model.cfg.moe_num_experts, num_bytes)
-        routers = [self.forwards[self.model.get_submodule(f"blocks.{layer}.ffn.router")] for layer in range(L)]
-        for layer, guess in enumerate([*routers[1:], None]):
-            module = self.model.get_submodule(f"blocks.{layer}.ffn.experts")
-            self.forwards[module] = partial(_experts_on_disk, cache, layer, guess)
+        layers = [block.ffn for block in self.tree.blocks if isinstance(block.ffn, MoE)]
+        routers = [ffn.router for ffn in layers]
+        for layer, (ffn, guess) in enumerate(zip(layers, [*routers[1:], None], strict=True)):
+            ffn.experts.compute = partial(_experts_on_disk, cache, layer, guess)
         return cache
 
 
-def _linear(module: Linear, matrix: Packed, x: Tensor) -> Tensor:
+def _product(matrix: Packed, x: Tensor, weight: Tensor) -> Tensor:
+    """weight: of the model, for its gradient."""
     if torch.is_grad_enabled():
-        return _Linear.apply(x, module.weight, matrix)
+        return _Linear.apply(x, weight, matrix)
     return packed.product(x.flatten(0, -2), matrix).view(*x.shape[:-1], matrix.N)
 
 
-def _experts(module: Experts, made: PackedExperts, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+def _experts(
+    made: PackedExperts, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor, w1: Tensor, v1: Tensor, w2: Tensor
+) -> Tensor:
+    """w1, v1, w2: of the model, for their gradients."""
     if torch.is_grad_enabled():
-        return _Experts.apply(x_TD, weights_TK, ids_TK, module.w1, module.v1, module.w2, made)
+        return _Experts.apply(x_TD, weights_TK, ids_TK, w1, v1, w2, made)
     return packed.experts(x_TD, weights_TK, ids_TK, made)
 
 
-def _dense(made: PackedExperts, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _dense_glu(made: PackedExperts, x_TD: Tensor, *unread: Tensor) -> Tensor:
     T = len(x_TD)
-    out_TD = packed.experts(x_TD, torch.ones(T, 1), torch.zeros(T, 1, dtype=torch.long), made)
-    return out_TD, x_TD.new_zeros(1, dtype=torch.float32), torch.tensor([T])
+    return packed.experts(x_TD, torch.ones(T, 1), torch.zeros(T, 1, dtype=torch.long), made)
 
 
 def _experts_on_disk(
     cache: ExpertCache,
     layer: int,
-    guess: Callable[..., Tensor] | None,
+    guess: Callable[[Tensor], Tensor] | None,
     x_TD: Tensor,
     weights_TK: Tensor,
     ids_TK: Tensor,
+    *unread: Tensor,
 ) -> Tensor:
     """guess: the next layer's router."""
     made = cache.of(layer, ids_TK)

@@ -76,7 +76,7 @@ def _engine(
             raise InputError("a memory bound needs the native kernels, which are not built here; leave it out")
         return Engine(assemble(found.cfg, found.weights, compute_dtype), cfg, tokenizer)
     with torch.device("meta"):
-        model = Transformer(found.cfg, compute_dtype).eval().requires_grad_(False)
+        model = Transformer(found.cfg, compute_dtype).requires_grad_(False)
     check_names({name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}, found.weights)
     kept = {}
     for name, weight in found.weights.items():

@@ -205,6 +205,12 @@ class Scheduler:
             self.waiting.remove(job)
             heapq.heapify(self.waiting)
 
+    def recompute(self) -> None:
+        """Discard all keys and values. Running sequences wait at their place and are computed again."""
+        for job in list(self.running):
+            self._preempt(job)
+        self.blocks.forget()
+
     def schedule(self) -> Plan:
         """The next step; no parts when there is nothing to do. Each plan must be given to `postprocess`."""
         self._step += 1

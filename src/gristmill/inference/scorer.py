@@ -13,7 +13,7 @@ from gristmill.evaluate import Window, windows
 from gristmill.inference import scheduler
 from gristmill.inference.generate import complete
 from gristmill.inference.prefixes import batches
-from gristmill.inference.runner import Runner, evaluating
+from gristmill.inference.runner import Runner
 from gristmill.inference.sampler import Sampling
 from gristmill.inference.scheduler import EngineConfig
 from gristmill.kernels import native
@@ -58,14 +58,13 @@ class ModelScorer:
             for number, its_nats in self._shared(sequences):
                 totals[number] += its_nats
             return totals.tolist()
-        with evaluating(self.model):
-            for length, jobs in self._tiles(sequences):
-                self.ranks.raise_if_set(self.stop)
-                mine = jobs[self.ranks.rank :: self.ranks.world_size]
-                with self.ranks.meeting():  # all ranks go forward, or a layer would wait
-                    nats = self._score(sequences, mine or jobs[:1], length)
-                if mine:
-                    totals.index_add_(0, torch.tensor([job.sequence for job in mine]), nats)
+        for length, jobs in self._tiles(sequences):
+            self.ranks.raise_if_set(self.stop)
+            mine = jobs[self.ranks.rank :: self.ranks.world_size]
+            with self.ranks.meeting():  # all ranks go forward, or a layer would wait
+                nats = self._score(sequences, mine or jobs[:1], length)
+            if mine:
+                totals.index_add_(0, torch.tensor([job.sequence for job in mine]), nats)
         self.ranks.sum(totals)
         return totals.tolist()
 

@@ -154,7 +154,10 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Dropless mixture: the router in fp32, each token to its top k experts."""
+    """Dropless mixture: the router in fp32, each token to its top k experts.
+
+    Jitter applies to passes with gradients only, so that a model in training is evaluated without it as it is.
+    """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
@@ -171,7 +174,7 @@ class MoE(nn.Module):
         """
         cfg, E = self.cfg, self.cfg.moe_num_experts
         routed = upcast(x_TD)
-        if self.training and cfg.moe_jitter_eps:
+        if cfg.moe_jitter_eps and self.training and torch.is_grad_enabled():
             routed = routed * torch.empty_like(routed).uniform_(1 - cfg.moe_jitter_eps, 1 + cfg.moe_jitter_eps)
         probs_TE, weights_TK, ids_TK = route(
             self.router(routed), self.router_bias, cfg.moe_top_k, cfg.moe_normalize_expert_weights
