@@ -344,7 +344,7 @@ def test_the_load_view_shows_the_servers_figures_and_this_pages_times(
         for name in ("first", "each"):
             assert re.fullmatch(r"[\d.]+ m?s", it.locator(f"#{name}").text_content())
         with holding(running.at.served.engine, steps=3):  # of a request that stands in the middle of its work
-            body = {"model": "tiny", "prompt": "a", "max_tokens": 20, "stream": True, "n": 8}
+            body = {"model": "tiny", "prompt": "a", "max_tokens": 20, "stream": True, "n": 8, "ignore_eos": True}
             with HTTP.stream("POST", f"{running.url}/v1/completions", json=body) as answer:
                 next(parts := answer.iter_bytes())
                 for name, value in (("running", "6"), ("waiting", "2"), ("pulse", "8 at work")):
