@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gristmill.errors import InputError
+from gristmill.kernels.arguments import ARGUMENTS, ExpertSizes, Heads, Matrix, PagedSizes, Sizes
 from gristmill.kernels.calls import Call, Replay
 
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # each CPU that runs one runs those before it
@@ -114,66 +115,6 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in TYPES and in_use() != "torch"
 
 
-class _Heads(ctypes.Structure):
-    """[B, S, heads, C] whose last dimension lies together."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("position", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-    )
-
-
-class _Sizes(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in "BSHGC"),
-        ("scale", ctypes.c_float),
-        ("starts", ctypes.c_void_p),
-    )
-
-
-class Matrix(ctypes.Structure):
-    """A packed one, see packed.py."""
-
-    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("kind", "N", "K", "group")))
-
-
-class _ExpertSizes(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("tokens", "top_k", "experts", "D", "F", "kind", "group"))
-
-
-class _PagedSizes(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("T", "H", "G", "C", "B", "parts")),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("slots", "part", "tables")),
-    )
-
-
-ARGUMENTS = {  # n a number, f a float, p a pointer, s one of the structures above
-    "glu_forward": "nnppp",
-    "glu_backward": "nnpppppp",
-    "cross_entropy": "nnppp",
-    "add": "nppp",
-    "widen": "npp",
-    "route": "nnnfppppp",
-    "rotate": "nnnnpnppfp",
-    "rotate_normed": "nnnnnpnppfppp",
-    "rotate_backward": "nnnnpnppfpp",
-    "rms_norm": "nnppfpp",
-    "rms_norm_backward": "nnnpppppp",
-    "attention_forward": "sssspp",
-    "attention_backward": "sssssspppp",
-    "lay_panels": "nnpp",
-    "lay_quantized": "nnnnppp",
-    "lay_halves": "nnnnppp",
-    "product": "npsp",
-    "experts": "sppppp",
-    "paged_attention": "ssssppp",
-}
-
-
 class _Thread(threading.local):
     """What concerns one thread: a recording never sees another thread's calls."""
 
@@ -221,13 +162,13 @@ def _given(x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
     return x.contiguous()
 
 
-def _heads(x: Tensor) -> _Heads:
-    return _Heads(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
+def _heads(x: Tensor) -> Heads:
+    return Heads(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
 
 
-def _sizes(q: Tensor, k: Tensor, starts: Tensor) -> _Sizes:
+def _sizes(q: Tensor, k: Tensor, starts: Tensor) -> Sizes:
     B, S, H, C = q.shape
-    return _Sizes(B, S, H, k.shape[2], C, C**-0.5, starts.data_ptr())
+    return Sizes(B, S, H, k.shape[2], C, C**-0.5, starts.data_ptr())
 
 
 def _rows(x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -392,7 +333,7 @@ def packed_experts(x: Tensor, weights: Tensor, ids: Tensor, places: Tensor, kind
     (T, D), K = x.shape, ids.shape[1]
     weights, ids = _given(weights, torch.float32, T, K), _given(ids, torch.int64, T, K)
     x, out = x.contiguous(), x.new_empty(T, D)
-    sizes = _ExpertSizes(T, K, len(places), D, F, kind, group)
+    sizes = ExpertSizes(T, K, len(places), D, F, kind, group)
     _call("experts", x, sizes, x, weights, ids, places, out)
     return out
 
@@ -419,8 +360,8 @@ def paged_attention(
         assert cache.is_contiguous()
     out = q.new_empty(T, H, C)
     numbers = (x.data_ptr() for x in (slots, parts, tables))
-    heads = (_Heads(x.data_ptr(), 0, x.stride(0), x.stride(1)) for x in (q, k, v))
-    sizes = _PagedSizes(T, H, G, C, B, len(parts), C**-0.5, *numbers)
+    heads = (Heads(x.data_ptr(), 0, x.stride(0), x.stride(1)) for x in (q, k, v))
+    sizes = PagedSizes(T, H, G, C, B, len(parts), C**-0.5, *numbers)
     inside = q, k, v, slots, parts, tables
     _call("paged_attention", q, sizes, *heads, keys, values, out, inside=inside)
     return out

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.kernels import native
+from gristmill.kernels.arguments import Matrix
 from gristmill.kernels.memory import CACHE_LINE, use_huge_pages
 from gristmill.kernels.quantized import WIDTHS, Quantized
 
@@ -38,8 +39,8 @@ class Packed:
     group: int = 0
 
     @cached_property
-    def described(self) -> native.Matrix:
-        return native.Matrix(self.data.data_ptr(), KINDS[self.kind], self.N, self.K, self.group)
+    def described(self) -> Matrix:
+        return Matrix(self.data.data_ptr(), KINDS[self.kind], self.N, self.K, self.group)
 
 
 def pack(weight: Tensor | Quantized, shorten: bool = True) -> Packed:
