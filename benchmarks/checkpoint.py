@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gristmill.kernels.loss import cross_entropy
 from gristmill.kernels.memory import keep_freed_memory
-from gristmill.model import ModelConfig, Transformer, packed
+from gristmill.model import ModelConfig, Transformer, init_weights, packed
 from gristmill.model.counts import count_params
 from gristmill.parallel.ranks import ALONE
 from gristmill.train.checkpoint import Checkpoints, Identity, Saved, State
@@ -55,7 +55,7 @@ class Training:
     """Steps on new random tokens."""
 
     def __init__(self, cfg: ModelConfig) -> None:
-        self.cfg, self.model = cfg, Transformer(cfg, best_dtype())
+        self.cfg, self.model = cfg, init_weights(Transformer(cfg, best_dtype()), seed=0)
         self.optimizer = Optimizer(OptimizerConfig(name="adamw", lr=1e-4), self.model)
 
     def step(self) -> float:

@@ -29,7 +29,7 @@ from gristmill.kernels.attention import document_starts, packed_attention_refere
 from gristmill.kernels.experts import experts_reference
 from gristmill.kernels.loss import cross_entropy
 from gristmill.kernels.rotary import rotary_angles
-from gristmill.model import ModelConfig, Transformer, packed
+from gristmill.model import ModelConfig, Transformer, init_weights, packed
 from gristmill.model.counts import count_params, train_flops_per_token
 from gristmill.recipe import load_shape
 from gristmill.train.config import OptimizerConfig
@@ -141,7 +141,7 @@ def model_errors(dtype: torch.dtype) -> dict[str, float]:
         vocab_size=1024, max_seq_len=256,
     )  # fmt: skip
     torch.manual_seed(0)
-    on_cpu = Transformer(cfg, torch.float32)
+    on_cpu = init_weights(Transformer(cfg, torch.float32), seed=0)
     on_gpu = Transformer(cfg, dtype)
     on_gpu.load_state_dict(on_cpu.state_dict())
     tokens, documents = torch.randint(0, 1024, (2, 256)), (torch.rand(2, 256) < 0.02).cumsum(1)
@@ -166,7 +166,7 @@ def loss_of(model: Transformer, tokens_BS: Tensor, document_ids_BS: Tensor) -> t
 
 def ours(cfg: ModelConfig, in_documents: bool) -> Step:
     with torch.device(DEVICE):
-        model = Transformer(cfg, torch.bfloat16).train()
+        model = init_weights(Transformer(cfg, torch.bfloat16), seed=0).train()
     optimizer = Optimizer(OptimizerConfig(name="adamw", lr=LR), model)
 
     def step(tokens_BS: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from training import Side, route_as_trained
 from gristmill.hub import in_memory, open_weights, write_weights
 from gristmill.hub.export import export_gguf, export_model
 from gristmill.hub.tensors import DTYPES, PACKED
-from gristmill.model import ModelConfig, Transformer
+from gristmill.model import ModelConfig, Transformer, init_weights
 from gristmill.tokenizer.layout import SPECIAL_TOKENS, SPLIT_PATTERN, byte_of_symbol, write_tokenizer
 from gristmill.train.machine import describe_machine
 
@@ -93,7 +93,7 @@ def cached(cfg: ModelConfig) -> Path:
 
 def write_checkpoint(folder: Path, cfg: ModelConfig) -> None:
     torch.manual_seed(0)
-    model = Transformer(cfg)
+    model = init_weights(Transformer(cfg), seed=0)
     route_as_trained(model, skew=0.0)
     (folder / "model.json").write_text(json.dumps(asdict(cfg)))
     write_weights(folder, in_memory(model.bfloat16().state_dict()))

@@ -29,7 +29,7 @@ from training import QUICKSTART, Shape, Side, machine, route_as_trained
 
 from gristmill.hub import in_memory, write_published
 from gristmill.kernels import native
-from gristmill.model import Transformer
+from gristmill.model import Transformer, init_weights
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "neighbors.json"
@@ -206,7 +206,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         torch.manual_seed(0)
-        model = Transformer(TRAIN.model)
+        model = init_weights(Transformer(TRAIN.model), seed=0)
         route_as_trained(model, 0.0)
         write_published(Path(temporary), TRAIN.model, in_memory(model.state_dict()), None)
         for kind in args.kinds:

@@ -37,11 +37,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import machine, route_as_trained
 
 from gristmill.kernels.memory import keep_freed_memory
-from gristmill.model import ModelConfig
+from gristmill.model import ModelConfig, init_weights
 from gristmill.model.counts import count_params
-from gristmill.parallel.apply import parallel_model
+from gristmill.parallel.apply import build_model
 from gristmill.parallel.config import Layout, ParallelConfig
-from gristmill.parallel.mesh import make_mesh
+from gristmill.parallel.mesh import make_mesh, part_of
 from gristmill.plan.footprint import Training
 from gristmill.plan.hardware import cpu
 from gristmill.plan.search import LIBRARIES, search
@@ -149,7 +149,7 @@ def train(case: Case, steps: int) -> dict[str, Any]:
     if case.ranks > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.ranks)
         mesh = make_mesh(Layout(1, case.ranks, 1, 1), "cpu")
-    model = parallel_model(case.model, dtype, "cpu", mesh, case.recompute, compile=False)  # type: ignore[arg-type]
+    model = init_weights(build_model(case.model, dtype, "cpu", mesh, case.recompute), seed=0, part_of=part_of)  # type: ignore[arg-type]
     optimizer = Optimizer(OptimizerConfig(name=case.optimizer, lr=1e-4), model)  # type: ignore[arg-type]
     if not mesh:
         route_as_trained(model, 0.0)

@@ -39,7 +39,7 @@ from gristmill.evaluate.documents import Split, read_documents
 from gristmill.hub import assemble, in_memory, read_published, write_published
 from gristmill.inference.scorer import ModelScorer
 from gristmill.kernels import native
-from gristmill.model import Transformer
+from gristmill.model import Transformer, init_weights
 from gristmill.parallel.ranks import ALONE
 from gristmill.recipe import load_recipe
 from gristmill.stage import Recipe, keyed
@@ -170,9 +170,9 @@ class Theirs:
         cfg = self.cfg = recipe["train"]
         sizes = (cfg.seq_len, cfg.sequences_per_batch, cfg.steps)
         self.batches = Batches(shards, *sizes, curriculum_of(recipe["corpus"]), cfg.seed)
-        torch.manual_seed(cfg.seed)
         with tempfile.TemporaryDirectory() as folder:
-            write_published(Path(folder), recipe["model"], in_memory(Transformer(recipe["model"]).state_dict()), None)
+            model = init_weights(Transformer(recipe["model"]), cfg.seed)
+            write_published(Path(folder), recipe["model"], in_memory(model.state_dict()), None)
             self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=best_dtype(), local_files_only=True).train()
         its = cfg.optimizer
         betas = (its.beta1, its.beta2)

@@ -26,7 +26,7 @@ import torch
 from gristmill.hub import in_memory, write_published
 from gristmill.kernels.experts import experts
 from gristmill.kernels.memory import keep_freed_memory
-from gristmill.model import ModelConfig, Transformer, packed
+from gristmill.model import ModelConfig, Transformer, init_weights, packed
 from gristmill.model.counts import train_flops_per_token
 from gristmill.train.machine import best_dtype, describe_machine
 
@@ -142,7 +142,7 @@ def route_as_trained(model: Transformer, skew: float) -> float:
 
 def measure(shape: Shape) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = Transformer(shape.model)
+    model = init_weights(Transformer(shape.model), seed=0)
     imbalance = route_as_trained(model, shape.skew)
     with tempfile.TemporaryDirectory() as temporary:
         write_published(Path(temporary), shape.model, in_memory(model.state_dict()), None)

@@ -95,14 +95,14 @@ def test_the_keys_of_the_stages_stay_so_that_finished_runs_stay_finished(
         "corpus": "5c0e1b385ec93cbb078c45f724412aec6880e35e0dc878e9e8e788c8923308ad",
         "tokenizer": "f76593570a4100beb8cba2320eea76e4856fb050843848434ff1cd66090646f8",
         "shards": "e2947a7799f602a4f4e5f2b292e053815646cf03123a0d43719dea0ce1560860",
-        "train": "b9a62e310a61d9bf75206e3faaa037b048c6cb73017702615d5e3b6d641b6303",
+        "train": "629141a8c75ce3f30f74bbb7b6e3e2c173c9f21830301f17a6536e0ee7053484",
         "evaluate": "cad2c19bc6f8dc5ce239c920f3da8ff85ae7d49b8b21e708246e00bf60b6ed7e",
         "export": "8a1dc05175cfc5b9402a940266fd539e6a288ecc41d8878ce601b923eddb97da",
     }
     started = {stage.name: key(stage, recipe, Checked(), True) for stage in STAGES if START in stage.inputs}
     assert started == {
         "tokenizer": "69a5da138d18bcc4059b8cfe9907065ebe13a903dc9cdac32decd3af33e6b0ed",
-        "train": "4c525ca3b4ffed85a110c075bda2b8dfa4daa98154f6ca1983a1bdaa33c17725",
+        "train": "b4d0e026da68115d79489642571bb32992bc8a9c511c78810a1b8946272262a1",
     }
     (shards,) = (stage for stage in STAGES if stage.name == "shards")
     remote = Checked(fingerprint={"remote": "remote"})

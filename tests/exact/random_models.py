@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gristmill.hub import in_memory, write_published
-from gristmill.model import ModelConfig, Transformer
+from gristmill.model import ModelConfig, Transformer, init_weights
 
 Layout: TypeAlias = Literal["dbrx", "qwen3_moe"]
 LAYOUTS: tuple[Layout, ...] = ("dbrx", "qwen3_moe")
@@ -36,7 +36,7 @@ class Case:
     def model(self) -> Transformer:
         """Weights so large that every part of the model matters to the logits, the norms' scales included."""
         torch.manual_seed(self.seed)
-        model = Transformer(self.cfg)
+        model = init_weights(Transformer(self.cfg), self.seed)
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.normal_(parameter, mean=1.0, std=0.3)

@@ -7,12 +7,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from gristmill import artifact
 from gristmill.artifact import Built
 from gristmill.hub import in_memory, write_weights
-from gristmill.model import ModelConfig, Transformer
+from gristmill.model import ModelConfig, Transformer, init_weights
 from gristmill.tokenizer import TokenizerConfig, build_tokenizer
 
 SHAPE = {
@@ -34,8 +33,7 @@ TEXTS = ["The mill stands by the river. ", "def add(a, b):\n    return a + b\n",
 @pytest.fixture
 def tiny() -> Callable[..., Transformer]:
     def make(**changes: Any) -> Transformer:
-        torch.manual_seed(0)
-        return Transformer(ModelConfig(**{**SHAPE, **changes})).eval()
+        return init_weights(Transformer(ModelConfig(**{**SHAPE, **changes})), seed=0).eval()
 
     return make
 

@@ -25,7 +25,7 @@ from gristmill.errors import Failure, InputError
 from gristmill.hub import Weight, in_memory
 from gristmill.hub.gguf import QWEN_SPLIT, find_graph, gguf_tensors, write_gguf
 from gristmill.hub.mapping import from_published, to_published
-from gristmill.model import ModelConfig, Transformer, packed
+from gristmill.model import ModelConfig, Transformer, init_weights, packed
 from gristmill.tokenizer import Tokenizer, hugging_face_config
 from gristmill.tokenizer.layout import CHAT_TEMPLATE, SPECIAL_TOKENS, SPLIT_PATTERN, byte_of_symbol
 
@@ -535,7 +535,8 @@ def corner_case(
     (folder / "tokenizer_config.json").write_text(json.dumps(hugging_face_config()))
     tokenizer = Tokenizer.load(folder)
     small = {"d_model": 2, "n_layers": 1, "n_heads": 1, "kv_n_heads": 1, "ffn_hidden_size": 1, "moe_num_experts": 4}
-    file = write(Transformer(ModelConfig(**small, vocab_size=tokenizer.vocab_size)), folder, folder / "tiny.gguf")
+    model = init_weights(Transformer(ModelConfig(**small, vocab_size=tokenizer.vocab_size)), seed=0)
+    file = write(model, folder, folder / "tiny.gguf")
     with running(llama_cpp, file, vocab_only=True) as loaded:
         yield tokenizer, loaded
 

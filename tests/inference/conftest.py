@@ -5,10 +5,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from gristmill.inference import runner
-from gristmill.model import ModelConfig, Transformer
+from gristmill.model import ModelConfig, Transformer, init_weights
 from gristmill.tokenizer import TokenizerConfig, build_tokenizer
 
 
@@ -34,8 +33,7 @@ def tiny() -> Callable[..., Transformer]:
             "moe_top_k": 2,
             "initializer_range": 0.2,
         }
-        torch.manual_seed(0)
-        return Transformer(ModelConfig(**{**shape, **changes})).eval()
+        return init_weights(Transformer(ModelConfig(**{**shape, **changes})), seed=0).eval()
 
     return make
 

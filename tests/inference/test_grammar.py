@@ -286,7 +286,7 @@ def test_a_constrained_answer_is_the_same_alone_and_in_any_company_and_after_pre
 ) -> None:
     model, preemptions, chance = tiny(max_seq_len=256), 0, random.Random(0)
     for sampling in (Sampling(temperature=0.0), Sampling(seed=5)):
-        request = Request(prompt=[7] * 20, max_tokens=60, n=3, sampling=sampling, grammar=POINT, priority=1, logprobs=2)
+        request = Request(prompt=[9] * 20, max_tokens=60, n=3, sampling=sampling, grammar=POINT, priority=1, logprobs=2)
         alone = answers(engine(model, tokenizer), request)
         for text, _, finish in alone:
             assert finish == "stop"
@@ -525,7 +525,7 @@ def test_patterns_that_stall_other_engines_are_answered(grammars: Grammars, patt
 
 def test_a_grammar_that_grows_too_hard_ends_its_own_answer_alone(tiny: Tiny, tokenizer: Tokenizer) -> None:
     busy = engine(tiny(max_seq_len=256), tokenizer)
-    hard = busy.submit(Request(prompt=[5], grammar=Regex("a{100}(\\p{L}{1,100}){1,100}")))
+    hard = busy.submit(Request(prompt=[9], grammar=Regex("a{100}(\\p{L}{1,100}){1,100}")))
     easy = busy.submit(Request(prompt=[5], grammar=Regex("a{120}")))
     pieces = list(hard)
     assert "".join(piece.text for piece in pieces).startswith("a" * 99)

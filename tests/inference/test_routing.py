@@ -28,13 +28,13 @@ def by_hand(model: Transformer, ids: list[int]) -> list[list[list[tuple[int, flo
     cos, sin = rotary_angles(torch.arange(len(ids))[None], cfg.head_dim, cfg.rope_theta)
     told: list[list[list[tuple[int, float]]]] = [[] for _ in ids]
     for layer, block in enumerate(model.blocks):
-        x = block.attended(x, layer, cos, sin, attend)
+        x = block.attention_half(x, layer, cos, sin, attend)
         for position, hidden in enumerate(block.norm_2(x)[0]):
             probs = (block.ffn.router.weight @ hidden).softmax(0)
             best = sorted(range(cfg.moe_num_experts), key=lambda e: -float(probs[e]))[: cfg.moe_top_k]
             total = float(probs[best].sum())  # DBRX's weights sum to 1
             told[position].append([(e, float(probs[e]) / total) for e in best])
-        x, _, _ = block.fed(x)
+        x, _, _ = block.ffn_half(x)
     return told
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gristmill.inference.runner import Runner
 from gristmill.kernels import native
-from gristmill.model import ModelConfig, Transformer, packed
+from gristmill.model import ModelConfig, Transformer, init_weights, packed
 from gristmill.model.counts import (
     TRAINING_BYTES,
     count_params,
@@ -82,7 +82,7 @@ def test_forward_operations_are_those_that_torch_counts(
     """
     monkeypatch.setattr(importlib.import_module("gristmill.kernels.experts"), "tile_rows", lambda *_: 1)
     monkeypatch.setattr(native, "_in_use", "torch")  # it sees into PyTorch's products only
-    model = Transformer(ModelConfig(**{**SHAPE, **changes}))  # type: ignore[arg-type]
+    model = init_weights(Transformer(ModelConfig(**{**SHAPE, **changes})), seed=0)  # type: ignore[arg-type]
     tokens = torch.randint(300, (3, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         hidden, _ = model(tokens, torch.arange(40).expand(3, -1), packed(torch.zeros(3, 40)))
@@ -109,7 +109,7 @@ def test_a_cached_token_holds_what_is_counted() -> None:
 
 
 def test_a_checkpoint_of_training_holds_what_is_counted() -> None:
-    model = Transformer(ModelConfig(**SHAPE))  # type: ignore[arg-type]
+    model = init_weights(Transformer(ModelConfig(**SHAPE)), seed=0)  # type: ignore[arg-type]
     state = Optimizer(OptimizerConfig(name="adamw"), model).state()
     tensors = [*model.parameters(), *(tensor for name, tensor in state.items() if not name.startswith("count/"))]
     assert sum(t.nbytes for t in tensors) == TRAINING_BYTES * count_params(model.cfg).total_params

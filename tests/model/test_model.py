@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from gristmill.kernels.experts import experts_reference
-from gristmill.model import ModelConfig, Routing, Transformer, packed
+from gristmill.model import ModelConfig, Routing, Transformer, init_weights, packed
 from gristmill.model.counts import count_params, train_flops_per_token
-from gristmill.model.transformer import MoE
 
 SHAPE = {
     "d_model": 32, "n_layers": 2, "n_heads": 4, "kv_n_heads": 2, "ffn_hidden_size": 24, "vocab_size": 300,
@@ -15,8 +14,7 @@ SHAPE = {
 
 
 def make(**changes: object) -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(ModelConfig(**{**SHAPE, **changes}))  # type: ignore[arg-type]
+    return init_weights(Transformer(ModelConfig(**{**SHAPE, **changes})), seed=0)  # type: ignore[arg-type]
 
 
 def test_dbrx_has_its_published_number_of_parameters() -> None:
@@ -43,7 +41,7 @@ def test_flops_per_token_are_six_per_matrix_weight_and_the_attention() -> None:
 
 def test_a_balanced_router_has_exactly_the_weight_as_its_loss_and_a_collapsed_one_more() -> None:
     """MegaBlocks' definition: the mean over layers of w·E·Σ f·P, 0.05 when balanced at w = 0.05."""
-    moe = MoE(ModelConfig(**{**SHAPE, "moe_top_k": 1}))  # type: ignore[arg-type]
+    moe = make(moe_top_k=1).blocks[0].ffn
     x = torch.eye(32)[:4].repeat(8, 1)  # four kinds of token, one for each expert
     with torch.no_grad():
         moe.router.weight.zero_()
@@ -64,7 +62,7 @@ def test_a_balanced_router_has_exactly_the_weight_as_its_loss_and_a_collapsed_on
 
 
 def test_the_balancing_loss_reaches_the_router_and_nothing_else_of_its_layer() -> None:
-    moe = MoE(ModelConfig(**SHAPE))  # type: ignore[arg-type]
+    moe = make().blocks[0].ffn
     _, probs, counts = moe(torch.randn(20, 32))
     Routing(1.0, probs[None], counts[None]).balance_loss().backward()
     assert moe.router.weight.grad is not None
@@ -72,8 +70,7 @@ def test_the_balancing_loss_reaches_the_router_and_nothing_else_of_its_layer() -
 
 
 def test_the_moe_layer_is_router_top_k_and_weighted_experts() -> None:
-    torch.manual_seed(0)
-    moe = MoE(ModelConfig(**SHAPE))  # type: ignore[arg-type]
+    moe = make().blocks[0].ffn
     x = torch.randn(30, 32)
     out, _, _ = moe(x)
     probs = (x @ moe.router.weight.T).softmax(-1)

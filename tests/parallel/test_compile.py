@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from gristmill.inference.scorer import ModelScorer
-from gristmill.parallel.apply import parallel_model
+from gristmill.model import init_weights
+from gristmill.parallel.apply import build_model
 from gristmill.train.balance import Balance
 from gristmill.train.gradients import Gradients
 
@@ -21,8 +22,7 @@ BACKENDS = ["aot_eager", *(["inductor"] if "GRISTMILL_COMPILE" in os.environ els
 
 
 def gradients_of(recompute: Any, compile: bool) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    model = parallel_model(MODEL, torch.float32, "cpu", None, recompute, compile)
+    model = init_weights(build_model(MODEL, torch.float32, "cpu", None, recompute, compile), seed=0)
     unequal(model)
     Gradients(model, CFG, Balance(CFG, model), 2, Path("nowhere")).of(batch_of(0))
     return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
@@ -37,8 +37,7 @@ def test_a_compiled_model_is_scored_as_an_eager_one_and_compiles_nothing_for_it(
     sequences = [[1, 2, 3, 4, 5], [7, 6, 5, 4, 3, 2, 1, 0]]
     scores = []
     for compile in (False, True):
-        torch.manual_seed(0)
-        model = parallel_model(MODEL, torch.float32, "cpu", None, "none", compile)
+        model = init_weights(build_model(MODEL, torch.float32, "cpu", compile=compile), seed=0)
         unequal(model)
         scores.append(ModelScorer(model.train(), 8).loglikelihood(sequences))
     assert scores[0] == scores[1]

@@ -13,9 +13,9 @@ from test_same_training import CFG, MODEL, batch_of
 from torch import Tensor
 
 from gristmill.errors import Failure, InputError
-from gristmill.model import Transformer
+from gristmill.model import Transformer, init_weights
 from gristmill.model.counts import count_params
-from gristmill.parallel.apply import parallel_model
+from gristmill.parallel.apply import build_model
 from gristmill.parallel.check import sharded_elements
 from gristmill.parallel.config import Layout, ParallelConfig, lay_out
 from gristmill.parallel.ranks import ALONE, Ranks
@@ -98,9 +98,8 @@ def small_memory(model: Transformer, most: int) -> None:
 
 
 def new_model() -> Transformer:
-    torch.manual_seed(0)
     cfg = replace(MODEL, moe_router_bias=False, moe_loss_weight=0.0)
-    return parallel_model(cfg, torch.float32, "cpu", None, "none", compile=False)
+    return init_weights(build_model(cfg, torch.float32, "cpu"), seed=0)
 
 
 def test_a_micro_batch_without_room_is_halved_until_it_has_and_stays_so(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from gristmill.cli import app
 from gristmill.cli.exits import exit_code
 from gristmill.errors import InputError
 from gristmill.kernels import native
-from gristmill.model import ModelConfig, Transformer, packed
+from gristmill.model import ModelConfig, Transformer, init_weights, packed
 from gristmill.model.counts import count_params, train_flops_per_token
 from gristmill.parallel.apply import apply_recompute
 from gristmill.parallel.config import Layout, ParallelConfig
@@ -165,8 +165,8 @@ def test_a_plan_adds_up(case: tuple[Training, Layout, int]) -> None:
 
 def saved_bytes(cfg: ModelConfig, dtype: torch.dtype, batch: int, seq_len: int, recompute: Recompute) -> int:
     """What autograd keeps of a forward pass: each memory once, the weights' not."""
-    torch.manual_seed(0)
-    model = Transformer(cfg, dtype, lambda block: apply_recompute(block, recompute))
+    model = init_weights(Transformer(cfg, dtype), seed=0)
+    apply_recompute(model, recompute)
     own = {param.untyped_storage().data_ptr() for param in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held on to, so that no address comes twice
 

@@ -17,7 +17,7 @@ from running_server import Direct, Running
 
 from gristmill.inference import Engine, EngineConfig
 from gristmill.inference.settings import Published
-from gristmill.model import ModelConfig, Transformer
+from gristmill.model import ModelConfig, Transformer, init_weights
 from gristmill.serve import config
 from gristmill.serve.app import build_app
 from gristmill.serve.config import ServeConfig
@@ -45,12 +45,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="session")
 def model(tokenizer: Tokenizer) -> Transformer:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
     cfg = ModelConfig(
         d_model=32, n_layers=2, n_heads=4, kv_n_heads=2, ffn_hidden_size=24, vocab_size=tokenizer.vocab_size,
         max_seq_len=2048, moe_num_experts=4, moe_top_k=2, initializer_range=0.2,
     )  # fmt: skip
-    return Transformer(cfg).eval()
+    return init_weights(Transformer(cfg), seed=0).eval()
 
 
 @pytest.fixture(scope="session")

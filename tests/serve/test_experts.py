@@ -7,7 +7,7 @@ from running_server import Direct, Running
 
 from gristmill.inference import Engine, EngineConfig
 from gristmill.inference.settings import Published
-from gristmill.model import ModelConfig, Transformer
+from gristmill.model import ModelConfig, Transformer, init_weights
 from gristmill.serve.load import Served
 from gristmill.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ def test_experts_are_the_engines_and_told_to_those_who_ask(server: Running, dire
 def test_a_dense_model_refuses_to_tell_experts(serving: Any, tokenizer: Tokenizer) -> None:
     cfg = ModelConfig(d_model=32, n_layers=1, n_heads=4, kv_n_heads=2, ffn_hidden_size=24, ffn="dense",
                       vocab_size=tokenizer.vocab_size, max_seq_len=64)  # fmt: skip
-    engine = Engine(Transformer(cfg).eval(), EngineConfig(cache_tokens=256), tokenizer)
+    engine = Engine(init_weights(Transformer(cfg), seed=0).eval(), EngineConfig(cache_tokens=256), tokenizer)
     with serving(Served(engine=engine, tokenizer=tokenizer, published=Published())) as running:
         error = running.post("/v1/completions", {"model": "tiny", "prompt": "a", "return_experts": True}).json()[
             "error"

@@ -17,7 +17,7 @@ from running_server import HTTP, Direct, Running
 from gristmill.inference import Engine, EngineConfig, Sampling
 from gristmill.inference.settings import Published
 from gristmill.kernels.attention import packed_attention_reference
-from gristmill.model import ModelConfig, Transformer
+from gristmill.model import ModelConfig, Transformer, init_weights
 from gristmill.serve import keys, page
 from gristmill.serve.database import Database
 from gristmill.serve.gate import Gate
@@ -266,8 +266,7 @@ def test_chat_tells_the_system_prompt_and_all_turns(server: Running, opening: Op
 def test_a_model_without_chat_or_experts_offers_neither(serving: Any, opening: Opening, tokenizer: Tokenizer) -> None:
     cfg = ModelConfig(d_model=32, n_layers=1, n_heads=4, kv_n_heads=2, ffn_hidden_size=24, ffn="dense",
                       vocab_size=tokenizer.vocab_size, max_seq_len=64)  # fmt: skip
-    torch.manual_seed(0)  # whose answer is not empty
-    engine = Engine(Transformer(cfg).eval(), EngineConfig(cache_tokens=256), tokenizer)
+    engine = Engine(init_weights(Transformer(cfg), seed=0).eval(), EngineConfig(cache_tokens=256), tokenizer)
     it = Served(engine=engine, tokenizer=tokenizer, published=Published(), no_chat="no")
     with serving(it) as running:
         it = opening(running)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gristmill.model import ModelConfig, Transformer
+from gristmill.model import ModelConfig, Transformer, init_weights
 from gristmill.train import muon
 from gristmill.train.config import OptimizerConfig
 from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
@@ -27,8 +27,7 @@ def with_gradients(model: Transformer, seed: int) -> None:
 
 
 def two_models(dtype: torch.dtype) -> tuple[Transformer, Transformer]:
-    torch.manual_seed(0)
-    model, twin = Transformer(MODEL, dtype), Transformer(MODEL, dtype)
+    model, twin = init_weights(Transformer(MODEL, dtype), seed=0), Transformer(MODEL, dtype)
     twin.load_state_dict(model.state_dict())
     return model, twin
 

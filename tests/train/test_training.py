@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from gristmill.errors import Failure, InputError
 from gristmill.hub.tensors import open_weights
 from gristmill.kernels.experts import experts
-from gristmill.model import ModelConfig, Transformer, packed
-from gristmill.parallel.apply import parallel_model
+from gristmill.model import ModelConfig, Transformer, init_weights, packed
+from gristmill.parallel.apply import build_model
 from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.stop import Stop
 from gristmill.streaming import Batch, Batches, MixPhase
@@ -160,8 +160,7 @@ def test_any_micro_batch_leaves_the_gradient_of_the_mean_loss_over_all_tokens(sh
     """16 sequences by threes leave one for the last micro-batch, whose tokens weigh as much as all others."""
     shape = replace(MODEL, moe_loss_weight=0.0)  # the balancing loss depends on how a batch is cut
     batch = Batches(shards, CFG.seq_len, CFG.sequences_per_batch, CFG.steps, CURRICULUM, 0).batch(3)
-    torch.manual_seed(0)
-    model, plain = Transformer(shape), Transformer(shape)
+    model, plain = init_weights(Transformer(shape), seed=0), Transformer(shape)
     plain.load_state_dict(model.state_dict())
     tokens, targets, positions, documents = (
         torch.from_numpy(array) for array in (batch.tokens, batch.targets, batch.positions, batch.document_ids)
@@ -187,8 +186,7 @@ def test_a_micro_batchs_balancing_loss_weighs_as_much_as_its_sequences(
     assignments in the batch so far."""
     cfg = replace(CFG, balance=balance)
     batch = Batches(shards, CFG.seq_len, CFG.sequences_per_batch, CFG.steps, CURRICULUM, 0).batch(3)
-    torch.manual_seed(0)
-    model = Transformer(MODEL)
+    model = init_weights(Transformer(MODEL), seed=0)
     sums = leave_gradients(model, batch, cfg, micro_batch)
     expected, so_far_LE = 0.0, torch.zeros(MODEL.n_layers, MODEL.moe_num_experts)
     for start in range(0, 16, micro_batch):
@@ -207,7 +205,7 @@ def test_a_micro_batchs_balancing_loss_weighs_as_much_as_its_sequences(
 
 def test_a_bias_rises_for_experts_below_the_mean_and_nothing_else_moves_it() -> None:
     cfg = replace(CFG, balance="bias", bias_rate=0.01)
-    model = Transformer(replace(MODEL, moe_router_bias=True))
+    model = init_weights(Transformer(replace(MODEL, moe_router_bias=True)), seed=0)
     Balance(cfg, model).after(torch.tensor([[8.0, 0.0, 4.0, 4.0], [1.0, 2.0, 3.0, 2.0]]))
     moved = [block.ffn.router_bias.tolist() for block in model.blocks]
     assert moved == [pytest.approx([-0.01, 0.01, 0.0, 0.0]), pytest.approx([0.01, 0.0, -0.01, 0.0])]
@@ -241,8 +239,7 @@ def test_muon_sees_each_expert_and_each_of_q_k_v_as_a_matrix_of_its_own() -> Non
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
 def test_an_adamw_step_equals_torchs_plain_adamw(scale: float) -> None:
     """Gradients of a millionth are still far above epsilon."""
-    torch.manual_seed(0)
-    model, reference = Transformer(MODEL), Transformer(MODEL)
+    model, reference = init_weights(Transformer(MODEL), seed=0), Transformer(MODEL)
     reference.load_state_dict(model.state_dict())
     cfg = OptimizerConfig(name="adamw", lr=0.01, clip_norm=1e9, weight_decay=0.1, beta1=0.8, beta2=0.99)
     ours = Optimizer(cfg, model)
@@ -261,7 +258,7 @@ def test_an_adamw_step_equals_torchs_plain_adamw(scale: float) -> None:
 
 def test_an_optimizers_state_survives_saving_by_name() -> None:
     torch.manual_seed(0)
-    model = Transformer(MODEL)
+    model = init_weights(Transformer(MODEL), seed=0)
     optimizer = Optimizer(OptimizerConfig(name="muon", lr=0.01), model)
     for param in model.parameters():
         param.grad = torch.randn_like(param)
@@ -288,8 +285,8 @@ def test_recomputed_blocks_give_the_same_gradients_bit_for_bit(shards: Path) -> 
     batches = Batches(shards, CFG.seq_len, CFG.sequences_per_batch, CFG.steps, CURRICULUM, CFG.seed)
     found = []
     for recompute in ("none", "selective", "full"):
+        model = init_weights(build_model(cfg, torch.float32, "cpu", recompute=recompute), seed=3)  # type: ignore[arg-type]
         torch.manual_seed(3)
-        model = parallel_model(cfg, torch.float32, "cpu", None, recompute, False)  # type: ignore[arg-type]
         leave_gradients(model, batches.batch(0), CFG)
         found.append([param.grad for param in model.parameters()])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*found, strict=True))
@@ -314,7 +311,7 @@ def test_the_backward_pass_computes_again_what_the_forward_pass_did_not_keep(
 
     monkeypatch.setattr("gristmill.model.transformer.experts", counted)
     attention = packed(torch.zeros(2, 16, dtype=torch.long))
-    model = parallel_model(MODEL, torch.float32, "cpu", None, recompute, False)
+    model = init_weights(build_model(MODEL, torch.float32, "cpu", recompute=recompute), seed=0)
     hidden, _ = model(torch.arange(32).view(2, 16), torch.arange(16).expand(2, -1), attend)
     assert calls == {"attention": 2, "experts": 2}
     calls.clear()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gristmill.errors import Failure
 from gristmill.inference.scorer import ModelScorer
-from gristmill.model import Transformer
+from gristmill.model import Transformer, init_weights
 from gristmill.parallel.config import ParallelConfig
 from gristmill.parallel.mesh import local
 from gristmill.parallel.ranks import ALONE, Ranks
@@ -96,7 +96,7 @@ def score_with_a_stop_on_rank_1(ranks: Ranks) -> str:
     stop = Stop()
     if ranks.rank == 1:
         stop.set()
-    scorer = ModelScorer(Transformer(MODEL), 32, ranks, stop)
+    scorer = ModelScorer(init_weights(Transformer(MODEL), seed=0), 32, ranks, stop)
     try:
         scorer.loglikelihood([[1] * 20, [2] * 20])
     except StopRequested:

@@ -1,6 +1,7 @@
-"""The transformer: configuration, layers, counts. Imports torch and the kernels alone."""
+"""The transformer: configuration, layers, initial weights, counts. Imports only torch and the kernels."""
 
 from gristmill.model.config import ModelConfig
-from gristmill.model.transformer import Attend, Routing, Transformer, packed
+from gristmill.model.init import init_weights
+from gristmill.model.transformer import Attend, Recompute, Routing, Transformer, packed
 
-__all__ = ["Attend", "ModelConfig", "Routing", "Transformer", "packed"]
+__all__ = ["Attend", "ModelConfig", "Recompute", "Routing", "Transformer", "init_weights", "packed"]

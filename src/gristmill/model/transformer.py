@@ -5,20 +5,23 @@ Other rooms change how it computes through these seams only, all of which have a
 - the argument `observe` of `Transformer.forward`: sees which experts each token is routed to;
 - `Linear.product`, `Experts.compute` and `DenseGLU.compute`: attributes that compute a layer's output from its input
   and its weights. Expert parallelism sets `Experts.compute`; the engine sets them on its own modules.
+- `Block.recompute` and `Block.compiled_halves`: attributes that save memory and time in training.
 
 Shapes: B sequences, S positions, T = B*S tokens, D model, H query heads, G key/value heads, C head size,
 L layers, E experts, K experts a token, F hidden, V vocabulary.
 
-Parameters are fp32 masters under DBRX's own names; `compute_dtype` is what the arithmetic runs in.
+Parameters are fp32 masters under DBRX's own names; `compute_dtype` is what the arithmetic runs in. The constructors
+allocate them on the current device and do not initialize them: `init_weights` does, or a checkpoint is loaded.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gristmill.kernels.attention import document_starts, packed_attention
 from gristmill.kernels.experts import experts
@@ -38,6 +41,9 @@ Product: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 ComputeExperts: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 # compute(x [T, D], w1 [F, D], v1 [F, D], w2 [F, D]) -> [T, D]
 ComputeGLU: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+# The activations of a block that the backward pass computes again: none, those of its ffn half, or all.
+Recompute: TypeAlias = Literal["none", "selective", "full"]
 
 
 def packed(document_ids_BS: Tensor) -> Attend:
@@ -78,9 +84,9 @@ def dense_glu(x_TD: Tensor, w1_FD: Tensor, v1_FD: Tensor, w2_FD: Tensor) -> Tens
 class Linear(nn.Module):
     """y = x Wᵀ, without bias, in x's dtype. `product` computes it."""
 
-    def __init__(self, inputs: int, outputs: int, std: float) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs) * std)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.product: Product = linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +99,7 @@ class LayerNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), None, self.eps)
@@ -121,8 +127,8 @@ class Attention(nn.Module):
         super().__init__()
         self.cfg = cfg
         heads = cfg.n_heads + 2 * cfg.kv_n_heads
-        self.Wqkv = Linear(cfg.d_model, heads * cfg.head_dim, cfg.initializer_range)
-        self.out_proj = Linear(cfg.n_heads * cfg.head_dim, cfg.d_model, cfg.initializer_range)
+        self.Wqkv = Linear(cfg.d_model, heads * cfg.head_dim)
+        self.out_proj = Linear(cfg.n_heads * cfg.head_dim, cfg.d_model)
         if cfg.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.norm_eps) for _ in range(2))
 
@@ -146,7 +152,7 @@ class Experts(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         shape = (cfg.moe_num_experts, cfg.ffn_hidden_size, cfg.d_model)
-        self.w1, self.v1, self.w2 = (nn.Parameter(torch.randn(shape) * cfg.initializer_range) for _ in range(3))
+        self.w1, self.v1, self.w2 = (nn.Parameter(torch.empty(shape)) for _ in range(3))
         self.compute: ComputeExperts = experts
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
@@ -162,9 +168,9 @@ class MoE(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.router = Linear(cfg.d_model, cfg.moe_num_experts, cfg.initializer_range)
-        self.router_bias: Tensor | None  # no parameter: training moves it, not the optimizer
-        self.register_buffer("router_bias", torch.zeros(cfg.moe_num_experts) if cfg.moe_router_bias else None)
+        self.router = Linear(cfg.d_model, cfg.moe_num_experts)
+        self.router_bias: Tensor | None  # a buffer: the training loop changes it, not the optimizer
+        self.register_buffer("router_bias", torch.empty(cfg.moe_num_experts) if cfg.moe_router_bias else None)
         self.experts = Experts(cfg)
 
     def forward(self, x_TD: Tensor, observe: Observe | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +199,7 @@ class DenseGLU(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         shape = (cfg.ffn_hidden_size, cfg.d_model)
-        self.w1, self.v1, self.w2 = (nn.Parameter(torch.randn(shape) * cfg.initializer_range) for _ in range(3))
+        self.w1, self.v1, self.w2 = (nn.Parameter(torch.empty(shape)) for _ in range(3))
         self.compute: ComputeGLU = dense_glu
 
     def forward(self, x_TD: Tensor, observe: Observe | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,11 +207,23 @@ class DenseGLU(nn.Module):
         return out_TD, x_TD.new_zeros(1, dtype=torch.float32), torch.tensor([len(x_TD)], device=x_TD.device)
 
 
+AttentionHalf: TypeAlias = Callable[[Tensor, int, Tensor, Tensor, Attend], Tensor]
+FfnHalf: TypeAlias = Callable[[Tensor, Observe | None], tuple[Tensor, Tensor, Tensor]]
+
+
 class Block(nn.Module):
-    """x += attention(norm_1(x)); x += ffn(norm_2(x))."""
+    """x += attention(norm_1(x)); x += ffn(norm_2(x)).
+
+    Seams for training, set from outside:
+        recompute: Which activations the backward pass computes again instead of keeping them (Chen et al., 2016,
+            arXiv:1604.06174). The router's jitter is drawn again from the same random state.
+        compiled_halves: Compiled `attention_half` and `ffn_half`, which are called instead when gradients are computed.
+    """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
+        self.recompute: Recompute = "none"
+        self.compiled_halves: tuple[AttentionHalf, FfnHalf] | None = None
         self.norm_1, self.norm_2 = norm(cfg), norm(cfg)
         self.attn = Attention(cfg)
         self.ffn: MoE | DenseGLU
@@ -218,12 +236,26 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend, observe: Observe | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.fed(self.attended(x_BSD, layer, cos, sin, attend), observe)
+        if self.recompute == "full":
+            return checkpoint(self.both_halves, x_BSD, layer, cos, sin, attend, observe, use_reentrant=False)
+        return self.both_halves(x_BSD, layer, cos, sin, attend, observe)
 
-    def attended(self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def both_halves(
+        self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend, observe: Observe | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        halves: tuple[AttentionHalf, FfnHalf] = (self.attention_half, self.ffn_half)
+        if self.compiled_halves and torch.is_grad_enabled():
+            halves = self.compiled_halves
+        attention_half, ffn_half = halves
+        x_BSD = attention_half(x_BSD, layer, cos, sin, attend)
+        if self.recompute == "selective":
+            return checkpoint(ffn_half, x_BSD, observe, use_reentrant=False)
+        return ffn_half(x_BSD, observe)
+
+    def attention_half(self, x_BSD: Tensor, layer: int, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         return x_BSD + self.attn(self.norm_1(x_BSD), layer, cos, sin, attend)
 
-    def fed(self, x_BSD: Tensor, observe: Observe | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def ffn_half(self, x_BSD: Tensor, observe: Observe | None = None) -> tuple[Tensor, Tensor, Tensor]:
         out_TD, probs_E, counts_E = self.ffn(self.norm_2(x_BSD).flatten(0, 1), observe)
         return x_BSD + out_TD.view_as(x_BSD), probs_E, counts_E
 
@@ -231,30 +263,21 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids to final hidden states; `logits` (or a chunked loss over `output_weight`) finishes the job.
 
-    made: called with each block when it has its weights and the next has none yet: a model that no memory holds whole
-    can be given away in parts.
+    The parameters are allocated but not initialized: call `init_weights`, or load a checkpoint. Under
+    `torch.device("meta")` they take no memory.
     """
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        compute_dtype: torch.dtype = torch.float32,
-        made: Callable[[Block], None] = lambda block: None,
-    ) -> None:
+    def __init__(self, cfg: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         assert cfg.vocab_size is not None, "the recipe or the checkpoint fills in vocab_size"
         self.cfg = cfg
         self.compute_dtype = compute_dtype
-        self.wte = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        nn.init.normal_(self.wte.weight, std=cfg.initializer_range)
-        self.blocks = nn.ModuleList()
-        for _ in range(cfg.n_layers):
-            block = Block(cfg)
-            self.blocks.append(block)
-            made(block)
+        # nn.Embedding's constructor would draw random weights.
+        self.wte = nn.Embedding.from_pretrained(torch.empty(cfg.vocab_size, cfg.d_model), freeze=False)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm_f = norm(cfg)
         if not cfg.tie_word_embeddings:
-            self.lm_head = Linear(cfg.d_model, cfg.vocab_size, cfg.initializer_range)
+            self.lm_head = Linear(cfg.d_model, cfg.vocab_size)
 
     def forward(
         self, tokens_BS: Tensor, positions_BS: Tensor, attend: Attend, observe: Observe | None = None

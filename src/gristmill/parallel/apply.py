@@ -1,103 +1,115 @@
-"""What is done to the model so that it trains on many ranks, in less memory, or compiled: steps, from outside.
+"""Parallelism, compilation and recompute, applied to a model from outside: a flat, ordered list of steps.
 
-A block is treated when it has just got its weights and the next has none, so that no rank ever holds the whole model.
+A model is built on the meta device, changed by these steps, and only then allocated, so no rank ever holds the whole
+model. Its weights are then initialized or loaded, each rank its part.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
-from torch.utils.checkpoint import checkpoint
 
-from gristmill.model import ModelConfig, Transformer
+from gristmill.model import ModelConfig, Recompute, Transformer
 from gristmill.model.transformer import Block, MoE
-from gristmill.parallel.config import Recompute
 from gristmill.parallel.dispatch import split_experts
 from gristmill.parallel.mesh import EXPERT, Mesh
 
 
-def parallel_model(
+def build_model(
     cfg: ModelConfig,
     dtype: torch.dtype,
     device: torch.device | str,
-    mesh: Mesh | None,
-    recompute: Recompute,
-    compile: bool,
+    mesh: Mesh | None = None,
+    recompute: Recompute = "none",
+    compile: bool = False,
 ) -> Transformer:
-    """A model with random weights, the same ones on any number of ranks; each keeps its part.
+    """Build this rank's part of a model for training. Its weights are allocated but not initialized.
 
-    mesh: None leaves every weight whole. On the meta device it has shapes and no memory.
+    Args:
+        device: Where the weights are stored; on the meta device they take no memory.
+        mesh: The ranks that share the model; None keeps every weight whole.
     """
+    with torch.device("meta"):
+        model = Transformer(cfg, dtype)
+    parallelize(model, mesh, recompute, compile)
+    return model.to_empty(device=device)
 
-    def made(block: Block) -> None:
-        if mesh and mesh.layout.expert > 1 and isinstance(block.ffn, MoE):
-            split_experts(block.ffn.experts, mesh.experts[EXPERT])  # before FSDP, which splits what is left
-        if compile:
-            apply_compile(block)  # before recompute: torch gives up on compiling what is computed again
-        apply_recompute(block, recompute)
-        if mesh:
-            shard_block(block, mesh, dtype)
 
-    with torch.device(device):
-        model = Transformer(cfg, dtype, made)
+def parallelize(model: Transformer, mesh: Mesh | None, recompute: Recompute, compile: bool) -> None:
+    """Prepare a model for training, in this order:"""
     if mesh:
-        # A popular token's gradient is a sum of thousands, which bf16 would round again and again: fp32, as the router.
-        _fully_shard(model.wte, mesh, torch.float32, keep=cfg.tie_word_embeddings)  # tied, the loss needs it too
-        _fully_shard(model, mesh, dtype, keep=True)  # last norm and output: gathered from a step's start to its end
-    return model
+        apply_expert_parallel(model, mesh)  # before FSDP, which splits the experts that remain on this rank
+    if compile:
+        apply_compile(model)  # before FSDP, whose hooks on modules must run outside of the compiled functions
+    apply_recompute(model, recompute)  # may come anywhere: it runs the halves of a block, compiled or not
+    if mesh:
+        apply_fsdp(model, mesh)  # last: it splits the parameters that the other steps have left
 
 
-def apply_compile(block: Block) -> None:
-    """Compile both halves of a block for training; the kernels' own functions and FSDP's gathering stay as they are.
+def apply_expert_parallel(model: Transformer, mesh: Mesh) -> None:
+    """Keep this rank's share of each block's experts, and send tokens to the ranks that have theirs."""
+    if mesh.layout.expert == 1:
+        return
+    for block in _blocks(model):
+        if isinstance(block.ffn, MoE):
+            split_experts(block.ffn.experts, mesh.experts[EXPERT])
 
-    In evaluation the halves run uncompiled: without gradients the native kernels are called through ctypes, which
-    torch.compile cannot trace, and each new length would be compiled again.
+
+def apply_compile(model: Transformer) -> None:
+    """Compile both halves of each block for training; the kernels' own functions and FSDP's gathering stay as they are.
+
+    Without gradients the halves run uncompiled: the native kernels are then called through ctypes, which torch.compile
+    cannot trace, and each new length would be compiled again.
     """
-    for half in ("attended", "fed"):
-        plain = getattr(block, half)
-        setattr(block, half, partial(_compiled_in_training, block, torch.compile(plain), plain))
+    for block in _blocks(model):
+        block.compiled_halves = torch.compile(block.attention_half), torch.compile(block.ffn_half)
 
 
-def _compiled_in_training(block: Block, compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any) -> Any:
-    return (compiled if block.training else plain)(*args)
+def apply_recompute(model: Transformer, recompute: Recompute) -> None:
+    """Save memory: compute activations again in the backward pass instead of keeping them.
 
-
-def apply_recompute(block: Block, what: Recompute) -> None:
-    """Compute again in the backward pass what the forward pass then need not keep (Chen et al., 2016,
-    arXiv:1604.06174). The router's jitter is drawn again from the same state.
-
-    full: a block keeps what enters it. selective: it keeps its attention, whose cost grows with the sequence, and
-    computes its experts again, whose activations are the most.
+    full: a block keeps only its input. selective: it also keeps the activations of its attention, whose cost grows with
+    the sequence, and recomputes its experts, which have the most activations.
     """
-    match what:
-        case "none":
-            pass
-        case "selective":
-            block.fed = partial(checkpoint, block.fed, use_reentrant=False)  # type: ignore[method-assign]
-        case "full":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    for block in _blocks(model):
+        block.recompute = recompute
 
 
-def shard_block(block: Block, mesh: Mesh, dtype: torch.dtype) -> None:
-    """FSDP: a block's weights are gathered when it computes. Stacked experts are split inside each expert, so that
-    there may be more ranks than experts, and each expert lies on as many ranks as the others."""
-    if isinstance(block.ffn, MoE):
-        # Whole experts would leave ranks without any; rows F are many and divide well.
-        _fully_shard(block.ffn.experts, mesh, dtype, dim=1, experts=True)
-        if dtype != torch.float32:  # the router's product is in fp32, and its weights stay so on the way
-            _fully_shard(block.ffn.router, mesh, torch.float32)
-    _fully_shard(block, mesh, dtype)
+def apply_fsdp(model: Transformer, mesh: Mesh) -> None:
+    """Split all weights over the ranks (FSDP2); each module gathers its own when it computes.
+
+    Stacked experts are split inside each expert, so that there may be more ranks than experts, and every rank has the
+    same share of each expert.
+    """
+    dtype = model.compute_dtype
+    for block in _blocks(model):
+        if isinstance(block.ffn, MoE):
+            # Whole experts would leave ranks without any; rows F are many and divide well.
+            _fully_shard(block.ffn.experts, mesh, dtype, dim=1, experts=True)
+            if dtype != torch.float32:  # the router computes in fp32, so its weights are gathered in fp32
+                _fully_shard(block.ffn.router, mesh, torch.float32)
+        _fully_shard(block, mesh, dtype)
+    # A popular token's gradient is a sum of thousands, which bf16 would round each time: fp32, as for the router.
+    # With tied embeddings the loss needs the weight too, so it stays gathered.
+    _fully_shard(model.wte, mesh, torch.float32, keep=model.cfg.tie_word_embeddings)
+    _fully_shard(model, mesh, dtype, keep=True)  # last norm and output: gathered from a step's start to its end
+
+
+def _blocks(model: Transformer) -> Sequence[Block]:
+    return list(model.blocks)  # type: ignore[arg-type]
 
 
 def _fully_shard(
     module: nn.Module, mesh: Mesh, dtype: torch.dtype, dim: int = 0, experts: bool = False, keep: bool = False
 ) -> None:
-    """Weights travel in `dtype`, and so do a rank's gradients, summed in fp32 on the way. They are added up and not
-    averaged: the loss is divided by the whole batch. keep: gathered until the backward pass is over."""
+    """Split a module's weights. They are gathered in `dtype`; gradients are summed over the ranks in fp32.
+
+    Gradients are added and not averaged: the loss is divided by the whole batch.
+
+    keep: Keep the weights gathered until the backward pass ends.
+    """
     grid = mesh.experts if experts else mesh.dense
     if EXPERT in (grid.mesh_dim_names or ()):
         grid = grid[tuple(name for name in grid.mesh_dim_names or () if name != EXPERT)]

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gristmill.model import ModelConfig
-from gristmill.parallel.apply import parallel_model
+from gristmill.parallel.apply import build_model
 from gristmill.parallel.config import Layout
 from gristmill.parallel.mesh import local, make_mesh
 
@@ -18,7 +18,7 @@ def sharded_elements(cfg: ModelConfig, layout: Layout, rank: int = 0) -> int:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         mesh = make_mesh(layout, "cpu", None) if layout.split > 1 else None
-        model = parallel_model(cfg, torch.float32, "meta", mesh, "none", compile=False)
+        model = build_model(cfg, torch.float32, "meta", mesh)
         return sum(local(param).numel() for param in model.parameters())
     finally:
         dist.destroy_process_group()

@@ -1,11 +1,8 @@
 """How a training lies over its processes."""
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
-from gristmill.model.config import ModelConfig
-
-Recompute: TypeAlias = Literal["none", "selective", "full"]  # of a block, in the backward pass: see apply.py
+from gristmill.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

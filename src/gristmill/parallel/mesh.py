@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from gristmill.model.init import Part, whole
 from gristmill.parallel.config import Layout
 from gristmill.parallel.ranks import TIMEOUT_S
 
@@ -49,5 +51,13 @@ def _grid(device: str, sizes: dict[str, int]) -> DeviceMesh:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank has of it: the same memory."""
+    """The part of a tensor that this rank stores; it shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: Tensor) -> Part:
+    """The part of a tensor that this rank stores, and where it begins in the whole."""
+    if not isinstance(tensor, DTensor):
+        return whole(tensor)
+    start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+    return Part(local(tensor), tensor.shape, start)

@@ -17,9 +17,9 @@ from typing import Literal, get_args
 from gristmill.kernels import experts as cpu_experts
 from gristmill.kernels.gpu import experts as gpu_experts
 from gristmill.kernels.loss import chunk_tokens
-from gristmill.model.config import ModelConfig
+from gristmill.model import ModelConfig, Recompute
 from gristmill.model.counts import DTYPE_BYTES
-from gristmill.parallel.config import Layout, Recompute
+from gristmill.parallel.config import Layout
 
 RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
 FP32 = DTYPE_BYTES["float32"]

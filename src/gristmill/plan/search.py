@@ -10,8 +10,9 @@ from functools import cached_property, lru_cache
 from math import isqrt
 
 from gristmill.errors import InputError
+from gristmill.model import Recompute
 from gristmill.model.counts import train_flops_per_token
-from gristmill.parallel.config import Layout, ParallelConfig, Recompute, lay_out, misfit
+from gristmill.parallel.config import Layout, ParallelConfig, lay_out, misfit
 from gristmill.plan.footprint import RECOMPUTE, Footprint, Moment, Training, Way, highest, param_bytes
 from gristmill.plan.hardware import Hardware
 from gristmill.plan.traffic import Clock, Times, Traffic

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from gristmill.errors import Failure, InputError
-from gristmill.model import ModelConfig
-from gristmill.parallel.config import ParallelConfig, Recompute
+from gristmill.model import ModelConfig, Recompute
+from gristmill.parallel.config import ParallelConfig
 from gristmill.plan import traffic
 from gristmill.plan.footprint import FP32, OptimizerCost, Training
 from gristmill.plan.hardware import GPUS, Hardware, cpu

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from gristmill.parallel.config import ParallelConfig, Recompute
+from gristmill.model import Recompute
+from gristmill.parallel.config import ParallelConfig
 
 OPERATIONAL = {"key": False}
 MAX_THREADS = 1024  # starting many more can end the process

@@ -22,10 +22,10 @@ import torch
 from gristmill.background import Answer
 from gristmill.errors import Failure, InputError
 from gristmill.kernels.memory import keep_freed_memory
-from gristmill.model import ModelConfig, Transformer
-from gristmill.parallel.apply import parallel_model
+from gristmill.model import ModelConfig, Transformer, init_weights
+from gristmill.parallel.apply import build_model
 from gristmill.parallel.config import Layout, lay_out, misfit
-from gristmill.parallel.mesh import Mesh, make_mesh
+from gristmill.parallel.mesh import Mesh, make_mesh, part_of
 from gristmill.parallel.ranks import ALONE, Ranks
 from gristmill.stop import Stop, StopRequested
 from gristmill.streaming.batches import Batch, Batches
@@ -212,7 +212,7 @@ def initial_state(
     compute = choose_compute(cfg, layout, checkpoint.state.compute if checkpoint else None)
     compute = apply_compute(ranks.scatter([compute] * ranks.world_size if ranks.rank == 0 else None))
     mesh = make_mesh(layout, compute["device"], cfg.rank_timeout_s) if layout.split > 1 else None
-    model = begin(cfg, job.model_cfg, compute, mesh, None if checkpoint else job.start)
+    model = begin(job, compute, mesh, resumes=checkpoint is not None)
     guard, balance = Guard(cfg.guard), Balance(cfg, model, ranks)
     state = TrainState(
         job=job,
@@ -324,18 +324,16 @@ def layout_of(cfg: TrainConfig, model_cfg: ModelConfig, ranks: Ranks) -> Layout:
     return layout
 
 
-def begin(
-    cfg: TrainConfig, model_cfg: ModelConfig, compute: dict[str, Any], mesh: Mesh | None, start: Path | None
-) -> Transformer:
-    """A model with the weights of `start`, or random ones."""
-    torch.manual_seed(cfg.seed)
-    # Random numbers come from the CPU, the same for one GPU as for none; many ranks make theirs where they are needed.
-    device = compute["device"] if mesh else "cpu"
+def begin(job: TrainingJob, compute: dict[str, Any], mesh: Mesh | None, resumes: bool) -> Transformer:
+    """Build the model with the weights of `job.start` or random ones; allocate them only if a checkpoint follows."""
     dtype = getattr(torch, compute["dtype"])
-    model = parallel_model(model_cfg, dtype, device, mesh, cfg.recompute, compute["compile"]).to(compute["device"])
-    if start:
-        load_tensors(start, model.state_dict(), {})
-    return model
+    model = build_model(job.model_cfg, dtype, compute["device"], mesh, job.cfg.recompute, compute["compile"])
+    if resumes:
+        return model
+    if job.start:
+        load_tensors(job.start, model.state_dict(), {})
+        return model
+    return init_weights(model, job.cfg.seed, part_of)
 
 
 def check_saves(events: Sequence[Saved | SaveFailed], cfg: CheckpointConfig, last: bool = False) -> Iterator[Event]:

@@ -276,7 +276,7 @@ def _summary(metrics: Mapping[str, Any]) -> str:
 
 TRAIN_STAGE = TrainStage(
     name="train",
-    format=4,
+    format=5,
     config=TrainConfig,
     more_sections={"model": ModelConfig},
     inputs=("shards", "tokenizer", START),

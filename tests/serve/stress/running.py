@@ -16,10 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from gristmill.hub import in_memory, write_weights
-from gristmill.model import ModelConfig, Transformer
+from gristmill.model import ModelConfig, Transformer, init_weights
 from gristmill.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 
 TEXT = "The miller's daughter said: it is fine, isn't it?\ndef mill(grain: int) -> int:\n    return 1\n"
@@ -34,13 +33,12 @@ def write_model(out: Path) -> Path:
     for split in ("train", "validation"):
         pq.write_table(pa.table(columns), corpus / f"documents-{split}.parquet")
     build_tokenizer(TokenizerConfig(vocab_size=320), corpus, tokenizer)
-    torch.manual_seed(0)
     cfg = ModelConfig(
         d_model=32, n_layers=2, n_heads=4, kv_n_heads=2, ffn_hidden_size=24, max_seq_len=2048, moe_num_experts=4,
         moe_top_k=2, initializer_range=0.2, vocab_size=Tokenizer.load(tokenizer).vocab_size,
     )  # fmt: skip
     (out / "model.json").write_text(json.dumps(asdict(cfg)))
-    write_weights(out, in_memory(Transformer(cfg).state_dict()))
+    write_weights(out, in_memory(init_weights(Transformer(cfg), seed=0).state_dict()))
     return out
 
 
