@@ -45,11 +45,11 @@ from gristmill.parallel.mesh import make_mesh, part_of
 from gristmill.plan.footprint import Training
 from gristmill.plan.hardware import cpu
 from gristmill.plan.search import LIBRARIES, search
-from gristmill.report.plan import optimizer_cost
 from gristmill.streaming.batches import Batch
 from gristmill.train.balance import Balance
 from gristmill.train.config import OptimizerConfig, TrainConfig
 from gristmill.train.gradients import Gradients
+from gristmill.train.optim import OPTIMIZERS
 from gristmill.train.optimizer import Optimizer
 
 RESULTS = Path(__file__).with_name("results") / "plan.json"
@@ -150,7 +150,7 @@ def train(case: Case, steps: int) -> dict[str, Any]:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.ranks)
         mesh = make_mesh(Layout(1, case.ranks, 1, 1), "cpu")
     model = init_weights(build_model(case.model, dtype, "cpu", mesh, case.recompute), seed=0, part_of=part_of)  # type: ignore[arg-type]
-    optimizer = Optimizer(OptimizerConfig(name=case.optimizer, lr=1e-4), model)  # type: ignore[arg-type]
+    optimizer = Optimizer(OptimizerConfig(name=case.optimizer, lr=1e-4), model)
     if not mesh:
         route_as_trained(model, 0.0)
     cfg = TrainConfig(steps=steps, batch_tokens=case.batch_tokens, seq_len=case.seq_len, micro_batch=case.micro_batch)
@@ -203,7 +203,7 @@ def measure(case: Case) -> dict[str, Any]:
 def planned(case: Case, row: dict[str, Any]) -> dict[str, Any]:
     """What a plan says of it, with the rates that were measured."""
     training = Training(model=case.model, seq_len=case.seq_len, batch_tokens=case.batch_tokens,
-                        optimizer=optimizer_cost(case.optimizer), dtype=case.dtype)  # type: ignore[arg-type] # fmt: skip
+                        optimizer=OPTIMIZERS[case.optimizer].cost, dtype=case.dtype)  # type: ignore[arg-type] # fmt: skip
     hardware = cpu(row["gemm_flops"], 10**12, row["copy_bytes_per_s"])
     mesh = ParallelConfig(shard=case.ranks)
     said = search(training, hardware, case.ranks, mesh, case.micro_batch, case.recompute).plan  # type: ignore[arg-type]

@@ -37,7 +37,6 @@ from gristmill.report.plan import (
     figures,
     loads_of_run,
     measured,
-    optimizer_cost,
     parse_mesh,
     parse_tokens,
     plan_text,
@@ -45,9 +44,10 @@ from gristmill.report.plan import (
     seconds,
 )
 from gristmill.report.shape import short
+from gristmill.train.optim import OPTIMIZERS
 
 H100 = GPUS["h100"]
-ADAMW, MUON = optimizer_cost("adamw"), optimizer_cost("muon")
+ADAMW, MUON = OPTIMIZERS["adamw"].cost, OPTIMIZERS["muon"].cost
 TINY = ModelConfig(
     d_model=64, n_layers=2, n_heads=4, kv_n_heads=2, ffn_hidden_size=32, vocab_size=512, max_seq_len=256,
     moe_num_experts=4, moe_top_k=2,
@@ -417,7 +417,7 @@ def test_the_errors_that_a_plan_prints_are_those_of_todays_plan() -> None:
         )  # fmt: skip
         tokens = row["seq_len"] * row["micro_batch"] * row["micro_batches"] * row["ranks"]
         training = Training(model=cfg, seq_len=row["seq_len"], batch_tokens=tokens,
-                            optimizer=optimizer_cost(row["optimizer"]), dtype=row["dtype"])  # fmt: skip
+                            optimizer=OPTIMIZERS[row["optimizer"]].cost, dtype=row["dtype"])  # fmt: skip
         way = Way(layout=Layout(1, row["ranks"], 1, 1), micro_batch=row["micro_batch"], recompute=row["recompute"],
                   on_gpu=False)  # fmt: skip
         said = plan(training, cpu(row["gemm_flops"], 10**12, row["copy_bytes_per_s"]), way)

@@ -1,6 +1,6 @@
 """Muon over batches of matrices against torch's own, one matrix at a time, and against a plain float64 one."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gristmill.model import ModelConfig, Transformer, init_weights
-from gristmill.train import muon
 from gristmill.train.config import OptimizerConfig
-from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
+from gristmill.train.optim import OPTIMIZERS, muon
+from gristmill.train.optim.parameters import hidden_matrices, split_matrices
+from gristmill.train.optimizer import Optimizer
 
 MODEL = ModelConfig(
     d_model=32, n_layers=2, n_heads=4, kv_n_heads=2, ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2,
@@ -33,9 +34,9 @@ def two_models(dtype: torch.dtype) -> tuple[Transformer, Transformer]:
 
 
 def matrices(model: Transformer, of_gradients: bool = False) -> list[Tensor]:
-    params, split = dict(model.named_parameters()), muon_matrices(model)
+    params, split = dict(model.named_parameters()), hidden_matrices(model)
     tensors = {name: params[name].grad if of_gradients else params[name].detach() for name in split}
-    return [view for name, rows in split.items() for view in matrices_of(tensors[name], rows)]  # type: ignore[arg-type]
+    return [view for name, rows in split.items() for view in split_matrices(tensors[name], rows)]  # type: ignore[arg-type]
 
 
 def plain_muon(weight: Tensor, gradients: list[Tensor], lr: float, cfg: OptimizerConfig) -> Tensor:
@@ -104,7 +105,7 @@ def test_every_matrix_is_updated_once_whatever_the_shapes_and_the_size_of_a_batc
         weights, updates = ([torch.randn(shape, dtype=torch.float64) for shape in shapes] for _ in range(2))
         cfg = OptimizerConfig(momentum=0.0)
         expected = [plain_muon(w, [u], 0.1, cfg) for w, u in zip(weights, updates, strict=True)]
-        muon.muon_update(weights, updates, 0.1, torch.float64)
+        muon.update_matrices(weights, updates, 0.1, torch.float64)
     for weight, its in zip(weights, expected, strict=True):
         assert torch.allclose(weight, its, rtol=0, atol=1e-9)
 
@@ -123,7 +124,7 @@ def test_weight_decay_spares_what_adamw_keeps_beside_muon() -> None:
         param.grad = torch.zeros_like(param)
     Optimizer(CFG, model).step(0.5)
     for name, param in model.named_parameters():
-        shrunk = 1 - 0.5 * CFG.weight_decay if name in muon_matrices(model) else 1.0
+        shrunk = 1 - 0.5 * CFG.weight_decay if name in hidden_matrices(model) else 1.0
         assert torch.allclose(param, twin.get_parameter(name) * shrunk, rtol=1e-6)
 
 
@@ -132,7 +133,7 @@ def test_beside_muon_the_other_parameters_take_an_adamw_step_at_their_own_rate()
     model, twin = two_models(torch.float32)
     cfg = replace(CFG, embedding_lr_ratio=0.3, beta1=0.8, beta2=0.99)
     optimizer = Optimizer(cfg, model)
-    others = {name: param for name, param in twin.named_parameters() if name not in muon_matrices(twin)}
+    others = {name: param for name, param in twin.named_parameters() if name not in hidden_matrices(twin)}
     theirs = torch.optim.AdamW(others.values(), lr=0.3 * 0.01, betas=(0.8, 0.99), eps=1e-10, weight_decay=0.0)
     for seed in range(3):
         for module in (model, twin):
@@ -142,6 +143,41 @@ def test_beside_muon_the_other_parameters_take_an_adamw_step_at_their_own_rate()
         theirs.step()
     for name, param in others.items():
         assert torch.allclose(model.get_parameter(name), param, rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_state_of_each_optimizer_has_the_bytes_that_the_planner_is_told(name: str) -> None:
+    model, _ = two_models(torch.float32)
+    state = Optimizer(OptimizerConfig(name=name), model).state()
+    found = {True: 0, False: 0}
+    for key, tensor in state.items():
+        if not key.startswith("count/"):  # one number per parameter tensor
+            found[key.partition("/")[2] in hidden_matrices(model)] += tensor.nbytes
+    numels = {True: 0, False: 0}
+    for key, param in model.named_parameters():
+        numels[key in hidden_matrices(model)] += param.numel()
+    cost = OPTIMIZERS[name].cost
+    assert found[True] == numels[True] * cost.bytes_per_matrix_parameter
+    assert found[False] == numels[False] * cost.bytes_per_parameter
+
+
+def test_an_optimizer_that_is_not_in_the_table_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"^name='sgd': input should be 'adamw' or 'muon'$"):
+        OptimizerConfig(name="sgd")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, option.name)
+        for name, rule in OPTIMIZERS.items()
+        for option in fields(OptimizerConfig)
+        if option.name not in {"name", "lr", "clip_norm", *rule.options}
+    ],
+)
+def test_an_option_that_an_optimizer_does_not_use_is_refused(name: str, option: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{option}=0.5 belongs to .* and {name} does not use it: set it to"):
+        OptimizerConfig(name=name, **{option: 0.5})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("setting", ["embedding_lr_ratio", "momentum"])

@@ -29,7 +29,8 @@ from gristmill.train.gradients import Gradients
 from gristmill.train.guard import Guard
 from gristmill.train.loop import Event, Saved, Skipped, Started, Step, TrainingJob, ValidationDue, layout_of, train
 from gristmill.train.machine import apply_compute
-from gristmill.train.optimizer import Optimizer, matrices_of, muon_matrices
+from gristmill.train.optim.parameters import hidden_matrices, split_matrices
+from gristmill.train.optimizer import Optimizer
 from gristmill.train.schedule import learning_rate_scale
 from gristmill.train.storage import write_verified
 
@@ -228,9 +229,9 @@ def test_figures_agree_with_the_batches(shards: Path, tokenizer: Path, tmp_path:
 
 def test_muon_sees_each_expert_and_each_of_q_k_v_as_a_matrix_of_its_own() -> None:
     model = Transformer(MODEL)
-    split = muon_matrices(model)
+    split = hidden_matrices(model)
     params = dict(model.named_parameters())
-    shapes = [tuple(m.shape) for name in split for m in matrices_of(params[name], split[name])]
+    shapes = [tuple(m.shape) for name in split for m in split_matrices(params[name], split[name])]
     per_layer = [(32, 32), (16, 32), (16, 32), (32, 32)] + [(16, 32)] * 12
     assert sorted(shapes) == sorted(per_layer * 2)
     assert not any("router" in name or "norm" in name or "wte" in name or "lm_head" in name for name in split)

@@ -34,6 +34,16 @@ def count(
         print(shape_text(shape.name, shape.model, shape.context))
 
 
+def known_optimizer(name: str | None) -> str | None:
+    """Check an optimizer's name against the table, which imports torch and is therefore read as late as possible."""
+    if name is not None:
+        from gristmill.train.optim import OPTIMIZERS
+
+        if name not in OPTIMIZERS:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(map(repr, OPTIMIZERS))}.")
+    return name
+
+
 def plan(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe or shape, or a .yaml file.")],
     gpus: Annotated[int, typer.Option(help="How many, up to 100,000; with --gpu cpu, processes.")],
@@ -50,7 +60,8 @@ def plan(
         Literal["none", "selective", "full"] | None, typer.Option(help="[default: the fastest that fits]")
     ] = None,
     optimizer: Annotated[
-        Literal["adamw", "muon"] | None, typer.Option(help="[default: the recipe's, else adamw]")
+        str | None,
+        typer.Option(callback=known_optimizer, help="train.optimizer.name. [default: the recipe's, else adamw]"),
     ] = None,
     tokens: Annotated[
         str | None, typer.Option(help="To train on: 300B, 12T. [default: the recipe's, else 12T]")

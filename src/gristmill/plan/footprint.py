@@ -9,7 +9,7 @@ C head size, L layers, E experts, K experts per token, F hidden, V vocabulary, P
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil, prod
 from typing import Literal, get_args
@@ -41,22 +41,22 @@ PARTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerCost:
-    """Memory and work of an optimizer. `train` defines the optimizers, and its caller passes their costs here.
+    """Memory and work of an optimizer. Each class in train/optim defines its own.
 
     Args:
         name: as in `train.optimizer.name`.
-        matrix_bytes: state per parameter of a hidden matrix.
-        other_bytes: state per parameter of everything else.
+        bytes_per_parameter: state per parameter that is not part of a hidden matrix.
+        bytes_per_matrix_parameter: state per parameter of a hidden matrix.
         batch_numel: device type -> numbers of the matrices that the optimizer processes together; empty if it updates
             each parameter in place.
         iterations: matrix iterations of an update; 0 if it updates each parameter in place.
     """
 
     name: str
-    matrix_bytes: int
-    other_bytes: int
-    batch_numel: Mapping[str, int]
-    iterations: int
+    bytes_per_parameter: int
+    bytes_per_matrix_parameter: int
+    batch_numel: Mapping[str, int] = field(default_factory=dict)
+    iterations: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,9 +204,8 @@ class Footprint:
         local = [(weight, weight.copies * local_numel(weight, layout)) for weight in table]
         cost = training.optimizer
         self.state = FP32 * sum(numel for _, numel in local)
-        self.moments_bytes = sum(
-            numel * (cost.matrix_bytes if weight.matrix else cost.other_bytes) for weight, numel in local
-        )
+        state_bytes = {True: cost.bytes_per_matrix_parameter, False: cost.bytes_per_parameter}
+        self.moments_bytes = sum(numel * state_bytes[weight.matrix] for weight, numel in local)
         # Parameters of one block and of the root after the gather: all of them, except the experts of other ranks.
         self.dense = sum(weight.numel for weight in table if weight.room == "block")
         self.stacks = sum(weight.numel for weight in table if weight.room == "experts") // layout.expert

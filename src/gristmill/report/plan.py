@@ -15,7 +15,7 @@ from gristmill.errors import Failure, InputError
 from gristmill.model import ModelConfig, Recompute
 from gristmill.parallel.config import ParallelConfig
 from gristmill.plan import traffic
-from gristmill.plan.footprint import FP32, OptimizerCost, Training
+from gristmill.plan.footprint import FP32, Training
 from gristmill.plan.hardware import GPUS, Hardware, cpu
 from gristmill.plan.search import (
     DAY_S,
@@ -30,9 +30,9 @@ from gristmill.plan.search import (
     search,
 )
 from gristmill.report.shape import aligned, short
-from gristmill.train import muon
 from gristmill.train.config import TrainConfig
 from gristmill.train.log import METRICS, read_metrics
+from gristmill.train.optim import OPTIMIZERS
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def planned(
     batch_tokens: int | None = None,
     micro_batch: int | None = None,
     recompute: Recompute | None = None,
-    optimizer: Literal["adamw", "muon"] | None = None,
+    optimizer: str | None = None,
     expert_load: str | None = None,
     run: Path | None = None,
 ) -> SearchResult:
@@ -76,7 +76,7 @@ def planned(
         model=model,
         seq_len=length,
         batch_tokens=batch,
-        optimizer=optimizer_cost(_first(optimizer, train.optimizer.name if train else "adamw")),
+        optimizer=OPTIMIZERS[_first(optimizer, train.optimizer.name if train else "adamw")].cost,
         dtype=(train.dtype if train and train.dtype else _dtype(hardware)),
         expert_loads=_expert_loads(model, expert_load, run),
     )
@@ -93,16 +93,6 @@ def planned(
     if expert_load is not None and config is not None and found.plan.way.layout.expert == 1:
         raise InputError(f"--expert-load {expert_load} has no effect with expert=1; set --mesh ...,expert=N")
     return found
-
-
-def optimizer_cost(name: Literal["adamw", "muon"]) -> OptimizerCost:
-    """Return the memory and work of an optimizer."""
-    match name:
-        case "adamw":
-            return OptimizerCost(name=name, matrix_bytes=2 * FP32, other_bytes=2 * FP32, batch_numel={}, iterations=0)
-        case "muon":
-            return OptimizerCost(name=name, matrix_bytes=FP32, other_bytes=2 * FP32, batch_numel=muon.BATCH_NUMEL,
-                                 iterations=muon.STEPS)  # fmt: skip
 
 
 def _first(given: T | None, default: T) -> T:

@@ -1,12 +1,13 @@
 """How to train. Fields that cannot change the resulting weights carry `key: False` and stay out of the stage's key."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 from urllib.parse import urlsplit
 
 from gristmill.model import Recompute
 from gristmill.parallel.config import ParallelConfig
+from gristmill.train.optim import OPTIMIZERS
 
 OPERATIONAL = {"key": False}
 MAX_THREADS = 1024  # starting many more can end the process
@@ -15,13 +16,13 @@ MAX_TIMEOUT_S = 10_000_000  # about four months
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """`muon`: hidden matrices by Muon, the rest (embeddings, norms, router) by AdamW; `adamw`: all by AdamW.
+    """How the weights are updated; train/optim has a class per `name`, which lists the settings that it uses.
 
-    `lr` is the peak rate. Muon's updates are scaled to AdamW's size, so the hidden matrices use `lr` itself and
-    `embedding_lr_ratio * lr` serves the parameters that AdamW keeps beside it. That ratio and `momentum` are Muon's.
+    `lr` is the peak rate. Muon's updates are scaled to AdamW's size, so the hidden matrices use `lr` itself. The other
+    parameters (embeddings, norms, routers), which AdamW updates, use `embedding_lr_ratio * lr`.
     """
 
-    name: Literal["adamw", "muon"] = "muon"
+    name: str = "muon"
     lr: float = 2e-3
     embedding_lr_ratio: float = 1.0
     weight_decay: float = 0.0
@@ -31,6 +32,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"name={self.name!r:.80}: input should be {' or '.join(map(repr, OPTIMIZERS))}")
         for name in ("lr", "embedding_lr_ratio", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
@@ -39,11 +42,13 @@ class OptimizerConfig:
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 0 to below 1")
-        for name in ("embedding_lr_ratio", "momentum"):
-            default = getattr(OptimizerConfig, name)
-            if self.name == "adamw" and getattr(self, name) != default:
+        used = {"name", "lr", "clip_norm", *OPTIMIZERS[self.name].options}
+        for option in fields(self):
+            value, default = getattr(self, option.name), option.default
+            if option.name not in used and value != default:
+                owners = " and ".join(name for name, rule in OPTIMIZERS.items() if option.name in rule.options)
                 raise ValueError(
-                    f"{name}={getattr(self, name)} belongs to muon and adamw does not use it: set it to {default}"
+                    f"{option.name}={value} belongs to {owners} and {self.name} does not use it: set it to {default}"
                 )
 
 
