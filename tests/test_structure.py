@@ -1,6 +1,8 @@
-"""The structure of the package's code: what imports what."""
+"""The structure of the package's code: imports, sizes, and the page that describes it."""
 
 import ast
+import re
+import runpy
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 import gristmill
 
 ROOT = Path(gristmill.__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
+MAX_FILE_LINES, MAX_CLI_LINES, MAX_FUNCTION_LINES = 500, 200, 80
 
 
 def module_name(file: Path, root: Path) -> str:
@@ -65,3 +69,35 @@ def test_a_cycle_is_found_even_if_it_is_for_type_checkers(tmp_path: Path) -> Non
     with pytest.raises(CycleError) as error:
         check_cycles(package)
     assert set(error.value.args[1]) == {"gristmill.one", "gristmill.two"}
+
+
+def test_files_are_short() -> None:
+    files = {file.relative_to(ROOT): len(file.read_text().splitlines()) for file in ROOT.rglob("*.py")}
+    limit = {file: MAX_CLI_LINES if file.parts[0] == "cli" else MAX_FILE_LINES for file in files}
+    assert not {str(file): lines for file, lines in files.items() if lines > limit[file]}
+
+
+def test_functions_are_short() -> None:
+    lines = {
+        f"{file.relative_to(ROOT)} {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for file in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert not {name: count for name, count in lines.items() if count > MAX_FUNCTION_LINES}
+
+
+def test_the_page_on_the_architecture_names_existing_files_and_every_room() -> None:
+    page = (DOCS / "architecture.md").read_text()
+    assert len(page.splitlines()) <= 200
+    root = DOCS.parent
+    named = set(re.findall(r"`([a-z_/]+(?:\.py|/))`", page))
+    assert len(named) > 50
+    assert not {path for path in named if not any((folder / path).exists() for folder in (ROOT, root))}
+    rooms = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
+    assert {f"{room}/" for room in rooms} <= named
+
+
+def test_the_picture_of_the_architecture_is_up_to_date() -> None:
+    drawn = runpy.run_path(str(DOCS / "architecture.py"))["picture"]()
+    assert (DOCS / "architecture.svg").read_text() == drawn, "run `python docs/architecture.py`"
