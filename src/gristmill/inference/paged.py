@@ -23,7 +23,6 @@ from gristmill.model.transformer import Attend
 
 TILE_ROWS = 16  # of attention: queries times the heads that share a key
 BUCKET = 64  # keys are read up to the next multiple of it
-MOST_SHARING = 64  # heads that may share a key head in the native kernel
 
 
 class Paged(Protocol):
@@ -38,9 +37,10 @@ class Paged(Protocol):
 def paged_attention(model: Transformer, num_blocks: int, block_tokens: int) -> Paged:
     assert block_tokens > 1
     assert BUCKET % block_tokens == 0
-    fits = model.cfg.n_heads // model.cfg.kv_n_heads <= MOST_SHARING
-    if fits and native.serves(torch.empty(0, dtype=model.compute_dtype, device=model.wte.weight.device)):
-        return NativePaged(model, num_blocks, block_tokens)
+    if native.serves(torch.empty(0, dtype=model.compute_dtype, device=model.wte.weight.device)):
+        heads_per_key = model.cfg.n_heads // model.cfg.kv_n_heads
+        if heads_per_key <= native.constants().block:
+            return NativePaged(model, num_blocks, block_tokens)
     return TorchPaged(model, num_blocks, block_tokens)
 
 
@@ -60,7 +60,7 @@ class NativePaged:
 
     def __init__(self, model: Transformer, num_blocks: int, block_tokens: int) -> None:
         cfg, self.block_tokens = model.cfg, block_tokens
-        shape = (2, cfg.n_layers, num_blocks, cfg.kv_n_heads, -(-cfg.head_dim // 32) * 32 * block_tokens)
+        shape = (2, cfg.n_layers, num_blocks, cfg.kv_n_heads, native.padded(cfg.head_dim) * block_tokens)
         self.keys_LNGB, self.values_LNGB = _cache(shape, model.compute_dtype, torch.device("cpu"))
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import machinery
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from gristmill.kernels.arguments import ARGUMENTS, ExpertSizes, Heads, Matrix, P
 from gristmill.kernels.calls import Call, Replay
 
 ISAS = ("plain", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # each CPU that runs one runs those before it
-INTERFACE = 4  # of the C functions; raised with cpu.cpp when one changes
+INTERFACE = 5  # of the C functions; raised with cpu.cpp when one changes
 TYPES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 _in_use: str | None = None
@@ -47,6 +47,26 @@ def _process() -> ctypes.CDLL:
     """All that this process has loaded: the OpenMP that torch and the library share, of which a call affects only the
     calling thread. `torch.set_num_threads` would also change the number with which other threads begin."""
     return ctypes.CDLL(None)
+
+
+class Constants(NamedTuple):
+    """Constants of the C++ kernels, defined in native/constants.h.
+
+    panel: outputs of a panel of a packed matrix. depth: the inner dimension of a product is padded to a multiple of
+    it. block: the most heads that may share a key head.
+    """
+
+    panel: int
+    depth: int
+    block: int
+
+
+@functools.cache
+def constants() -> Constants:
+    library = _library()
+    assert library is not None
+    library.constants.restype = ctypes.POINTER(ctypes.c_int64)
+    return Constants(*library.constants()[: len(Constants._fields)])
 
 
 def available() -> list[str]:
@@ -153,6 +173,11 @@ def _function(library: ctypes.CDLL, name: str, dtype: torch.dtype, isa: str) -> 
     function = getattr(library, f"{name}_{TYPES[dtype]}_{isa}")
     function.argtypes, function.restype = (ctypes.c_void_p,), None
     return function
+
+
+def padded(inputs: int) -> int:
+    """Return the inner dimension of a product with its padding."""
+    return -(-inputs // constants().depth) * constants().depth
 
 
 def _given(x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -293,9 +318,9 @@ def _attention_backward(
 
 
 def _lay_panels(x: Tensor) -> Tensor:
-    """[..., P, M] -> [..., M, P] of numbers of 32 or 16 bits, where P is a panel's 64 outputs."""
+    """[..., P, M] -> [..., M, P] of numbers of 32 or 16 bits, where P is `constants().panel`."""
     *before, P, M = x.shape
-    assert P == 64
+    assert constants().panel == P
     x, out = x.contiguous(), torch.empty(*before, M, P, dtype=x.dtype)
     like = torch.empty(0, dtype=torch.float32 if x.dtype.itemsize == 4 else torch.bfloat16)
     _call("lay_panels", like, x.numel() // (P * M), M, x, out)
@@ -353,8 +378,8 @@ def paged_attention(
     tables."""
     (T, H, C), G = q.shape, k.shape[1]
     q, k, v = _rows(q, q.dtype, T, H, C), _rows(k, q.dtype, T, G, C), _rows(v, q.dtype, T, G, C)
-    B = keys.shape[2] // (-(-C // 32) * 32)
-    assert H // G <= 64
+    B = keys.shape[2] // padded(C)
+    assert constants().block >= H // G
     for cache in (keys, values):
         assert cache.dtype == q.dtype
         assert cache.is_contiguous()
@@ -434,11 +459,7 @@ _define(
         *(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (k, v)),  # as they lie when summed over heads
     ),
 )
-_define(
-    "lay_panels(Tensor x) -> Tensor",
-    _lay_panels,
-    lambda x: x.new_empty(x.mT.shape),
-)
+_define("lay_panels(Tensor x) -> Tensor", _lay_panels, lambda x: x.new_empty(x.mT.shape))
 _define(
     "product(Tensor x, Tensor data, int kind, int N, int group) -> Tensor",
     _product,

@@ -2,7 +2,7 @@
 
 No batch changes a bit: a row's sums are added in one order, whatever rows stand beside it.
 
-Shapes: T tokens, K inputs, N outputs; E experts, D model, F hidden; P = N / PANEL panels, rounded up.
+Shapes: T tokens, K inputs, N outputs; E experts, D model, F hidden; P panels of `native.constants().panel` outputs.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,6 @@ from gristmill.kernels.arguments import Matrix
 from gristmill.kernels.memory import CACHE_LINE, use_huge_pages
 from gristmill.kernels.quantized import WIDTHS, Quantized
 
-PANEL = 64  # outputs that lie beside one another
-INPUTS = 32  # what inputs are rounded up to
 Kind: TypeAlias = str
 # A matrix's kind -> its number in native/packed.h. bf16_12: bf16 in 12 bits.
 KINDS: dict[Kind, int] = {"f32": 0, "bf16": 1, "bf16_12": 4} | {width.kind: width.kernel_id for width in WIDTHS}
@@ -47,9 +45,10 @@ def pack(weight: Tensor | Quantized, shorten: bool = True) -> Packed:
     """weight: [N, K] in fp32 or bf16, or quantized. shorten: bf16 to 12 bits where its exponents are few enough, which
     changes no weight and no bit of a product."""
     assert native.in_use() != "torch"
+    panel, depth = native.constants().panel, native.constants().depth
     if isinstance(weight, Quantized):
         N, K = weight.shape
-        made = aligned_empty(-(-N // PANEL) * PANEL * (K * weight.bits // 8 + K // weight.group * 2))
+        made = aligned_empty(-(-N // panel) * panel * (K * weight.bits // 8 + K // weight.group * 2))
         native.lay_quantized(weight.words, weight.scales, weight.bits, made)
         return Packed(made, weight.width.kind, N, K, weight.group)
     N, K = weight.shape
@@ -57,21 +56,21 @@ def pack(weight: Tensor | Quantized, shorten: bool = True) -> Packed:
     if shorten and not is_float and native.in_use() in SHORTENING and (short := _shortened(weight)) is not None:
         return short
     if weight.stride(0) == 1 < N:  # [K, N] in memory
-        x_KN = F.pad(weight.T, (0, -N % PANEL, 0, -K % INPUTS))
+        x_KN = F.pad(weight.T, (0, -N % panel, 0, -K % depth))
         if not is_float:  # two inputs of an output go together
             x_KN = torch.stack((x_KN[::2], x_KN[1::2]), -1).view(torch.int32).squeeze(-1)
-        panels = x_KN.unflatten(1, (-1, PANEL)).transpose(0, 1)  # [P, K, PANEL]
+        panels = x_KN.unflatten(1, (-1, panel)).transpose(0, 1)  # [P, K, panel]
     else:
-        x_NK = F.pad(weight, (0, -K % INPUTS, 0, -N % PANEL)).contiguous()
+        x_NK = F.pad(weight, (0, -K % depth, 0, -N % panel)).contiguous()
         units = x_NK if is_float else x_NK.view(torch.int32)
-        panels = torch.ops.gristmill.lay_panels(units.unflatten(0, (-1, PANEL)))
+        panels = torch.ops.gristmill.lay_panels(units.unflatten(0, (-1, panel)))
     return Packed(_aligned(panels), "f32" if is_float else "bf16", N, K)
 
 
 def _shortened(weight: Tensor) -> Packed | None:
-    (N, K), inputs = weight.shape, -(-weight.shape[1] // INPUTS) * INPUTS
+    (N, K), inputs, panel = weight.shape, native.padded(weight.shape[1]), native.constants().panel
     # Of a panel: `Short`, room for exceptions, 12 bits a weight.
-    made = aligned_empty(-(-N // PANEL) * (128 + -(-inputs // 64) * 64 + inputs * PANEL * 3 // 2))
+    made = aligned_empty(-(-N // panel) * (128 + -(-inputs // 64) * 64 + inputs * panel * 3 // 2))
     return Packed(made, "bf16_12", N, K) if native.lay_halves(weight, made) else None
 
 
@@ -125,7 +124,7 @@ def pack_experts(
         if number == 0:
             E, bytes_ = len(_each(w1)), sum(part.data.numel() for part in parts)
             blocks = aligned_empty(E * bytes_).view(E, bytes_)
-        gate, up, down = (part.data.view(-(-part.N // PANEL), -1) for part in parts)
+        gate, up, down = (part.data.view(-(-part.N // native.constants().panel), -1) for part in parts)
         torch.cat([torch.stack((gate, up), 1).flatten(), down.flatten()], out=blocks[number])
     return PackedExperts(blocks, torch.arange(len(blocks)), parts[0].kind, parts[0].N, parts[0].group)
 

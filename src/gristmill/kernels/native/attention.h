@@ -2,15 +2,14 @@
 //
 // B sequences, S positions, H query heads, G key heads (H a multiple of G), C head size; starts[b][s] is the first position of the
 // document that s belongs to. One thread takes one query head of one sequence. Blocks of keys that no query of the block
-// may see are skipped. Blocks are padded with zeros to BLOCK positions and to a head size that is a multiple of 32.
+// may see are skipped. Blocks are padded with zeros to BLOCK positions and to a head size that is a multiple of DEPTH.
 #pragma once
+#include "constants.h"
 #include "gemm.h"
 #include "memory.h"
 #include "team.h"
 
 namespace {
-
-const int64_t BLOCK = 64;
 
 template <class T> struct Heads {  // a tensor [B, S, heads, C] whose last dimension lies together
     T* data;
@@ -22,7 +21,7 @@ struct Sizes {
     int64_t B, S, H, G, C;
     float scale;
     const int64_t* starts;
-    int64_t padded_head() const { return (C + 31) / 32 * 32; }
+    int64_t padded_head() const { return padded(C); }
     int64_t padded_length() const { return (S + BLOCK - 1) / BLOCK * BLOCK; }
 };
 

@@ -1,6 +1,6 @@
 // Which of the instruction sets that the library was compiled for this CPU, and its system, can run.
+#include "constants.h"
 #include <omp.h>
-#include <stdint.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -8,7 +8,13 @@
 #endif
 
 // What native.py must agree with: raised when a function's arguments change.
-extern "C" int interface() { return 4; }
+extern "C" int interface() { return 5; }
+
+// In the order of `Constants` in native.py.
+extern "C" const int64_t* constants() {
+    static const int64_t values[] = {PANEL, DEPTH, BLOCK};
+    return values;
+}
 
 struct Call {
     void (*function)(const uint64_t* slots);

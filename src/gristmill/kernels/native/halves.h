@@ -4,12 +4,12 @@
 // arXiv:2504.11651) gives them codes of different lengths, for GPUs. These all have one length: to decode 64 weights takes five
 // instructions. A sum takes its terms in the order in which it takes them from plain panels: its bits are the same.
 #pragma once
+#include "constants.h"
 #include "gemm.h"
 #include "team.h"
 
 namespace {
 
-const int64_t PANEL = 64;              // outputs that lie beside one another
 const int64_t EACH = 2 * PANEL;        // weights of a step, a pair of inputs: output 0's two, output 1's two, ...
 const int64_t STEP = EACH + EACH / 2;  // bytes
 const int64_t MOST_INPUTS = 1 << 18;   // that an exception can tell apart
@@ -34,16 +34,16 @@ INLINE int64_t place(int64_t weight) { return weight / 64 * 64 + weight % 32 / 8
 struct Source {  // [N][K], either of which may lie together
     int64_t N, K, row, column;
     const bf16* x;
-    // 64 outputs x 32 inputs as steps in that order, zeros beyond the matrix.
+    // PANEL outputs x DEPTH inputs as steps in that order, zeros beyond the matrix.
     void read(int64_t output, int64_t input, uint16_t* to) const {
-        const int64_t outputs = N - output < PANEL ? N - output : PANEL, inputs = K - input < 32 ? K - input : 32;
+        const int64_t outputs = N - output < PANEL ? N - output : PANEL, inputs = K - input < DEPTH ? K - input : DEPTH;
         const bf16* from = x + output * row + input * column;
-        if (outputs == PANEL && inputs == 32) {  // in pairs
+        if (outputs == PANEL && inputs == DEPTH) {  // in pairs
             typedef uint32_t pair __attribute__((may_alias));
             pair* pairs = (pair*)to;
             for (int64_t p = 0; column == 1 && p < PANEL; p++)
-                for (int64_t k = 0; k < 32; k += 2) __builtin_memcpy(pairs + k * 32 + place(2 * p) / 2, from + p * row + k, 4);
-            for (int64_t k = 0; column != 1 && k < 32; k += 2)
+                for (int64_t k = 0; k < DEPTH; k += 2) __builtin_memcpy(pairs + k * 32 + place(2 * p) / 2, from + p * row + k, 4);
+            for (int64_t k = 0; column != 1 && k < DEPTH; k += 2)
                 for (int64_t four = 0; four < PANEL; four += 4)
                     for (int64_t p = four; p < four + 4; p++) {
                         const bf16* two = from + p * row + k * column;
@@ -51,7 +51,7 @@ struct Source {  // [N][K], either of which may lie together
                     }
             return;
         }
-        __builtin_memset(to, 0, PANEL * 32 * 2);
+        __builtin_memset(to, 0, PANEL * DEPTH * 2);
         for (int64_t p = 0; p < outputs; p++)
             for (int64_t k = 0; k < inputs; k++) to[k / 2 * EACH + place(2 * p) + k % 2] = from[p * row + k * column].bits;
     }
@@ -59,12 +59,12 @@ struct Source {  // [N][K], either of which may lie together
 
 // Whether its exceptions had room.
 inline bool lay_short(const Source& source, int64_t output, uint8_t* out) {
-    const int64_t inputs = (source.K + 31) / 32 * 32;
-    alignas(64) uint16_t weights[PANEL * 32];
+    const int64_t inputs = padded(source.K);
+    alignas(64) uint16_t weights[PANEL * DEPTH];
     int32_t counts[4][256] = {};  // neighbours are often equal: a CPU waits less when it counts them apart
-    for (int64_t k = 0; k < inputs; k += 32) {
+    for (int64_t k = 0; k < inputs; k += DEPTH) {
         source.read(output, k, weights);
-        for (int64_t i = 0; i < PANEL * 32; i++) counts[i % 4][weights[i] >> 8]++;
+        for (int64_t i = 0; i < PANEL * DEPTH; i++) counts[i % 4][weights[i] >> 8]++;
     }
     for (int u = 0; u < 256; u++) counts[0][u] += counts[1][u] + counts[2][u] + counts[3][u];
     Short& panel = *(Short*)out;
@@ -79,7 +79,7 @@ inline bool lay_short(const Source& source, int64_t output, uint8_t* out) {
     }
     uint32_t* listed = (uint32_t*)panel.listed();
     uint8_t* to = (uint8_t*)panel.steps(inputs);
-    for (int64_t k = 0; k < inputs; k += 32) {
+    for (int64_t k = 0; k < inputs; k += DEPTH) {
         source.read(output, k, weights);
         for (int64_t s = 0; s < 16; s++, to += STEP) {
             const uint16_t* step = weights + s * EACH;
@@ -104,7 +104,7 @@ inline bool lay_short(const Source& source, int64_t output, uint8_t* out) {
 // x [N][K] by strides -> panels; *fits: whether all of their exceptions had room.
 inline void lay_halves(int64_t N, int64_t K, int64_t row, int64_t column, const bf16* x, uint8_t* out, int64_t* fits) {
     const Source source{N, K, row, column, x};
-    const int64_t inputs = (K + 31) / 32 * 32;
+    const int64_t inputs = padded(K);
     int64_t failed = inputs > MOST_INPUTS;
     if (!failed) {
         parallel_for((N + PANEL - 1) / PANEL, [&](int64_t panel) {

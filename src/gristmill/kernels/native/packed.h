@@ -20,7 +20,7 @@ enum Kind { FLOATS, HALVES, BYTES, NIBBLES, SHORT };
 struct Matrix {
     const uint8_t* data;
     int64_t kind, N, K, group;
-    int64_t inputs() const { return (K + 31) / 32 * 32; }  // padded with zeros
+    int64_t inputs() const { return padded(K); }
     int64_t groups() const { return K / group; }
     int64_t panels() const { return (N + PANEL - 1) / PANEL; }
     int64_t panel_bytes() const {

@@ -12,7 +12,7 @@ struct PagedSizes {
     int64_t T, H, G, C, B, parts;
     float scale;
     const int64_t *slots, *part, *tables;  // part: first token, tokens, position of the first, where in tables its blocks begin
-    int64_t width() const { return (C + 31) / 32 * 32; }
+    int64_t width() const { return padded(C); }
     int64_t block_size() const { return width() * B; }
 };
 
