@@ -130,8 +130,8 @@ def holding(engine: Engine, steps: int) -> Iterator[None]:
 
 
 def visible(text: str) -> str:
-    """As the page shows white space."""
-    return text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+    """Text as the page shows it: white space has symbols, and so has an empty token."""
+    return text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍") or "∅"
 
 
 def by_hand(model: Transformer, ids: Sequence[int]) -> list[list[list[int]]]:
