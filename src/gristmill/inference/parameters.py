@@ -31,7 +31,8 @@ class Bounds:
 
     def __str__(self) -> str:
         if self.or_zero:
-            return f"0 ({self.zero}) or at least {self.low:g}"
+            low = f"{self.low:g}".replace("e-0", "e-")  # 1e-6, not 1e-06
+            return f"0 ({self.zero}) or at least {low}"
         if self.excludes_low:
             return f"above {self.low} and at most {self.high}"
         values = f"at least {self.low}" if self.high == math.inf else f"from {self.low} to {self.high}"
