@@ -14,6 +14,7 @@ from gristmill.artifact import Artifact, Built, commit, prepare, stage_key, stan
 from gristmill.session import Signals
 
 Config = TypeVar("Config")
+OPERATIONAL = {"key": False}  # metadata of a configuration's field that cannot change the output
 START = "start"  # an input of a stage, if the recipe names a model to continue
 
 
@@ -189,7 +190,7 @@ def plain(config: Any) -> Any:
 def keyed(config: Any) -> Any:
     """The part of a configuration that can change a stage's output, in JSON's types: it makes the stage's key.
 
-    Fields with the metadata `key: False` are left out. `key: None` marks the path of some input: it counts as null,
+    Fields with the metadata OPERATIONAL are left out. `key: None` marks the path of some input: it counts as null,
     because the hash of the input's content is in the key.
     """
     if is_dataclass(config):

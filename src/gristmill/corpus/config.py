@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gristmill.stage import OPERATIONAL
+
 PERMISSIVE = (
     "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC-BY-4.0", "CC0-1.0", "HPND", "ISC",
     "MIT", "MIT-0", "MIT-CMU", "PSF-2.0", "Python-2.0", "Unlicense", "Zlib",
@@ -38,7 +40,7 @@ class SourceConfig:
     text_field: str = "text"
     group_field: str | None = None
     # Not part of the key: what is read and kept does not depend on how often training draws it.
-    weight: float | dict[float, float | tuple[float, float]] = field(default=1.0, metadata={"key": False})
+    weight: float | dict[float, float | tuple[float, float]] = field(default=1.0, metadata=OPERATIONAL)
 
     def __post_init__(self) -> None:
         given = [name for name in ("packages", "path", "dataset") if getattr(self, name) is not None]

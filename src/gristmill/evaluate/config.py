@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from gristmill.stage import OPERATIONAL
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
@@ -18,8 +20,8 @@ class EvaluateConfig:
 
     context_length: int | None = None
     validation_bytes: int | None = 200_000
-    every: int | str = field(default="checkpoint", metadata={"key": False})
-    training_bytes: int | None = field(default=40_000, metadata={"key": False})
+    every: int | str = field(default="checkpoint", metadata=OPERATIONAL)
+    training_bytes: int | None = field(default=40_000, metadata=OPERATIONAL)
     test_bytes: int | None = 500_000
     samples: int = 4
     functions: int = 24

@@ -6,9 +6,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from gristmill.home import expand, home
+from gristmill.stage import OPERATIONAL
 from gristmill.streaming.compression import parse
-
-OPERATIONAL = {"key": False}  # cannot change a stage's output
 
 # Bytes of shards kept on a node: 25 billion tokens in two bytes each, several times the shards that are open at once
 # (8 of 64 MB for each source), and little beside the disk of a machine that trains.

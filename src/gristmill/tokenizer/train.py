@@ -19,7 +19,7 @@ from gristmill import progress
 from gristmill.artifact import Built
 from gristmill.current import TOKENIZER
 from gristmill.errors import InputError
-from gristmill.stage import START, Checked, Context, Stage, StageRun
+from gristmill.stage import OPERATIONAL, START, Checked, Context, Stage, StageRun
 from gristmill.tokenizer.gpt4 import load_table, write_gpt4
 from gristmill.tokenizer.layout import GPT4_VOCAB_SIZE, SPECIAL_TOKENS, SPLIT_PATTERN, write_tokenizer
 from gristmill.tokenizer.start import add_start_token, upgrade
@@ -46,7 +46,7 @@ class TokenizerConfig:
     kind: Literal["bpe", "gpt4", "start"] = "bpe"
     vocab_size: int | None = None
     sample_bytes: int = 16 << 20
-    table: str | None = field(default=None, metadata={"key": False})  # there is one table: its hash is checked
+    table: str | None = field(default=None, metadata=OPERATIONAL)  # there is one table: its hash is checked
 
     def __post_init__(self) -> None:
         if self.kind != "bpe" and self.vocab_size not in (None, self.num_ids):

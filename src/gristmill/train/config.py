@@ -1,4 +1,4 @@
-"""How to train. Fields that cannot change the resulting weights carry `key: False` and stay out of the stage's key."""
+"""How to train. Fields that cannot change the resulting weights carry OPERATIONAL and stay out of the stage's key."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
@@ -7,9 +7,10 @@ from urllib.parse import urlsplit
 
 from gristmill.model import Recompute
 from gristmill.parallel.config import ParallelConfig
+from gristmill.parallel.ranks import TIMEOUT_S
+from gristmill.stage import OPERATIONAL
 from gristmill.train.optim import OPTIMIZERS
 
-OPERATIONAL = {"key": False}
 MAX_THREADS = 1024  # starting many more can end the process
 MAX_TIMEOUT_S = 10_000_000  # about four months
 
@@ -181,7 +182,7 @@ class TrainConfig:
     recompute: Recompute = field(default="none", metadata=OPERATIONAL)
     compile: bool = field(default=False, metadata=OPERATIONAL)
     workers: int = field(default=1, metadata=OPERATIONAL)
-    rank_timeout_s: float = field(default=300.0, metadata=OPERATIONAL)
+    rank_timeout_s: float = field(default=TIMEOUT_S, metadata=OPERATIONAL)
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "micro_batch", "log_every"):

@@ -22,7 +22,7 @@ from gristmill.evaluate.config import EvaluateConfig
 from gristmill.evaluate.documents import Document, read_documents
 from gristmill.inference.scorer import ModelScorer
 from gristmill.model import ModelConfig
-from gristmill.model.counts import count_params, train_flops_per_token
+from gristmill.model.counts import TRAINING_BYTES, count_params, train_flops_per_token
 from gristmill.parallel.ranks import Ranks
 from gristmill.progress import console
 from gristmill.session import Stopped
@@ -111,9 +111,9 @@ def _ranks(context: Context) -> Ranks:
 
 
 def _check_memory(model: ModelConfig, ranks: Ranks) -> None:
-    """Raises InputError when one process on a CPU cannot hold weights, gradients and moments."""
+    """Raise InputError if one process on a CPU cannot hold the weights and AdamW's moments."""
     machine = describe_machine()
-    needed = 12 * count_params(model).total_params / 2**30  # three numbers of 4 bytes
+    needed = TRAINING_BYTES * count_params(model).total_params / 2**30
     memory = machine["memory_gib"]  # 0 if it is unknown
     if ranks.world_size == 1 and machine["gpu"] is None and 0 < memory < needed:
         raise InputError(
