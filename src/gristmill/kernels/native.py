@@ -101,6 +101,20 @@ def compute_alone() -> None:
         library.compute_alone()
 
 
+@functools.cache
+def _set_mkl_threads() -> Callable[[int], int]:
+    """Return MKL's function that sets the calling thread's number of threads (0: MKL's choice) and returns the old one.
+
+    PyTorch computes cos and sin with MKL, which does not ask OpenMP for the number of threads.
+    """
+    try:
+        torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        function: Callable[[int], int] = torch_library.MKL_Set_Num_Threads_Local
+    except (OSError, AttributeError):  # PyTorch was built without MKL
+        return lambda threads: 0
+    return function
+
+
 @contextmanager
 def team(threads: int) -> Iterator[None]:
     """Run this thread's kernels on `threads` threads of the library's own instead of OpenMP's, see native/team.cpp.
@@ -114,10 +128,12 @@ def team(threads: int) -> Iterator[None]:
     openmp = _process()
     torch_threads, members = openmp.omp_get_max_threads(), library.set_team(threads)
     library.compute_alone()
+    mkl_threads = _set_mkl_threads()(1)
     try:
         yield
     finally:
         library.set_team(members)
+        _set_mkl_threads()(mkl_threads)
         openmp.omp_set_num_threads(torch_threads)
 
 
