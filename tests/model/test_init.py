@@ -142,6 +142,8 @@ def test_at_most_one_piece_is_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.gpu
 def test_a_gpu_gets_the_values_of_the_cpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("not run: there is no GPU")
     with torch.device("cuda"):
         on_gpu = init_weights(Transformer(ModelConfig(**SHAPE)), 0)  # type: ignore[arg-type]
     assert all(torch.equal(a.cpu(), b) for a, b in zip(on_gpu.parameters(), make().parameters(), strict=True))

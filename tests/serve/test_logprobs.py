@@ -1,6 +1,7 @@
 """Log-probabilities as clients read them: one entry for each token, whatever ended the answer, on both routes."""
 
 import json
+import random
 from typing import Any
 
 import openai
@@ -12,6 +13,7 @@ from running_server import Direct, Running
 
 from gristmill.inference.scorer import causal
 from gristmill.model import Transformer
+from gristmill.serve.answers import Place, token_text
 from gristmill.tokenizer import Tokenizer
 
 PROMPT = "The miller's daughter"
@@ -52,6 +54,19 @@ def ask(server: Running, path: str, **settings: Any) -> dict[str, Any]:
 
 def text_of(choice: dict[str, Any]) -> str:
     return str(choice["text"] if "text" in choice else choice["message"]["content"])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(chance=st.randoms(use_true_random=False))
+def test_the_offset_of_a_whole_token_is_its_place_in_the_text(direct: Direct, chance: random.Random) -> None:
+    """Also after bytes that never become a character: the text has U+FFFD for them."""
+    tokenizer, place = direct.tokenizer, Place(direct.tokenizer.stream_decoder())
+    ids = chance.choices(range(tokenizer.vocab_size), k=12)
+    text, offsets = tokenizer.decode(ids), [place.pass_by(id) for id in ids]
+    assert offsets == sorted(offsets)
+    for id, offset in zip(ids, offsets, strict=True):
+        token = token_text(tokenizer, id)
+        assert token.startswith("bytes:") or text[offset : offset + len(token)] == token
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -97,15 +97,20 @@ class Completion(Shape):
 
 
 class Place:
-    """Where in its text an answer's next token begins: a number of characters. decoder: as that of the text."""
+    """Counts the characters of an answer's text before each of its tokens. decoder: as that of the text."""
 
     def __init__(self, decoder: StreamDecoder) -> None:
         self._decoder, self._offset = decoder, 0
 
     def pass_by(self, id: int) -> int:
-        offset = self._offset
-        self._offset += len(self._decoder.feed(id))
-        return offset
+        """Return the offset of the next token.
+
+        U+FFFD stands for an unfinished character of earlier tokens: it is emitted with this token but precedes it.
+        """
+        offset, was_whole = self._offset, self._decoder.is_whole
+        text = self._decoder.feed(id)
+        self._offset += len(text)
+        return offset + (not was_whole and text.startswith("\N{REPLACEMENT CHARACTER}"))
 
 
 class Chat(Shape):
