@@ -27,7 +27,7 @@ SAME_LAYER = {
     *(("session", "artifact"), ("session", "errors"), ("session", "progress"), ("session", "stop")),
     ("background", "stop"),
     ("plan", "parallel"),  # uses the layout of a training
-    *(("stage", "artifact"), ("stage", "session")),
+    *(("stage", "artifact"), ("stage", "errors"), ("stage", "session")),
     *(("recipe", "pipeline"), ("cli", "pipeline"), ("cli", "recipe")),
 }
 ROOT = Path(gristmill.__file__).parent

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +69,20 @@ def test_a_stage_is_added_by_one_definition_and_one_entry_in_the_list(
     run(load_recipe(str(tiny_yaml), ["count.max_bytes=100"], stages), folder, stages=stages)
     assert capsys.readouterr().err.count("stands") == 6
     assert artifact.verify(folder).problems == []
+
+
+def test_a_folder_of_a_version_with_another_format_is_built_again_and_says_so_in_one_line(
+    tiny_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus, tokenizer, *_ = STAGES
+    run(tiny_recipe(), tmp_path, until="tokenizer")
+    stages = (corpus, replace(tokenizer, format=tokenizer.format + 1), *STAGES[2:])
+    capsys.readouterr()
+    run(tiny_recipe(), tmp_path, until="tokenizer", stages=stages)
+    assert capsys.readouterr().err.count("another format") == 1
+    run(tiny_recipe(), tmp_path, until="tokenizer", stages=stages)
+    run(tiny_recipe("tokenizer.vocab_size=400"), tmp_path, until="tokenizer", stages=stages)
+    assert "another format" not in capsys.readouterr().err
 
 
 def test_the_keys_of_the_stages_stay_so_that_finished_runs_stay_finished(

@@ -156,6 +156,10 @@ class _Run:
         else:
             self.announce()
             if self.ranks.rank == 0:
+                if stage.has_other_format(run):
+                    console.print(
+                        f"{stage.name:<10}the version that wrote this folder had another format; building it again"
+                    )
                 (context.folder / MANIFEST).unlink(missing_ok=True)  # it describes the run before this one
             console.print(f"[bold]{stage.name:<10}[/]{stage.doing}")
             started = time.perf_counter()

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from gristmill.artifact import Artifact, Built, commit, prepare, stage_key, standing
+from gristmill.artifact import MANIFEST, Artifact, Built, commit, load, prepare, stage_key, standing
+from gristmill.errors import Failure, InputError
 from gristmill.session import Signals
 
 Config = TypeVar("Config")
@@ -160,6 +161,26 @@ class Stage(Generic[Config]):
     def find(self, run: StageRun[Config]) -> Artifact | None:
         """Return the artifact if the stage is finished."""
         return standing(run.folder, run.key)
+
+    def has_other_format(self, run: StageRun[Config]) -> bool:
+        """Return whether the run folder has an artifact of the same settings and inputs under another key.
+
+        A version of Gristmill with another format wrote it. If the key includes a fingerprint, the answer is no: the
+        manifest does not record it, so its change cannot be told from a change of the format.
+        """
+        contents = {name: artifact.content for name, artifact in run.inputs.items()}
+        folder = run.folder.parent
+        if run.checked.fingerprint:
+            return False
+        for file in (*folder.glob(f"*/{MANIFEST}"), *folder.glob(f"*/*/{MANIFEST}")):
+            try:
+                artifact = load(file.parent)
+            except (Failure, InputError):
+                continue
+            its_contents = {name: given["content"] for name, given in artifact.manifest["inputs"].items()}
+            if artifact.manifest["config"] == run.settings and its_contents == contents and artifact.key != run.key:
+                return True
+        return False
 
     def make(self, run: StageRun[Config]) -> Artifact:
         """Build the artifact and commit it. Its metrics get the seconds that this took."""
