@@ -264,3 +264,10 @@ def test_a_folder_without_write_permission_is_one_message(tiny_yaml: Path) -> No
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "choose --out" in result.stderr
+
+
+def test_a_malformed_hub_endpoint_is_one_line() -> None:
+    command = [sys.executable, "-m", "gristmill.cli", "pull", "org/name"]
+    ended = subprocess.run(command, env={**os.environ, "HF_ENDPOINT": "http://["}, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert "HF_ENDPOINT='http://[' is not a URL" in ended.stderr

@@ -1,6 +1,8 @@
 """The user's home directory, which not every process has: a container's user need not be in the list of users."""
 
+import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from gristmill.errors import InputError
 
@@ -20,3 +22,12 @@ def expand(path: str | Path, where: str = "") -> Path:
     except RuntimeError:
         fix = "set HOME or write the full path" if Path(path).parts[0] == "~" else "write the full path"
         raise InputError(f"{where and f'{where}: '}{str(path)!r}: the home directory is unknown; {fix}") from None
+
+
+def check_endpoint() -> None:
+    """Raise InputError if HF_ENDPOINT is no URL: huggingface_hub would fail with a traceback when it is imported."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        urlsplit(endpoint).hostname  # noqa: B018  # raises
+    except ValueError as problem:
+        raise InputError(f"HF_ENDPOINT={endpoint!r:.80} is not a URL ({problem}); correct it or unset it") from None

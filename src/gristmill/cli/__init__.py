@@ -12,6 +12,7 @@ import typer
 from gristmill.cli import exits, hub, inference, keys, records, sizing, stages
 from gristmill.cli.options import Verb
 from gristmill.cpus import limit_threads
+from gristmill.home import check_endpoint
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +49,7 @@ for name, verb in VERBS.items():
 @app.callback()
 def prepare() -> None:
     limit_threads()  # before any verb imports torch
+    check_endpoint()  # before any verb imports huggingface_hub
 
 
 def main() -> None:
