@@ -77,7 +77,7 @@ def exit_code(call: Callable[[], Any]) -> int:
         signum = getattr(stop, "signum", None)
         if signum is None:
             raise
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; run the same command again to resume", file=sys.stderr)
         return 130 if signum == signal.SIGINT else 75
 
 
@@ -87,7 +87,7 @@ def _fail(message: object, code: int) -> int:
 
 
 def _usage(bad: Any) -> int:
-    """Print what is wrong with a command line and where to read the rule; print the help if no verb is given."""
+    """Print the error in a command line and where to read the rule; print the help if no verb is given."""
     command = bad.ctx.command_path if bad.ctx is not None else "gristmill"
     if bad.__class__.__name__ == "NoArgsIsHelpError":
         bad.show()

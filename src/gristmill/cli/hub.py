@@ -13,7 +13,7 @@ def pull(
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit. [default: main]")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="[default: models/ORG--NAME]")] = None,
 ) -> None:
-    """Fetch a published model: only the files that are needed, nothing that runs; run again, it goes on.
+    """Fetch a published model: only the necessary files, and no code. Run the command again to resume.
 
     `HF_TOKEN` opens gated models, `HF_ENDPOINT` names a mirror.
     """
@@ -28,8 +28,8 @@ def import_(
 ) -> None:
     """Bring a published model in, tensor by tensor: weights in their own precision, tokenizer, settings, license.
 
-    Nothing in SRC is run, and pickled weights are refused. What the files' checksums say, when any came with them, is
-    checked; what is missing, unknown or damaged is named.
+    Nothing in SRC is executed, and pickled weights are rejected. Checksums that came with the files are checked. Errors
+    name missing, unknown or damaged tensors.
     """
     from gristmill.hub.importing import import_model
 
@@ -54,7 +54,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Give a model out: as a Hugging Face directory for transformers, vLLM and SGLang, or as one GGUF file."""
+    """Export a model as a Hugging Face directory for transformers, vLLM and SGLang, or as one GGUF file."""
     from gristmill.hub.export import export as export_model
     from gristmill.inference import find_model
 
@@ -73,7 +73,7 @@ def quantize(
         ),
     ] = None,
 ) -> None:
-    """Store a model's matrices, experts included, as small whole numbers, and measure what that costs."""
+    """Quantize a model's matrices, including the experts, and measure the loss of quality."""
     from gristmill.hub.quantized import QuantizeConfig
     from gristmill.inference.quantizing import quantize_model
 

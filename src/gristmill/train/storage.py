@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint on disk: planned by torch's distributed checkpoint, written and read as safetensors.
+"""The tensors of a checkpoint on disk: torch's distributed checkpoint plans them, safetensors stores them.
 
 Its planner decides which rank writes which tensor, or part of one, and from where a rank reads what it needs, however
 many ranks there are then. Its storage is not used: that keeps the plan in a pickle, which can run code when it is read.
