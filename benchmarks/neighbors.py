@@ -1,7 +1,8 @@
 """Training, prefill and decode next to busy processes and under a CPU quota, compared with transformers and llama.cpp.
 
     python benchmarks/neighbors.py [train] [decode] [prefill]      all of them by default
-    python benchmarks/neighbors.py --against SRC [...]             only quiet: ten pairs with the package in SRC
+    python benchmarks/neighbors.py --ours [...]                    without transformers and llama.cpp
+    python benchmarks/neighbors.py --against CHECKOUT [...]        quiet only: ten pairs with another checkout
 
 On two CPUs next to n busy processes, a fair share is 2 / (n + 2) of the quiet rate. Each side is a process of its own;
 they take turns, and the others sleep meanwhile. A rate is all tokens over all seconds of a condition, since the slow
@@ -31,8 +32,8 @@ from gristmill.hub import in_memory, write_published
 from gristmill.kernels import native
 from gristmill.model import Transformer, init_weights
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "neighbors.json"
+CHECKOUT = Path(__file__).parents[1]
+RESULTS = CHECKOUT / "benchmarks" / "results" / "neighbors.json"
 TRAIN = Shape(QUICKSTART)
 # The same size in a layout that llama.cpp runs.
 SERVED = replace(QUICKSTART, norm="rms_norm", norm_eps=1e-6, qk_norm=True, clip_qkv=None)
@@ -89,18 +90,19 @@ def quota(sides: list[Side]) -> Iterator[bool]:
         group.rmdir()
 
 
-def waiting(env: dict[str, str], source: str | None = None) -> dict[str, str]:
-    """The environment of a side: with `env` in place of the user's wait variables, and perhaps with another package."""
+def waiting(env: dict[str, str], checkout: Path) -> dict[str, str]:
+    """Return a side's environment: `env` replaces the user's wait variables, and the package is that of `checkout`."""
     os_env = {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES}
-    return os_env | {"OMP_NUM_THREADS": str(THREADS)} | env | ({"PYTHONPATH": source} if source else {})
+    return os_env | {"OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": str(checkout / "src")} | env
 
 
 class Trainer:
     """Steps of the quickstart's shape."""
 
-    def __init__(self, folder: Path, name: str, env: dict[str, str], source: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str, env: dict[str, str], checkout: Path = CHECKOUT) -> None:
+        worker = checkout / "benchmarks" / "training_worker.py"
         tokens = str(TRAIN.batch), str(TRAIN.model.max_seq_len), TRAIN.dtype
-        self.side = Side([str(HERE / "training_worker.py"), name, str(folder), *tokens], waiting(env, source))
+        self.side = Side([str(worker), name, str(folder), *tokens], waiting(env, checkout))
         self.tokens = TRAIN.batch * TRAIN.model.max_seq_len
 
     def turn(self, seed: int) -> tuple[int, float]:
@@ -111,10 +113,11 @@ class Trainer:
 class Generator:
     """Greedy tokens after a short prompt, or the first token after a long one."""
 
-    def __init__(self, name: str, prompt: int, new: int, env: dict[str, str], source: str | None = None) -> None:
+    def __init__(self, name: str, prompt: int, new: int, env: dict[str, str], checkout: Path = CHECKOUT) -> None:
+        worker = checkout / "benchmarks" / "inference_worker.py"
         python = str(PEERS / "bin" / "python") if name == "llamacpp" else sys.executable
         model = llamacpps_of(SERVED, "bf16") if name == "llamacpp" else ours_of(SERVED, "bf16")
-        self.side = Side([str(HERE / "inference_worker.py"), name, str(model)], waiting(env, source), python)
+        self.side = Side([str(worker), name, str(model)], waiting(env, checkout), python)
         self.prompt, self.new = prompt, new
 
     def turn(self, seed: int) -> tuple[int, float]:
@@ -122,17 +125,18 @@ class Generator:
         return (self.prompt, answer["first"]) if self.new == 1 else (self.new - 1, answer["rest"])
 
 
-def sides_of(kind: str, folder: Path) -> dict[str, Any]:
+def sides_of(kind: str, folder: Path, with_peers: bool) -> dict[str, Any]:
     match kind:
         case "train":
             policies = {"": {}, ", sleeping": SLEEP}
-            pairs = ((f"{name}{policy}", name, env) for name in SIDES for policy, env in policies.items())
+            names = SIDES if with_peers else ["ours"]
+            pairs = ((f"{name}{policy}", name, env) for name in names for policy, env in policies.items())
             return {name: Trainer(folder, SIDES[side], env) for name, side, env in pairs}
         case "prefill":
             return {"ours": Generator("gristmill", 500, 1, {})}
         case _:
             ours = {"ours": Generator("gristmill", 8, 200, {})}
-            has_peer = (PEERS / "built").exists()
+            has_peer = with_peers and (PEERS / "built").exists()
             return ours | ({"llama.cpp": Generator("llamacpp", 8, 200, {})} if has_peer else {})
 
 
@@ -148,8 +152,8 @@ def rates(sides: dict[str, Any], turns: int, seed: int) -> dict[str, int]:
     return {name: round(tokens / seconds) for name, (tokens, seconds) in totals.items()}
 
 
-def measure(kind: str, folder: Path, turns: int) -> dict[str, Any]:
-    sides = sides_of(kind, folder)
+def measure(kind: str, folder: Path, turns: int, with_peers: bool) -> dict[str, Any]:
+    sides = sides_of(kind, folder, with_peers)
     try:
         rates(sides, 3, 0)  # warm up
         rows: dict[str, Any] = {}
@@ -172,15 +176,15 @@ def measure(kind: str, folder: Path, turns: int) -> dict[str, Any]:
     return rows | {"machine": machine(TRAIN.dtype), "kernels": native.in_use()}
 
 
-def compare(kind: str, folder: Path, source: str, pairs: int = 10) -> dict[str, Any]:
-    """Quiet: the median ratio of ours to the package in `source`, pair by pair."""
+def compare(kind: str, folder: Path, checkout: Path, pairs: int = 10) -> dict[str, Any]:
+    """Return the median ratio of this checkout's rate to the other's, pair by pair, on a quiet machine."""
     match kind:
         case "train":
-            ours, before = Trainer(folder, "gristmill", {}), Trainer(folder, "gristmill", {}, source)
+            ours, before = Trainer(folder, "gristmill", {}), Trainer(folder, "gristmill", {}, checkout)
         case "prefill":
-            ours, before = Generator("gristmill", 500, 1, {}), Generator("gristmill", 500, 1, {}, source)
+            ours, before = Generator("gristmill", 500, 1, {}), Generator("gristmill", 500, 1, {}, checkout)
         case _:
-            ours, before = Generator("gristmill", 8, 200, {}), Generator("gristmill", 8, 200, {}, source)
+            ours, before = Generator("gristmill", 8, 200, {}), Generator("gristmill", 8, 200, {}, checkout)
     ratios = []
     try:
         for turn in range(-3, pairs):
@@ -200,7 +204,8 @@ def compare(kind: str, folder: Path, source: str, pairs: int = 10) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=["train", "prefill", "decode"])
-    parser.add_argument("--against", metavar="SRC", help="the src folder of another checkout with its kernels built")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, with its kernels built")
+    parser.add_argument("--ours", action="store_true", help="leave transformers and llama.cpp out")
     parser.add_argument("--turns", type=int, default=3, help="turns of each side in each condition")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -212,9 +217,9 @@ def main() -> None:
         for kind in args.kinds:
             name = f"{kind}_against_before" if args.against else kind
             if args.against:
-                found = compare(kind, Path(temporary), args.against) | {"machine": machine(TRAIN.dtype)}
+                found = compare(kind, Path(temporary), args.against.resolve()) | {"machine": machine(TRAIN.dtype)}
             else:
-                found = measure(kind, Path(temporary), args.turns)
+                found = measure(kind, Path(temporary), args.turns, not args.ours)
             results[name] = found
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
             print(name, *(f"{key}: {value}" for key, value in found.items()), sep="\n  ", flush=True)
