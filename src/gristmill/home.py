@@ -1,4 +1,5 @@
-"""The user's home directory, which not every process has: a container's user need not be in the list of users."""
+"""Settings from a process's environment: the home directory, which a container's user may lack, and the address of the
+Hugging Face hub."""
 
 import os
 from pathlib import Path

@@ -111,3 +111,22 @@ def test_a_team_changes_the_number_of_torchs_threads_in_its_own_thread_only() ->
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def mkl_threads() -> str:
+    """The calling thread's number of MKL threads, in PyTorch's own words."""
+    return next(line for line in torch.__config__.parallel_info().splitlines() if "mkl_get_max_threads" in line)
+
+
+@pytest.mark.skipif("mkl_get_max_threads" not in torch.__config__.parallel_info(), reason="PyTorch has no MKL here")
+def test_mkl_runs_on_one_thread_within_a_team_and_as_before_elsewhere() -> None:
+    before = mkl_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as other:
+            with native.team(2):
+                assert mkl_threads().endswith(": 1")
+                assert other.submit(mkl_threads).result().endswith(": 3")
+            assert mkl_threads().endswith(": 3")
+    finally:
+        torch.set_num_threads(int(before.rpartition(" ")[2]))

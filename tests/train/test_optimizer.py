@@ -1,4 +1,4 @@
-"""Muon over batches of matrices against torch's own, one matrix at a time, and against a plain float64 one."""
+"""AdamW against torch's; Muon over batches of matrices against torch's, one matrix at a time, and against float64."""
 
 from dataclasses import fields, replace
 
@@ -21,10 +21,10 @@ MODEL = ModelConfig(
 CFG = OptimizerConfig(name="muon", lr=0.01, weight_decay=0.1, clip_norm=1e9)
 
 
-def with_gradients(model: Transformer, seed: int) -> None:
+def with_gradients(model: Transformer, seed: int, scale: float = 1.0) -> None:
     torch.manual_seed(seed)
     for param in model.parameters():
-        param.grad = torch.randn_like(param)
+        param.grad = torch.randn_like(param) * scale
 
 
 def two_models(dtype: torch.dtype) -> tuple[Transformer, Transformer]:
@@ -185,3 +185,51 @@ def test_a_setting_of_muon_is_refused_beside_adamw(setting: str) -> None:
     OptimizerConfig(name="muon", **{setting: 0.5})
     with pytest.raises(ValueError, match=rf"^{setting}=0.5 belongs to muon and adamw does not use it: set it to"):
         OptimizerConfig(name="adamw", **{setting: 0.5})
+
+
+def test_muon_sees_each_expert_and_each_of_q_k_v_as_a_matrix_of_its_own() -> None:
+    model = Transformer(MODEL)
+    split = hidden_matrices(model)
+    params = dict(model.named_parameters())
+    shapes = [tuple(m.shape) for name in split for m in split_matrices(params[name], split[name])]
+    per_layer = [(32, 32), (16, 32), (16, 32), (32, 32)] + [(48, 32)] * 12
+    assert sorted(shapes) == sorted(per_layer * 2)
+    assert not any("router" in name or "norm" in name or "wte" in name or "lm_head" in name for name in split)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_an_adamw_step_equals_torchs_plain_adamw(scale: float) -> None:
+    """Gradients of a millionth are still far above epsilon."""
+    model, reference = init_weights(Transformer(MODEL), seed=0), Transformer(MODEL)
+    reference.load_state_dict(model.state_dict())
+    cfg = OptimizerConfig(name="adamw", lr=0.01, clip_norm=1e9, weight_decay=0.1, beta1=0.8, beta2=0.99)
+    ours = Optimizer(cfg, model)
+    theirs = torch.optim.AdamW(reference.parameters(), lr=0.01, betas=(0.8, 0.99), eps=1e-10, weight_decay=0.1)
+    for seed in range(3):
+        for module in (model, reference):
+            with_gradients(module, seed, scale)
+        ours.clip()
+        ours.step(0.01)
+        theirs.step()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_an_optimizers_state_survives_saving_by_name() -> None:
+    model = init_weights(Transformer(MODEL), seed=0)
+    optimizer = Optimizer(OptimizerConfig(name="muon", lr=0.01), model)
+    with_gradients(model, 0)
+    optimizer.clip()
+    optimizer.step(0.01)
+    saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    twin = Transformer(MODEL)
+    twin.load_state_dict(model.state_dict())
+    restored = Optimizer(OptimizerConfig(name="muon", lr=0.01), twin)
+    for name, tensor in restored.state().items():
+        tensor.copy_(saved[name])
+    for module, its in ((model, optimizer), (twin, restored)):
+        with_gradients(module, 5)
+        its.clip()
+        its.step(0.01)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -29,8 +29,6 @@ from gristmill.train.gradients import Gradients
 from gristmill.train.guard import Guard
 from gristmill.train.loop import Event, Saved, Skipped, Started, Step, TrainingJob, ValidationDue, layout_of, train
 from gristmill.train.machine import apply_compute
-from gristmill.train.optim.parameters import hidden_matrices, split_matrices
-from gristmill.train.optimizer import Optimizer
 from gristmill.train.schedule import learning_rate_scale
 from gristmill.train.storage import write_verified
 
@@ -225,60 +223,6 @@ def test_figures_agree_with_the_batches(shards: Path, tokenizer: Path, tmp_path:
         for layer in step.expert_load:
             assert sum(layer) == pytest.approx(1.0, abs=1e-3)
     assert [step.curriculum_stage for step in steps] == [0] * 10 + [1] * 10
-
-
-def test_muon_sees_each_expert_and_each_of_q_k_v_as_a_matrix_of_its_own() -> None:
-    model = Transformer(MODEL)
-    split = hidden_matrices(model)
-    params = dict(model.named_parameters())
-    shapes = [tuple(m.shape) for name in split for m in split_matrices(params[name], split[name])]
-    per_layer = [(32, 32), (16, 32), (16, 32), (32, 32)] + [(16, 32)] * 12
-    assert sorted(shapes) == sorted(per_layer * 2)
-    assert not any("router" in name or "norm" in name or "wte" in name or "lm_head" in name for name in split)
-
-
-@pytest.mark.parametrize("scale", [1.0, 1e-6])
-def test_an_adamw_step_equals_torchs_plain_adamw(scale: float) -> None:
-    """Gradients of a millionth are still far above epsilon."""
-    model, reference = init_weights(Transformer(MODEL), seed=0), Transformer(MODEL)
-    reference.load_state_dict(model.state_dict())
-    cfg = OptimizerConfig(name="adamw", lr=0.01, clip_norm=1e9, weight_decay=0.1, beta1=0.8, beta2=0.99)
-    ours = Optimizer(cfg, model)
-    theirs = torch.optim.AdamW(reference.parameters(), lr=0.01, betas=(0.8, 0.99), eps=1e-10, weight_decay=0.1)
-    for seed in range(3):
-        for module in (model, reference):
-            torch.manual_seed(seed)
-            for param in module.parameters():
-                param.grad = torch.randn_like(param) * scale
-        ours.clip()
-        ours.step(0.01)
-        theirs.step()
-    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
-
-
-def test_an_optimizers_state_survives_saving_by_name() -> None:
-    torch.manual_seed(0)
-    model = init_weights(Transformer(MODEL), seed=0)
-    optimizer = Optimizer(OptimizerConfig(name="muon", lr=0.01), model)
-    for param in model.parameters():
-        param.grad = torch.randn_like(param)
-    optimizer.clip()
-    optimizer.step(0.01)
-    saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
-    twin = Transformer(MODEL)
-    twin.load_state_dict(model.state_dict())
-    restored = Optimizer(OptimizerConfig(name="muon", lr=0.01), twin)
-    for name, tensor in restored.state().items():
-        tensor.copy_(saved[name])
-    for module, its in ((model, optimizer), (twin, restored)):
-        torch.manual_seed(5)
-        for param in module.parameters():
-            param.grad = torch.randn_like(param)
-        its.clip()
-        its.step(0.01)
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_recomputed_blocks_give_the_same_gradients_bit_for_bit(shards: Path) -> None:

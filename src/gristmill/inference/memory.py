@@ -8,6 +8,7 @@ from gristmill.hub import QuantizedWeight, Weight, Weights
 from gristmill.inference.disk import AT_ONCE, READERS
 from gristmill.inference.runner import LOGITS_ROWS
 from gristmill.inference.scheduler import CACHE_TOKENS, EngineConfig
+from gristmill.kernels import native
 from gristmill.model import Transformer
 from gristmill.model.counts import kv_bytes_per_token
 
@@ -63,9 +64,9 @@ def divide(
 
 
 def cache_bytes_per_token(model: Transformer) -> int:
-    """Return the bytes of a token's keys and values in the cache, whose heads are padded to 32 numbers."""
+    """Return the bytes of a token's keys and values in the cache of the native kernels, which pad the heads."""
     head = model.cfg.head_dim
-    return kv_bytes_per_token(model.cfg, model.compute_dtype.itemsize) * (-(-head // 32) * 32) // head
+    return kv_bytes_per_token(model.cfg, model.compute_dtype.itemsize) * native.padded(head) // head
 
 
 def _bytes_without_experts(model: Transformer, weights: Weights, cfg: EngineConfig) -> int:
